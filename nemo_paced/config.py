@@ -1,0 +1,535 @@
+"""Every setting of a run, with its default, in one place.
+
+Defaults live on these dataclasses and nowhere else; YAML under ``conf/`` holds only differences and
+an unknown key is refused by omegaconf. A combination that cannot work raises
+:class:`~nemo_paced.errors.ConfigError` here, before a process group, a model or a server exists,
+with the dotted name of the key, its value and the remedy. Names follow NeMo's
+(``trainer``, ``exp_manager``, ``model``, ``model.optim``), where NeMo has one.
+
+This module imports neither torch nor NeMo: ``--help`` and ``--cfg job`` stay fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from nemo_paced.errors import ConfigError
+
+
+class Precision(Enum):
+    """``trainer.precision``: the dtype of forward and backward; master weights are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class DivergenceKind(Enum):
+    """``stages[].divergence``; the values are those of ``losses.divergence.Divergence``."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+    skew_forward_kl = "skew_forward_kl"
+    skew_reverse_kl = "skew_reverse_kl"
+    adaptive_kl = "adaptive_kl"
+
+
+class ResponseSource(Enum):
+    """``stages[].responses``: stored teacher responses, or fresh samples of the current student."""
+
+    references = "references"
+    rollouts = "rollouts"
+
+
+class ReferenceSource(Enum):
+    """``references.source``: where y_T of a problem comes from."""
+
+    teacher = "teacher"  # sampled from the teacher, which sees the privileged context
+    solution = "solution"  # the data's expert solution as it stands
+    file = "file"  # references.path: JSONL or Parquet with `id` and `response`
+
+
+class PrivilegedContext(Enum):
+    """``teacher.privileged_context``: what the teacher's prompt holds beyond the student's."""
+
+    expert_solution = "expert_solution"
+    answer = "answer"
+    none = "none"
+
+
+class WeightScheme(Enum):
+    """``weights.scheme``: the function from pass rate to problem weight."""
+
+    beta_kernel = "beta_kernel"  # p^alpha (1-p)^beta: PACED
+    unweighted = "unweighted"
+    hard_filter = "hard_filter"  # 1 where low <= p <= high
+
+
+class Reduction(Enum):
+    """``loss.reduction``: what is divided by what (see ``losses/reduction.py``)."""
+
+    token_sum = "token_sum"
+    sequence_mean = "sequence_mean"
+    token_mean = "token_mean"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(section: str, obj: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        _require(value > 0, f"{section}.{name} is {value}: it must be above 0")
+
+
+@dataclass
+class TrainerConfig:
+    """NeMo's ``trainer`` block, as far as this trainer honours it."""
+
+    num_nodes: int = 1
+    devices: int = 1  # ranks on each node: GPUs, or processes of the CPU build
+    accelerator: str = "auto"  # auto | gpu | cpu
+    max_steps: int = 200
+    val_check_interval: int = 0  # optimizer steps between held-out validations; 0: never
+    log_every_n_steps: int = 1
+    precision: Precision = Precision.bf16
+    gradient_clip_val: float = 1.0  # global norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        _positive("trainer", self, "num_nodes", "devices", "max_steps", "log_every_n_steps")
+        for name in ("val_check_interval", "gradient_clip_val"):
+            value = getattr(self, name)
+            _require(value >= 0, f"trainer.{name} is {value}: it must be 0 (off) or above")
+        _require(
+            self.accelerator in ("auto", "gpu", "cpu"),
+            f"trainer.accelerator is {self.accelerator!r}: choose auto, gpu or cpu",
+        )
+
+
+@dataclass
+class CheckpointCallbackParams:
+    """``exp_manager.checkpoint_callback_params``: the keys of NeMo's that are honoured."""
+
+    every_n_train_steps: int = 100
+    save_top_k: int = 3  # checkpoints kept, newest first; -1: all
+
+    def __post_init__(self) -> None:
+        where = "exp_manager.checkpoint_callback_params"
+        _positive(where, self, "every_n_train_steps")
+        _require(
+            self.save_top_k == -1 or self.save_top_k >= 1,
+            f"{where}.save_top_k is {self.save_top_k}: it must be -1 (keep all) or at least 1, "
+            "a run without a checkpoint cannot be resumed",
+        )
+
+
+@dataclass
+class ExpManagerSettings:
+    """NeMo's ``exp_manager`` block: the keys of ``ExpManagerConfig`` that this trainer honours.
+
+    The others drive Lightning callbacks that this training loop never runs; setting one is refused.
+    The run directory is ``exp_dir/name[/version]``.
+    """
+
+    exp_dir: str = "nemo_experiments"
+    name: str = "paced"
+    version: str | None = None
+    use_datetime_version: bool = False
+    resume_if_exists: bool = True
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    checkpoint_callback_params: CheckpointCallbackParams = field(
+        default_factory=CheckpointCallbackParams
+    )
+
+
+@dataclass
+class SchedConfig:
+    """``model.optim.sched``: NeMo's names; steps are optimizer steps."""
+
+    name: str = "constant"  # constant | CosineAnnealing | linear
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name in ("constant", "CosineAnnealing", "linear"),
+            f"model.optim.sched.name is {self.name!r}: choose constant, CosineAnnealing or linear",
+        )
+        _require(
+            self.warmup_steps >= 0, f"model.optim.sched.warmup_steps is {self.warmup_steps}: >= 0"
+        )
+
+
+@dataclass
+class OptimConfig:
+    """``model.optim``; the defaults are the paper's (AdamW, constant 1e-7, decay 0.01)."""
+
+    name: str = "adamw"
+    lr: float = 1e-7
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name in ("adam", "adamw"),
+            f"model.optim.name is {self.name!r}: choose adamw (decoupled decay) or adam",
+        )
+        _positive("model.optim", self, "lr", "eps")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"model.optim.betas is {self.betas}: two numbers in [0, 1) are needed",
+        )
+        _require(
+            self.sched.min_lr <= self.lr,
+            f"model.optim.sched.min_lr is {self.sched.min_lr}, above model.optim.lr {self.lr}",
+        )
+
+
+@dataclass
+class ModelConfig:
+    """NeMo's ``model`` block: layout, batch sizes and optimizer of the student."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 2  # sequences
+    global_batch_size: int = 32  # problems an optimizer step
+    make_vocab_size_divisible_by: int = 128
+    seed: int = 1234
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model",
+            self,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "micro_batch_size",
+            "global_batch_size",
+            "make_vocab_size_divisible_by",
+        )
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "model.sequence_parallel is true with model.tensor_model_parallel_size 1: "
+            "it splits activations over the tensor-parallel group, so that must be above 1",
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the student."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+
+@dataclass
+class StudentConfig:
+    hf_path: str = ""  # Hugging Face directory: config, weights, tokenizer
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen teacher. An empty ``hf_path`` is self-distillation: a frozen copy of the student."""
+
+    hf_path: str = ""
+    privileged_context: PrivilegedContext = PrivilegedContext.expert_solution
+    micro_batch_size: int = 0  # sequences; 0: model.micro_batch_size
+
+    def __post_init__(self) -> None:
+        _require(
+            self.micro_batch_size >= 0,
+            f"teacher.micro_batch_size is {self.micro_batch_size}: it must be above 0, or 0 for "
+            "model.micro_batch_size",
+        )
+
+
+@dataclass
+class DataConfig:
+    """Problem files (JSONL or Parquet: id, problem, answer, optional solution) and prompts.
+
+    Templates are ``str.format`` strings over ``{problem}``, ``{solution}``, ``{answer}`` and
+    ``{student_prompt}`` (the filled student prompt; in the teacher's template only).
+    """
+
+    problems: str = ""
+    validation_problems: str | None = None
+    forgetting_problems: str | None = None
+    prompt_template: str = (
+        "Solve the following math problem step by step. The last line of your response should be "
+        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+        '\n\n{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+    )
+    # Used where teacher.privileged_context is not `none`.
+    teacher_prompt_template: str = (
+        "Problem:\n{problem}\n\nA reference for your guidance:\n{context}\n\nUse it to answer in "
+        "your own words, not verbatim.\n\n{student_prompt}"
+    )
+    use_chat_template: bool = True
+    max_prompt_length: int = 1024  # tokens of the student's prompt
+    max_teacher_prompt_length: int = 3072
+    max_response_length: int = 8192  # tokens, EOS included
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(
+            "data", self, "max_prompt_length", "max_teacher_prompt_length", "max_response_length"
+        )
+        for name in ("prompt_template", "teacher_prompt_template"):
+            _require(
+                "{problem}" in getattr(self, name) or "{student_prompt}" in getattr(self, name),
+                f"data.{name} has no {{problem}} field: every prompt would be the same",
+            )
+
+
+@dataclass
+class ReferencesConfig:
+    """Where the stored responses of forward KL come from."""
+
+    source: ReferenceSource = ReferenceSource.teacher
+    path: str | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.source is ReferenceSource.file) == (self.path is not None),
+            f"references.source is {self.source.value} and references.path is {self.path!r}: "
+            "source=file needs a path, the other sources take none",
+        )
+
+
+@dataclass
+class WeightsConfig:
+    """From pass rates to problem weights; paper's defaults."""
+
+    scheme: WeightScheme = WeightScheme.beta_kernel
+    alpha: float = 1.0
+    beta: float = 1.0
+    low: float = 0.2  # hard_filter only
+    high: float = 0.8
+    num_rollouts: int = 8  # K
+
+    def __post_init__(self) -> None:
+        _positive("weights", self, "num_rollouts")
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            _require(value >= 0, f"weights.{name} is {value}: exponents must be 0 or above")
+        _require(
+            0 <= self.low < self.high <= 1,
+            f"weights.low, weights.high are {self.low}, {self.high}: need 0 <= low < high <= 1",
+        )
+
+
+@dataclass
+class StageConfig:
+    """One stage of training: which divergence along whose responses, for what share of the steps."""
+
+    name: str = "forward_kl"
+    divergence: DivergenceKind = DivergenceKind.forward_kl
+    responses: ResponseSource = ResponseSource.references
+    fraction: float = 1.0  # of trainer.max_steps
+    reestimate_pass_rates: bool = False  # before the stage's first step
+    reset_optimizer: bool = False  # at the stage's first step
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.fraction <= 1, f"stages[{self.name}].fraction is {self.fraction}: in (0, 1]"
+        )
+
+
+@dataclass
+class LossConfig:
+    reduction: Reduction = Reduction.token_sum
+    temperature: float = 1.0  # of both distributions inside the divergence
+    jsd_beta: float = 0.5
+    skew: float = 0.1
+    akl_head_mass: float = 0.5
+    chunk_size: int | None = None  # tokens a chunk of the loss; None: chosen by the loss
+
+    def __post_init__(self) -> None:
+        _positive("loss", self, "temperature")
+        for name in ("jsd_beta", "skew", "akl_head_mass"):
+            value = getattr(self, name)
+            _require(0 < value < 1, f"loss.{name} is {value}: it must lie between 0 and 1")
+
+
+@dataclass
+class RolloutConfig:
+    """The vLLM sidecar and how it samples."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: a free one
+    endpoints: list[str] = field(default_factory=list)  # a running sidecar instead of our own
+    dtype: str = "auto"  # auto: trainer.precision
+    max_num_seqs: int = 128
+    max_in_flight: int = 32  # requests
+    kv_cache_gib: float = 1.0  # CPU build of vLLM; the GPU build uses gpu_memory_utilization
+    gpu_memory_utilization: float = 0.3
+    tensor_parallel_size: int = 1
+    refit_every_n_steps: int = 1
+    # |trainer - server| log-probability, mean over the sampled tokens of a step, nats.
+    max_logprob_gap: float = 0.1
+    start_timeout_s: float = 600.0
+    request_timeout_s: float = 1800.0
+    max_restarts: int = 2
+    python: str | None = None  # interpreter that runs vLLM; None: this one
+
+    def __post_init__(self) -> None:
+        _positive(
+            "rollout",
+            self,
+            "temperature",
+            "top_p",
+            "max_num_seqs",
+            "max_in_flight",
+            "kv_cache_gib",
+            "refit_every_n_steps",
+            "max_logprob_gap",
+            "start_timeout_s",
+            "request_timeout_s",
+            "tensor_parallel_size",
+        )
+        _require(self.top_p <= 1, f"rollout.top_p is {self.top_p}: it must be at most 1")
+
+
+@dataclass
+class GradingConfig:
+    """``verifier``: math | exact | multiple_choice, or ``module:function`` of your own."""
+
+    verifier: str = "math"
+    time_limit_s: float = 5.0
+    num_workers: int = 2
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out accuracy: mean@k; the paper's sampling."""
+
+    samples: int = 8
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_response_length: int | None = None  # None: data.max_response_length
+
+    def __post_init__(self) -> None:
+        _positive("evaluation", self, "samples", "temperature", "top_p")
+
+
+@dataclass
+class TrainingConfig:
+    """Guards of the loop."""
+
+    max_skipped_steps: int = 5  # steps with NaN or Inf in loss or gradient before the run stops
+    collective_timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        _require(self.max_skipped_steps >= 0, "training.max_skipped_steps must be 0 or above")
+
+
+def two_stages() -> list[StageConfig]:
+    """The paper's schedule: forward KL for the first half, then reverse KL on fresh rollouts."""
+    return [
+        StageConfig(name="forward_kl", fraction=0.5),
+        StageConfig(
+            name="reverse_kl",
+            divergence=DivergenceKind.reverse_kl,
+            responses=ResponseSource.rollouts,
+            fraction=0.5,
+            reestimate_pass_rates=True,
+        ),
+    ]
+
+
+@dataclass
+class PacedConfig:
+    """The whole configuration of a run."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerSettings = field(default_factory=ExpManagerSettings)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    references: ReferencesConfig = field(default_factory=ReferencesConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    stages: list[StageConfig] = field(default_factory=two_stages)
+    loss: LossConfig = field(default_factory=LossConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.stages), "stages is empty: at least one stage is needed")
+        names = [stage.name for stage in self.stages]
+        _require(len(set(names)) == len(names), f"stages have the names {names}: they must differ")
+        total = sum(stage.fraction for stage in self.stages)
+        _require(
+            abs(total - 1) < 1e-6, f"stages[].fraction sum to {total:g}: they must sum to 1"
+        )
+        world = self.world_size
+        ranks = self.model.model_parallel_size
+        _require(
+            world % ranks == 0,
+            f"trainer.num_nodes x trainer.devices is {world}, which the model's layout does not "
+            f"divide: tensor {self.model.tensor_model_parallel_size} x pipeline "
+            f"{self.model.pipeline_model_parallel_size} x context "
+            f"{self.model.context_parallel_size} needs a multiple of {ranks} ranks; set "
+            f"trainer.devices={ranks}",
+        )
+        on_policy = any(stage.responses is ResponseSource.rollouts for stage in self.stages)
+        _require(
+            not on_policy or self.rollout.top_p == 1.0,
+            f"rollout.top_p is {self.rollout.top_p} with on-policy stages: their samples must come "
+            "from the student's whole distribution; set rollout.top_p=1",
+        )
+        self_teacher = self.teacher.hf_path == ""
+        _require(
+            not self_teacher or self.teacher.privileged_context is not PrivilegedContext.none,
+            "teacher.hf_path is empty (self-distillation) and teacher.privileged_context is none: "
+            "teacher and student would be identical and every loss 0; set "
+            "teacher.privileged_context to answer or expert_solution",
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.num_nodes * self.trainer.devices
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.model.model_parallel_size
+
+    @property
+    def teacher_hf_path(self) -> str:
+        return self.teacher.hf_path or self.student.hf_path
+
+
+def to_dict(config: Any) -> Any:
+    """The config as plain dicts, lists and strings (enums by value): for YAML and fingerprints."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Enum):
+        return config.value
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return config

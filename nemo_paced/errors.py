@@ -1,0 +1,24 @@
+"""Errors a user can act on. Each message names what is wrong, where, and the remedy.
+
+Everything else (a broken invariant of ours) is an ``assert`` or passes through unchanged.
+"""
+
+
+class PacedError(Exception):
+    """Base class: the command line prints these without a traceback and exits with status 2."""
+
+
+class ConfigError(PacedError, ValueError):
+    """A setting or an input file that cannot work: found before anything expensive starts."""
+
+
+class CheckpointError(PacedError):
+    """A checkpoint that is missing, incomplete, or of another run, model or data set."""
+
+
+class RolloutError(PacedError):
+    """The rollout server did not start, died, or answered with something other than was asked."""
+
+
+class GradingError(PacedError):
+    """A verifier that cannot be loaded or that broke its contract (a wrong answer is no error)."""

@@ -1,0 +1,90 @@
+"""The nouns that cross folders: problems, responses, rollouts and pass rates.
+
+Token ids travel, never text that would be tokenised a second time: a response is the ids that the
+sampler produced (its EOS included when it stopped by itself) or that a tokenizer made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row of a problem file.
+
+    Attributes:
+        id: unique within its file.
+        problem: the statement, without any instruction or chat template.
+        answer: the reference answer that the verifier compares with.
+        solution: the expert solution y_E, when the file has one.
+        group: a label to report accuracies by (``"train"``, a skill, a difficulty); free text.
+    """
+
+    id: str
+    problem: str
+    answer: str
+    solution: str | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response to one problem, in token ids; the sequence trained along.
+
+    Attributes:
+        response_id: unique within a run; the key (response_id, t) matches teacher and student.
+        problem_id: the problem answered.
+        response_ids: tokens of the response; ends with EOS unless it was truncated.
+        truncated: the sampler hit its token limit (``finish_reason == "length"``).
+    """
+
+    response_id: str
+    problem_id: str
+    response_ids: tuple[int, ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout(Response):
+    """A response sampled from a served model, with what the server said of it.
+
+    Attributes:
+        sample: index 0..K-1 among the samples of this problem at this step.
+        step: optimizer steps that the sampling policy had taken.
+        seed: the sampling seed sent to the server.
+        logprobs: log-probability of each sampled token under the *sampling* temperature 1
+            distribution of the server, nats; same length as ``response_ids``.
+        text: decoded response, for grading and reading only; never tokenised again.
+        correct: the verifier's verdict; ``None`` before grading.
+        extracted: the answer that the verifier read out of ``text``.
+        reason: why the verdict is what it is.
+    """
+
+    sample: int = 0
+    step: int = 0
+    seed: int = 0
+    logprobs: tuple[float, ...] = field(default=(), repr=False)
+    text: str = ""
+    correct: bool | None = None
+    extracted: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PassRate:
+    """What is known of one problem's difficulty for the student.
+
+    ``num_correct`` of ``num_rollouts`` are counts of the latest estimate; the ``effective_*`` are
+    the (possibly discounted) pseudo-counts that the weight is computed from. Without discounting
+    both pairs are equal. ``weight`` has mean 1 over the training set.
+    """
+
+    id: str
+    num_correct: int
+    num_rollouts: int
+    effective_correct: float
+    effective_rollouts: float
+    pass_rate: float
+    weight: float
+    student_step: int
