@@ -325,6 +325,7 @@ class WeightsConfig:
     low: float = 0.2  # hard_filter only
     high: float = 0.8
     num_rollouts: int = 8  # K
+    pass_rates: str | None = None  # table of an earlier `pass-rates`, instead of sampling at step 0
 
     def __post_init__(self) -> None:
         _positive("weights", self, "num_rollouts")

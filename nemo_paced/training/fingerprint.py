@@ -1,0 +1,118 @@
+"""What must not change between a run and its resumption, and the difference named when it did."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.config import PacedConfig, to_dict
+from nemo_paced.errors import CheckpointError
+from nemo_paced.records import Problem
+
+DATA_FILE = "data_fingerprint.json"
+
+# Where a run computes and what it logs may change; what it computes may not.
+CHANGEABLE = (
+    "trainer.num_nodes",
+    "trainer.devices",
+    "trainer.accelerator",
+    "trainer.val_check_interval",
+    "trainer.log_every_n_steps",
+    "exp_manager",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.expert_model_parallel_size",
+    "model.sequence_parallel",
+    "model.micro_batch_size",
+    "model.make_vocab_size_divisible_by",
+    "teacher.micro_batch_size",
+    "student.hf_path",
+    "teacher.hf_path",
+    "data.problems",
+    "data.validation_problems",
+    "data.forgetting_problems",
+    "references.path",
+    "weights.pass_rates",
+    "rollout",
+    "grading.num_workers",
+    "loss.chunk_size",
+    "evaluation",
+    "training",
+)
+# Within `rollout`, these decide what is sampled.
+FIXED = ("rollout.temperature", "rollout.top_p", "rollout.refit_every_n_steps")
+
+
+def check_config(saved: dict[str, Any], config: PacedConfig, where: Path) -> None:
+    """Refuse to go on when a setting that decides the result differs from the saved run's.
+
+    Raises:
+        CheckpointError: names every such key with both values.
+    """
+    before, now = _flat(saved), _flat(to_dict(config))
+    differences = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _changeable(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{where} was written with another configuration: {'; '.join(differences)}. Start with "
+            "the saved values, or choose another exp_manager.name for a new run"
+        )
+
+
+def check_data(run_dir: Path, problems: Sequence[Problem]) -> None:
+    """Refuse to go on when a training problem was added, removed, changed or moved.
+
+    The first call of a run writes the fingerprint.
+
+    Raises:
+        CheckpointError: counts the differences and names the first problems of each kind.
+    """
+    path = run_dir / DATA_FILE
+    now = {problem.id: _digest(problem) for problem in problems}
+    if not path.exists():
+        path.write_text(json.dumps(now) + "\n")
+        return
+    before = json.loads(path.read_text())
+    if list(before.items()) == list(now.items()):
+        return
+    kinds = {
+        "added": [i for i in now if i not in before],
+        "removed": [i for i in before if i not in now],
+        "changed": [i for i in now if i in before and now[i] != before[i]],
+    }
+    told = [f"{len(ids)} {kind} ({', '.join(ids[:3])})" for kind, ids in kinds.items() if ids]
+    raise CheckpointError(
+        f"data.problems differs from what {run_dir} was started with: "
+        f"{'; '.join(told) or 'the same problems in another order'}. Give it the same file, or "
+        "choose another exp_manager.name for a new run"
+    )
+
+
+def _digest(problem: Problem) -> str:
+    return hashlib.sha256(json.dumps(asdict(problem)).encode()).hexdigest()[:16]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted leaves of a config tree; lists are indexed."""
+    if isinstance(tree, dict):
+        pairs = [(f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items()]
+    elif isinstance(tree, list):
+        pairs = [(f"{prefix}[{index}]", value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {key: leaf for name, value in pairs for key, leaf in _flat(value, name).items()}
+
+
+def _changeable(key: str) -> bool:
+    def under(names: tuple[str, ...]) -> bool:
+        return any(key == n or key.startswith((f"{n}.", f"{n}[")) for n in names)
+
+    return under(CHANGEABLE) and not under(FIXED)

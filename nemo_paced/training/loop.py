@@ -1,0 +1,253 @@
+"""The training loop: what every rank does, step by step.
+
+Rank 0 alone reads problems, talks to the rollout server and keeps pass rates (``driver.py``); each
+step it sends one message of token ids and weights to all ranks. While it samples, the others wait
+on a key of the store, never inside a collective.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from nemo_paced import parallel as parallel_module
+from nemo_paced.config import PacedConfig, ResponseSource
+from nemo_paced.errors import PacedError
+from nemo_paced.parallel import Parallel
+from nemo_paced.training import checkpoint, schedule
+from nemo_paced.training.batches import Batch
+from nemo_paced.training.driver import Driver
+from nemo_paced.training.fingerprint import check_config
+from nemo_paced.training.progress import RunLog
+from nemo_paced.training.schedule import Stage
+from nemo_paced.training.setup import Models, build_models
+from nemo_paced.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+# Rank 0 may sample pass rates of a whole data set before the first message; if it dies meanwhile,
+# the launcher ends the other ranks.
+MESSAGE_TIMEOUT_S = 7 * 24 * 3600.0
+
+
+def train(config: PacedConfig, run_dir: Path) -> None:
+    """Train to ``trainer.max_steps``, going on from the newest checkpoint of ``run_dir``.
+
+    Called on every rank, with torch.distributed's environment variables set or none of them.
+    """
+    all_stages = schedule.stages(config.stages, config.trainer.max_steps)
+    parallel = parallel_module.initialize(
+        config.model,
+        accelerator=config.trainer.accelerator,
+        timeout_s=config.training.collective_timeout_s,
+    )
+    try:
+        resume_from = _newest_checkpoint(config, run_dir)
+        driver_context = Driver(config, run_dir) if parallel.rank == 0 else nullcontext()
+        with driver_context as driver:
+            models = build_models(config, parallel)
+            Loop(config, run_dir, all_stages, models, driver, parallel).run(resume_from)
+    finally:
+        parallel_module.shutdown()
+
+
+def _newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
+    found = checkpoint.checkpoints(run_dir)
+    if not found:
+        return None
+    if not config.exp_manager.resume_if_exists:
+        raise PacedError(
+            f"{run_dir} holds checkpoints and exp_manager.resume_if_exists is false: choose "
+            "another exp_manager.name, or let it resume"
+        )
+    check_config(checkpoint.read_state(found[-1]).config, config, found[-1])
+    return found[-1]
+
+
+class Loop:
+    """State of a run on one rank: how far it is, and which weights the rollout server has."""
+
+    def __init__(
+        self,
+        config: PacedConfig,
+        run_dir: Path,
+        all_stages: list[Stage],
+        models: Models,
+        driver: Driver | None,
+        parallel: Parallel,
+    ) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.stages = all_stages
+        self.models = models
+        self.driver = driver
+        self.parallel = parallel
+        self.step = 0
+        self.consumed = 0
+        self.skipped = 0
+        self.served_step: int | None = None  # optimizer steps behind the server's weights
+        self.saved_step: int | None = None
+        self.times: dict[str, float] = {}
+
+    def run(self, resume_from: Path | None) -> None:
+        if resume_from is not None:
+            self._restore(resume_from)
+        max_steps = self.config.trainer.max_steps
+        with RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log:
+            if self.driver is not None:
+                self.driver.prepare(resumed_step=self.step if resume_from else None, log=log)
+            while self.step < max_steps:
+                log.step(self._one_step())
+            self._save()
+            log.finished()
+
+    def _one_step(self) -> dict[str, Any]:
+        """Batch, teacher, student, update, and what is due after it; returns the log line."""
+        self.times = {}
+        begin = time.perf_counter()
+        stage = schedule.stage_at(self.stages, self.step)
+        self._enter(stage)
+        if stage.config.responses is ResponseSource.rollouts:
+            self._refit_if_due()
+        with self._timed("rollout"):
+            batch = self._exchange_batch(stage)
+        rate = schedule.learning_rate(
+            self.config.model.optim, self.step, self.config.trainer.max_steps
+        )
+        result = self.models.step(batch.items, stage.config, rate) if batch.items else None
+        self._guard(result, batch, stage)
+        staleness = self.step - self.served_step if self.served_step is not None else None
+        self.step += 1
+        self.consumed += self.config.model.global_batch_size
+        validation = self._validate_if_due()
+        self._checkpoint_if_due()
+        on_policy = stage.config.responses is ResponseSource.rollouts
+        return {
+            "step": self.step,
+            "stage": stage.config.name,
+            "learning_rate": rate,
+            **self._result_metrics(result),
+            "weights/active_problems": len(batch.items),
+            **batch.metrics,
+            **({"rollout/staleness": staleness} if on_policy else {}),
+            **validation,
+            **{f"time/{name}_s": seconds for name, seconds in self.times.items()},
+            "time/step_s": time.perf_counter() - begin,
+        }
+
+    def _enter(self, stage: Stage) -> None:
+        """What a stage asks for at its first step."""
+        if self.step != stage.first_step:
+            return
+        if stage.config.reset_optimizer and self.step > 0:
+            self.models.student.reset_optimizer()
+        if stage.config.reestimate_pass_rates and self.step > 0:
+            self._refit()
+            if self.driver is not None:
+                self.driver.estimate_pass_rates(self.step)
+
+    def _refit_if_due(self) -> None:
+        every = self.config.rollout.refit_every_n_steps
+        if self.served_step is None or self.step - self.served_step >= every:
+            self._refit()
+
+    def _refit(self) -> None:
+        """Bring the server to the current weights; collective over the ranks that hold them."""
+        if self.served_step == self.step:
+            return
+        with self._timed("refit"):
+            self.models.push_weights(self.driver, self.step)
+        self.served_step = self.step
+
+    def _exchange_batch(self, stage: Stage) -> Batch:
+        key = f"batch/{self.step}"
+        if self.driver is not None:
+            batch = self.driver.batch(self.step, self.consumed, stage.config)
+            if self.parallel.world_size > 1:
+                parallel_module.publish(key, batch.to_message())
+            return batch
+        return Batch.from_message(parallel_module.await_value(key, MESSAGE_TIMEOUT_S))
+
+    def _guard(self, result: StepResult | None, batch: Batch, stage: Stage) -> None:
+        """Count skipped steps, and stop when they or the log-probability gap pass their bound."""
+        if result is None:
+            logger.info("step %d: every problem of the batch has weight 0: no-op", self.step)
+            return
+        problem_ids = [item.problem_id for item in batch.items]
+        if not result.finite:
+            self.skipped += 1
+            logger.warning(
+                "step %d: loss %s, gradient norm not finite: update skipped (problems %s)",
+                self.step,
+                result.loss,
+                ", ".join(problem_ids),
+            )
+            if self.skipped > self.config.training.max_skipped_steps:
+                raise PacedError(
+                    f"{self.skipped} steps had NaN or Inf in loss or gradients, more than "
+                    f"training.max_skipped_steps {self.config.training.max_skipped_steps}; the "
+                    f"last one, step {self.step}, trained on problems {', '.join(problem_ids)}"
+                )
+        fresh = stage.config.responses is ResponseSource.rollouts and self.served_step == self.step
+        bound = self.config.rollout.max_logprob_gap
+        if fresh and result.logprob_gap > bound:
+            raise PacedError(
+                f"step {self.step}: rollout/logprob_gap is {result.logprob_gap:.4g} nats, above "
+                f"rollout.max_logprob_gap {bound:g}: the server does not sample from the student "
+                "being trained. Check that both have the same dtype (rollout.dtype, "
+                "trainer.precision) and that the last refit reached the server"
+            )
+
+    def _result_metrics(self, result: StepResult | None) -> dict[str, Any]:
+        if result is None:
+            return {"loss": 0.0, "grad_norm": 0.0, "clipped": False, "skipped": False, "tokens": 0}
+        self.times |= {"teacher": result.teacher_s, "student": result.student_s}
+        clip = self.config.trainer.gradient_clip_val
+        metrics = {
+            "loss": result.loss,
+            "token_divergence": result.token_divergence,
+            "grad_norm": result.grad_norm,
+            "clipped": bool(clip and result.grad_norm is not None and result.grad_norm > clip),
+            "skipped": not result.finite,
+            "tokens": result.tokens,
+        }
+        if result.logprob_gap == result.logprob_gap:  # not NaN: on-policy
+            metrics["rollout/logprob_gap"] = result.logprob_gap
+        return metrics
+
+    def _validate_if_due(self) -> dict[str, float]:
+        every = self.config.trainer.val_check_interval
+        if not every or self.step % every or not self.config.data.validation_problems:
+            return {}
+        self._refit()
+        return self.driver.validate(self.step) if self.driver is not None else {}
+
+    def _checkpoint_if_due(self) -> None:
+        if self.step % self.config.exp_manager.checkpoint_callback_params.every_n_train_steps == 0:
+            with self._timed("checkpoint"):
+                self._save()
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        self.models.save(
+            self.run_dir, step=self.step, consumed_problems=self.consumed, skipped=self.skipped
+        )
+        self.saved_step = self.step
+
+    def _restore(self, directory: Path) -> None:
+        state = checkpoint.load(directory, self.models.student, self.parallel)
+        self.step = self.saved_step = state.step
+        self.consumed = state.consumed_problems
+        self.skipped = state.skipped_steps
+        logger.info("resumed from %s at step %d", directory, self.step)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin

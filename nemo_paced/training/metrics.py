@@ -1,0 +1,41 @@
+"""``metrics.jsonl``: one line a step, and nothing of steps that a resumed run takes again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Append-only JSON lines; a resumed run first drops the lines of steps it will repeat."""
+
+    def __init__(self, path: Path, *, next_step: int) -> None:
+        self.path = path
+        if path.exists():
+            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < next_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; NaN becomes null, as JSON has none."""
+        self._file.write(json.dumps({key: _plain(value) for key, value in values.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines that end in a newline: a killed run may leave half of one."""
+    return [line[:-1] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

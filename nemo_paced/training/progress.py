@@ -1,0 +1,106 @@
+"""What rank 0 shows and keeps of a run: metrics.jsonl, NeMo's loggers, a progress bar."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from nemo_paced.config import PacedConfig
+from nemo_paced.training.loggers import Loggers, open_loggers
+from nemo_paced.training.metrics import MetricsFile
+
+logger = logging.getLogger(__name__)
+
+
+def progress_bar(*, enabled: bool = True) -> Progress:
+    """A bar with what it is doing, how far, how long it took and how long is left.
+
+    Drawn on a terminal only; elsewhere (a job's log file) :class:`RunLog` writes lines instead.
+    """
+    console = Console(file=sys.stderr)
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (enabled and console.is_terminal),
+    )
+
+
+class RunLog:
+    """Context manager; on ranks other than 0 (``enabled=False``) it does nothing."""
+
+    def __init__(
+        self, config: PacedConfig, run_dir: Path, first_step: int, *, enabled: bool
+    ) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.first_step = first_step
+        self.enabled = enabled
+        self.bar = progress_bar(enabled=enabled)
+        self._train_task: TaskID | None = None
+        self._began = 0.0
+
+    def __enter__(self) -> RunLog:
+        self.bar.start()
+        if self.enabled:
+            self._metrics = MetricsFile(self.run_dir / "metrics.jsonl", next_step=self.first_step + 1)
+            self._loggers: Loggers = open_loggers(self.config, self.run_dir)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+        if self.enabled:
+            self._metrics.close()
+            self._loggers.close()
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Record one step everywhere."""
+        if not self.enabled:
+            return
+        self._metrics.write(line)
+        step, every = line["step"], self.config.trainer.log_every_n_steps
+        if step % every == 0:
+            numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float))}
+            self._loggers.log_metrics(numbers, step)
+        self._advance(line)
+
+    def finished(self) -> None:
+        if self.enabled:
+            logger.info("trained to step %d: %s", self.config.trainer.max_steps, self.run_dir)
+
+    def _advance(self, line: dict[str, Any]) -> None:
+        total = self.config.trainer.max_steps
+        if self._train_task is None:
+            self._began = time.monotonic() - line["time/step_s"]
+            self._train_task = self.bar.add_task("train", total=total, note="", completed=0)
+        note = f"{line['stage']} loss {line['loss']:.3f}"
+        self.bar.update(self._train_task, completed=line["step"], note=note)
+        done = line["step"] - self.first_step
+        if self.bar.disable and (done % max(1, total // 10) == 0 or line["step"] == total):
+            left = (time.monotonic() - self._began) / done * (total - line["step"])
+            logger.info("step %d of %d: %s, %.0f s left", line["step"], total, note, left)

@@ -1,0 +1,95 @@
+"""Builds what a rank trains with: student, teacher, and the step between them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_paced.config import PacedConfig, to_dict
+from nemo_paced.hf.import_weights import load_hf_weights
+from nemo_paced.hf.model import build_gpt, load_hf_config
+from nemo_paced.hf.tokenizer import tokenizer_vocab_size
+from nemo_paced.parallel import Parallel
+from nemo_paced.rollout.refit import push_weights
+from nemo_paced.rollout.weight_source import MegatronWeightSource
+from nemo_paced.teacher.model import Teacher
+from nemo_paced.training import checkpoint
+from nemo_paced.training.step import Step
+from nemo_paced.training.student import Student, build_student
+
+if TYPE_CHECKING:
+    from nemo_paced.training.driver import Driver
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Student, teacher and step function of one rank, with what is collective over the student."""
+
+    config: PacedConfig
+    parallel: Parallel
+    student: Student
+    step: Step
+
+    def push_weights(self, driver: Driver | None, step: int) -> None:
+        """Send the student's weights to the rollout server; every rank takes part."""
+        source = MegatronWeightSource(self.student.gpt, self.student.hf_config, self.parallel)
+        push_weights(
+            driver.client if driver is not None else None,
+            source,
+            transfer_dir=driver.transfer_dir if driver is not None else None,
+            version=step,
+            is_writer=driver is not None,
+        )
+
+    def save(self, run_dir: Path, *, step: int, consumed_problems: int, skipped: int) -> None:
+        """Write a checkpoint; collective."""
+        checkpoint.save(
+            run_dir,
+            self.student,
+            checkpoint.RunState(
+                step=step,
+                consumed_problems=consumed_problems,
+                skipped_steps=skipped,
+                config=to_dict(self.config),
+                layout=(self.parallel.tp_size, self.parallel.pp_size),
+            ),
+            self.parallel,
+            hf_dir=Path(self.config.student.hf_path),
+            keep=self.config.exp_manager.checkpoint_callback_params.save_top_k,
+        )
+
+
+def build_models(config: PacedConfig, parallel: Parallel) -> Models:
+    """Load both Hugging Face checkpoints into this rank's shards."""
+    student_dir, teacher_dir = Path(config.student.hf_path), Path(config.teacher_hf_path)
+    student_hf, teacher_hf = load_hf_config(student_dir), load_hf_config(teacher_dir)
+    # both heads are cut alike, so that student and teacher shards hold the same columns
+    rows = max(student_hf["vocab_size"], teacher_hf["vocab_size"])
+
+    def gpt_of(hf_config: dict[str, Any], directory: Path) -> Any:
+        gpt = build_gpt(
+            hf_config,
+            config.model,
+            parallel,
+            precision=config.trainer.precision,
+            vocab_size_hint=rows,
+        )
+        load_hf_weights(gpt, directory, parallel)
+        return gpt
+
+    student = build_student(gpt_of(student_hf, student_dir), student_hf, config, parallel)
+    teacher = Teacher(gpt_of(teacher_hf, teacher_dir), parallel)
+    step = Step(
+        student=student,
+        teacher=teacher,
+        model=config.model,
+        loss=config.loss,
+        teacher_micro_batch_size=config.teacher.micro_batch_size or config.model.micro_batch_size,
+        vocab_size=tokenizer_vocab_size(student_dir),
+        parallel=parallel,
+    )
+    return Models(config, parallel, student, step)

@@ -1,0 +1,108 @@
+"""The trainable student: Megatron's DDP around a GPTModel, and Megatron's optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from nemo_paced.config import PacedConfig, Precision
+from nemo_paced.parallel import Parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """This rank's stage of the student, with everything that changes while it trains."""
+
+    gpt: GPTModel
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    hf_config: dict[str, Any]
+    clip_norm: float
+
+    def zero_grad(self) -> None:
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+
+    def update(self) -> float | None:
+        """One optimizer step on the reduced gradients.
+
+        Returns:
+            The global gradient norm before clipping, or ``None`` when the gradients held NaN or
+            Inf: then nothing was changed.
+        """
+        found_inf = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if found_inf or not torch.isfinite(torch.tensor(grad_norm)):
+            return None
+        if self.clip_norm > 0:
+            clip_grad_by_total_norm_fp32(
+                self.optimizer.get_parameters(), max_norm=self.clip_norm, total_norm=grad_norm
+            )
+        self.optimizer.step_with_ready_grads()
+        return grad_norm
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments (``stages[].reset_optimizer``); master weights stay."""
+        for optimizer in _chained(self.optimizer):
+            if optimizer.optimizer is not None:
+                optimizer.optimizer.state.clear()
+
+
+def build_student(
+    gpt: GPTModel, hf_config: dict[str, Any], config: PacedConfig, parallel: Parallel
+) -> Student:
+    """Wrap a built model (weights loaded) for training."""
+    optim = config.model.optim
+    bf16 = config.trainer.precision is Precision.bf16
+    gpt.config.calculate_per_token_loss = True  # losses are sums; divided once, globally
+    ddp = DistributedDataParallel(
+        config=gpt.config,
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+        module=gpt,
+        pg_collection=parallel.groups,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.sched.min_lr,
+            weight_decay=optim.weight_decay,
+            decoupled_weight_decay=optim.name == "adamw",
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=config.trainer.gradient_clip_val,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=False,
+        ),
+        [ddp],
+        use_gloo_process_groups=False,
+        pg_collection=parallel.groups,
+    )
+    gpt.config.finalize_model_grads_func = partial(
+        finalize_model_grads, pg_collection=parallel.groups
+    )
+    gpt.config.grad_scale_func = optimizer.scale_loss
+    gpt.config.no_sync_func = ddp.no_sync
+    ddp.broadcast_params()
+    return Student(gpt, ddp, optimizer, hf_config, config.trainer.gradient_clip_val)
+
+
+def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))

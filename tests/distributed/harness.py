@@ -1,0 +1,85 @@
+"""Runs a function on several gloo ranks of this machine, for tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
+    """Results of ``fn(rank, world_size, *args)`` on each rank; ``fn`` is a module-level function.
+
+    The environment variables of torchrun are set. A rank that raises ends all of them and its
+    traceback is in the error; so does the time limit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # a server that has torch imported forks the ranks: seconds less than spawn, and no fork of
+        # a test process that holds threads
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "megatron.core"])
+        port = _free_port()
+        ranks = [
+            context.Process(target=_rank_main, args=(rank, world_size, port, folder, fn, args))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+        try:
+            _wait(ranks, time.monotonic() + timeout_s)
+        finally:
+            for rank in ranks:
+                if rank.is_alive():
+                    rank.kill()
+                rank.join()
+        failures = sorted(Path(folder).glob("*.error"))
+        assert not failures, "\n".join(path.read_text() for path in failures)
+        assert all(rank.exitcode == 0 for rank in ranks), [rank.exitcode for rank in ranks]
+        return [
+            torch.load(Path(folder) / f"{rank}.result", weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def _wait(ranks: list[Any], deadline: float) -> None:
+    while any(rank.is_alive() for rank in ranks):
+        if any(rank.exitcode not in (None, 0) for rank in ranks):
+            time.sleep(0.5)  # let the others write their errors too
+            return
+        assert time.monotonic() < deadline, "the ranks did not finish in time"
+        time.sleep(0.02)
+
+
+def _rank_main(
+    rank: int, world_size: int, port: int, folder: str, fn: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        torch.save(fn(rank, world_size, *args), Path(folder) / f"{rank}.result")
+    except BaseException:
+        (Path(folder) / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
