@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 
 from nemo_paced.errors import CheckpointError
+from nemo_paced.hf.export_weights import copy_metadata
 from nemo_paced.parallel import Parallel
 from nemo_paced.training.student import Student
 
@@ -131,7 +132,7 @@ def save_model(directory: Path, gpt: GPTModel, hf_dir: Path, parallel: Parallel)
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise CheckpointError(f"{directory} is not empty: choose a new directory")
-        copy_hf_metadata(hf_dir, directory / HF_FOLDER)
+        copy_metadata(hf_dir, directory / HF_FOLDER)
     torch.distributed.barrier()
     dist_checkpointing.save({"model": gpt.sharded_state_dict()}, str(directory))
 
@@ -153,19 +154,8 @@ def read_state(directory: Path) -> RunState:
         ) from error
 
 
-def copy_hf_metadata(hf_dir: Path, target: Path) -> None:
-    """Everything of a Hugging Face directory but its weights: configuration, tokenizer, template."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(hf_dir.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".gguf", ".pt") or (
-            path.name.endswith(".index.json")
-        )
-        if path.is_file() and not weights:
-            shutil.copy2(path, target / path.name)
-
-
 def _write_beside(directory: Path, run_dir: Path, state: RunState, hf_dir: Path) -> None:
-    copy_hf_metadata(hf_dir, directory / HF_FOLDER)
+    copy_metadata(hf_dir, directory / HF_FOLDER)
     table = run_dir / PASS_RATES_FILE
     if table.exists():
         shutil.copy2(table, directory / PASS_RATES_FILE)

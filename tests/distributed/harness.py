@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0
 ) -> list[Any]:
     """Results of ``fn(rank, world_size, *args)`` on each rank; ``fn`` is a module-level function.
 

@@ -1,0 +1,88 @@
+"""Lets Megatron-Core run on CPU tensors under gloo: the only place where a library is patched.
+
+Megatron-Core names ``device="cuda"`` and ``torch.cuda.current_device()`` in many places. A torch
+function mode turns such device arguments into the CPU; streams, events and synchronisation become
+no-ops, and the RNG tracker keeps the CPU generator's state. Nothing of this runs where there is a
+GPU: :func:`enable` is called by ``parallel.initialize`` for ``accelerator=cpu`` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_mode: TorchFunctionMode | None = None
+
+
+def enable() -> None:
+    """Patch this process for good; a second call does nothing."""
+    global _mode
+    if _mode is not None:
+        return
+    assert not torch.cuda.is_available(), "Megatron-Core needs no help where there is a GPU"
+    _patch_torch_cuda()
+    _patch_rng_tracker()
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # the optimizer asserts on the name of a CUDA tensor type
+            return func(*args).replace("torch.", "torch.cuda.")
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def _patch_torch_cuda() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.Stream = _NoStream
+    cuda.Event = _NoStream
+    cuda.current_stream = lambda device=None: _NoStream()
+    cuda.default_stream = lambda device=None: _NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.manual_seed = torch.random.default_generator.manual_seed
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+
+
+def _patch_rng_tracker() -> None:
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random._get_cuda_rng_state = get_state  # type: ignore[assignment]
+    random._set_cuda_rng_state = set_state  # type: ignore[assignment]

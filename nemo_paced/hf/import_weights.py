@@ -1,0 +1,116 @@
+"""Streams a Hugging Face checkpoint (safetensors) into this rank's part of a Megatron model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nemo_paced.errors import CheckpointError
+from nemo_paced.hf.architectures import Architecture, Row
+from nemo_paced.hf.model import PacedGPTModel
+from nemo_paced.hf.shards import cut
+from nemo_paced.parallel import Parallel
+
+
+def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) -> None:
+    """Fill a model that ``build_gpt`` made; reads only the slices that this rank keeps.
+
+    Raises:
+        CheckpointError: files or tensors missing, unexpected, or of another shape, all named.
+    """
+    architecture = gpt.architecture
+    with ExitStack() as stack:
+        files = _open(Path(hf_dir), stack)
+        _check_names(files, architecture, Path(hf_dir))
+        for parameter, row, layer in local_parameters(gpt, parallel):
+            names = [name.format(layer=layer) for name in row.hf]
+            slices = [_slice(files, name, architecture, row, i) for i, name in enumerate(names)]
+            value = cut(
+                row,
+                slices,
+                architecture,
+                rank=parallel.tp_rank,
+                size=parallel.tp_size,
+                padded_vocab=gpt.vocab_size,
+            )
+            with torch.no_grad():
+                parameter.copy_(value)
+
+
+def local_parameters(
+    gpt: PacedGPTModel, parallel: Parallel
+) -> Iterator[tuple[torch.nn.Parameter, Row, int | None]]:
+    """This stage's parameters with their rows of the table.
+
+    With tied embeddings and several stages the last one holds a copy of the embedding too.
+    """
+    named = dict(gpt.named_parameters())
+    seen = set()
+    first, count = gpt.first_layer, len(gpt.decoder.layers)
+    for row, layer in gpt.architecture.rows():
+        if layer is not None and not first <= layer < first + count:
+            continue
+        local = None if layer is None else layer - first
+        for candidate in (row.megatron, row.transformer_engine):
+            name = candidate.format(layer=local) if candidate else ""
+            if name in named:
+                seen.add(name)
+                yield named[name], row, layer
+        if row.megatron == "embedding.word_embeddings.weight" and gpt.architecture.tied:
+            if "output_layer.weight" in named:
+                seen.add("output_layer.weight")
+                yield named["output_layer.weight"], row, layer
+    assert seen == named.keys(), f"parameters without a row: {sorted(named.keys() - seen)}"
+
+
+def _open(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:
+    """Tensor name -> open file that holds it."""
+    index = hf_dir / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files: dict[str, Any] = {}
+    for name in names:
+        path = hf_dir / name
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} does not exist: {hf_dir} must hold its weights as safetensors"
+            )
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _check_names(files: dict[str, Any], architecture: Architecture, hf_dir: Path) -> None:
+    expected = {name.format(layer=layer) for row, layer in architecture.rows() for name in row.hf}
+    ignored = {"lm_head.weight"} if architecture.tied else set()
+    missing, extra = expected - files.keys(), files.keys() - expected - ignored
+    if missing or extra:
+        told = [
+            f"{len(names)} {kind} ({', '.join(sorted(names)[:3])})"
+            for kind, names in (("missing", missing), ("unexpected", extra))
+            if names
+        ]
+        raise CheckpointError(
+            f"tensors of {hf_dir} do not fit its {architecture.name}: {'; '.join(told)}"
+        )
+
+
+def _slice(
+    files: dict[str, Any], name: str, architecture: Architecture, row: Row, index: int
+) -> Any:
+    found = files[name].get_slice(name)
+    shape, expected = tuple(found.get_shape()), architecture.hf_shapes(row)[index]
+    if shape != expected:
+        raise CheckpointError(f"tensor {name} has shape {shape}, its config.json says {expected}")
+    return found

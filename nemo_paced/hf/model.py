@@ -1,0 +1,194 @@
+"""Builds Megatron-Core's GPTModel for a Hugging Face configuration."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from nemo_paced.config import ModelConfig, Precision
+from nemo_paced.errors import ConfigError
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.parallel import Parallel
+
+_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm as Hugging Face computes it: in float32, cast, then scaled.
+
+    Megatron's wrapper of torch's norm refuses sequence parallelism; all that needs is the mark on
+    the weight, whose gradient Megatron then sums over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class PacedGPTModel(GPTModel):
+    """GPTModel that knows which Hugging Face model it is."""
+
+    architecture: Architecture
+
+    @cached_property
+    def first_layer(self) -> int:
+        """Number of this stage's first layer, counted from 0 over all stages."""
+        return self.decoder.layers[0].layer_number - 1
+
+
+def load_hf_config(hf_dir: str | Path) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face directory.
+
+    Raises:
+        ConfigError: it is missing or no JSON.
+    """
+    path = Path(hf_dir) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: give a Hugging Face model directory") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+
+
+def padded_vocab_size(rows: int, model: ModelConfig) -> int:
+    """Rows of the embedding after padding, so that every tensor-parallel rank has the same number."""
+    multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
+    return -(-rows // multiple) * multiple
+
+
+def build_gpt(
+    hf_config: dict[str, Any],
+    model: ModelConfig,
+    parallel: Parallel,
+    *,
+    precision: Precision,
+    vocab_size_hint: int | None = None,
+) -> PacedGPTModel:
+    """This rank's pipeline stage, with uninitialised values: load weights next.
+
+    Args:
+        vocab_size_hint: pad the vocabulary as if it had at least so many rows, so that student and
+            teacher are cut alike.
+
+    Returns:
+        A model whose last stage returns logits [b, s, v/tp] when called without labels.
+
+    Raises:
+        ConfigError: an unsupported architecture, or a layout that does not divide it.
+    """
+    architecture = Architecture.from_config(hf_config)
+    architecture.check_layout(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    config = _transformer_config(architecture, model, precision)
+    rows = max(architecture.vocab_size, vocab_size_hint or 0)
+    gpt = PacedGPTModel(
+        config,
+        _block_spec(config, parallel),
+        vocab_size=padded_vocab_size(rows, model),
+        max_sequence_length=architecture.max_positions,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_base,
+        pg_collection=parallel.groups,
+    )
+    gpt.architecture = architecture
+    if architecture.rope_scaling:
+        _scale_rope(gpt, architecture.rope_scaling)
+    return gpt.to(parallel.device)
+
+
+def _transformer_config(
+    architecture: Architecture, model: ModelConfig, precision: Precision
+) -> TransformerConfig:
+    dtype = _DTYPES[precision]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        qk_layernorm=architecture.qk_norm,
+        layernorm_epsilon=architecture.norm_eps,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision is Precision.bf16,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # every value is loaded
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _block_spec(config: TransformerConfig, parallel: Parallel) -> TransformerBlockSubmodules:
+    """Transformer Engine's layers on a GPU that has it, Megatron's local ones elsewhere."""
+    if parallel.device.type == "cuda" and _has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    submodules = layer.submodules
+    submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention = submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    assert layer.module is TransformerLayer, "the spec of another Megatron-Core than the pinned one"
+    count = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _has_transformer_engine() -> bool:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _scale_rope(gpt: GPTModel, scaling: dict[str, Any]) -> None:
+    """Llama 3's frequency scaling with the model's own factors (Megatron fixes three of them)."""
+    inv_freq = gpt.rotary_pos_emb.inv_freq
+    factor, old_length = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * torch.pi / inv_freq
+    smooth = ((old_length / wavelength - low) / (high - low)).clamp(0, 1)
+    gpt.rotary_pos_emb.inv_freq = (1 - smooth) * inv_freq / factor + smooth * inv_freq
