@@ -1,0 +1,168 @@
+"""Prompts and token ids: the one place where text becomes tokens.
+
+The same prompt, stop tokens and token limit are used for sampling, grading and the loss. Response
+ids end with a stop token unless the response was cut at its limit.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.config import DataConfig, PrivilegedContext
+from nemo_paced.errors import ConfigError
+from nemo_paced.records import Problem
+
+
+def load_tokenizer(hf_dir: str | Path) -> Any:
+    """The directory's fast tokenizer.
+
+    Raises:
+        ConfigError: the directory or its tokenizer cannot be read.
+    """
+    import transformers
+
+    if not Path(hf_dir).is_dir():
+        raise ConfigError(f"{str(hf_dir)!r} is no directory: give a Hugging Face model directory")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of {hf_dir} cannot be loaded: {error}") from error
+
+
+def tokenizer_vocab_size(hf_dir: str | Path) -> int:
+    """Highest token id + 1, added tokens included: rows of the model above it carry no mass."""
+    return max(load_tokenizer(hf_dir).get_vocab().values()) + 1
+
+
+def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path) -> None:
+    """Distillation matches token ids: each must mean the same token to both models.
+
+    Raises:
+        ConfigError: names the lowest id that differs and both tokens.
+    """
+    student, teacher = (
+        {index: token for token, index in load_tokenizer(folder).get_vocab().items()}
+        for folder in (student_dir, teacher_dir)
+    )
+    for index in sorted(student.keys() | teacher.keys()):
+        if student.get(index) != teacher.get(index):
+            raise ConfigError(
+                f"token id {index} means {student.get(index)!r} to the student ({student_dir}) and "
+                f"{teacher.get(index)!r} to the teacher ({teacher_dir}): distillation needs one "
+                "tokenizer; choose a teacher of the student's family"
+            )
+
+
+class Prompts:
+    """Student and teacher prompts of problems, as token ids.
+
+    Args:
+        student_dir: whose tokenizer, chat template and stop tokens are used.
+        privileged_context: what the teacher's prompt holds beyond the student's.
+    """
+
+    def __init__(
+        self, student_dir: str | Path, data: DataConfig, privileged_context: PrivilegedContext
+    ) -> None:
+        self.student_dir = Path(student_dir)
+        self.data = data
+        self.privileged_context = privileged_context
+        self.tokenizer = load_tokenizer(student_dir)
+        self._cache: dict[tuple[str, bool], tuple[int, ...]] = {}
+
+    def student(self, problem: Problem) -> tuple[int, ...]:
+        """Prompt ids that the student is sampled and trained with.
+
+        Raises:
+            ConfigError: longer than ``data.max_prompt_length``.
+        """
+        return self._ids(problem, teacher=False)
+
+    def teacher(self, problem: Problem) -> tuple[int, ...]:
+        """Prompt ids of the teacher, with its privileged context.
+
+        Raises:
+            ConfigError: longer than ``data.max_teacher_prompt_length``, or the context is missing.
+        """
+        return self._ids(problem, teacher=True)
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response: the tokenizer's EOS and those of generation_config.json.
+
+        Base and instruct models of one family often differ here; the union serves both.
+        """
+        ids = {self.tokenizer.eos_token_id}
+        path = self.student_dir / "generation_config.json"
+        if path.exists():
+            eos = json.loads(path.read_text()).get("eos_token_id")
+            ids |= set(eos if isinstance(eos, list) else [eos])
+        ids.discard(None)
+        if not ids:
+            raise ConfigError(f"{self.student_dir} names no EOS token: responses would never end")
+        return tuple(sorted(ids))
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a response of ours (an expert solution made into a response)."""
+        eos = self.tokenizer.eos_token_id
+        return int(eos) if eos is not None else self.stop_token_ids[0]
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def response(self, text: str) -> tuple[int, ...]:
+        """Ids of a response that came as text: tokenised here once, EOS appended, cut at the limit."""
+        ids = (*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id)
+        return ids[: self.data.max_response_length]
+
+    def decode(self, ids: tuple[int, ...] | list[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _ids(self, problem: Problem, *, teacher: bool) -> tuple[int, ...]:
+        key = (problem.id, teacher)
+        if key not in self._cache:
+            ids = self._encode(self._text(problem, teacher=teacher))
+            limit_key = "max_teacher_prompt_length" if teacher else "max_prompt_length"
+            limit = getattr(self.data, limit_key)
+            if len(ids) > limit:
+                raise ConfigError(
+                    f"the {'teacher' if teacher else 'student'} prompt of problem {problem.id!r} "
+                    f"has {len(ids)} tokens, above data.{limit_key} {limit}: raise it or remove "
+                    "the problem"
+                )
+            self._cache[key] = ids
+        return self._cache[key]
+
+    def _text(self, problem: Problem, *, teacher: bool) -> str:
+        fields = {"problem": problem.problem}
+        student_prompt = self.data.prompt_template.format(**fields)
+        if not teacher or self.privileged_context is PrivilegedContext.none:
+            return student_prompt
+        return self.data.teacher_prompt_template.format(
+            **fields, context=self._context(problem), student_prompt=student_prompt
+        )
+
+    def _context(self, problem: Problem) -> str:
+        if self.privileged_context is PrivilegedContext.answer:
+            return problem.answer
+        if problem.solution is None:
+            raise ConfigError(
+                f"problem {problem.id!r} has no solution, and teacher.privileged_context is "
+                "expert_solution: add the field `solution`, or set teacher.privileged_context to "
+                "answer or none"
+            )
+        return problem.solution
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if self.data.use_chat_template and self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            # the template has written the special tokens already
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self.tokenizer.encode(text))

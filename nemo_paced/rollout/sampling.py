@@ -1,0 +1,138 @@
+"""K graded rollouts a problem from a served model, asking only for what the store lacks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nemo_paced.hf.tokenizer import Prompts
+from nemo_paced.records import Problem, Rollout
+from nemo_paced.rollout.client import Completion, RolloutClient, SampleRequest
+from nemo_paced.rollout.grading import Grader
+from nemo_paced.rollout.store import RolloutStore
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How to sample; ``teacher_prompt`` asks with the teacher's prompt (for references)."""
+
+    num_samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    teacher_prompt: bool = False
+
+
+def sampling_seed(run_seed: int, purpose: str, step: int, problem_id: str, sample: int) -> int:
+    """A function of run, purpose, step, problem and sample: a repeated request asks the same."""
+    text = f"{run_seed}/{purpose}/{step}/{problem_id}/{sample}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def sample_rollouts(
+    problems: Sequence[Problem],
+    *,
+    prompts: Prompts,
+    client: RolloutClient,
+    store: RolloutStore,
+    step: int,
+    purpose: str,
+    settings: SamplingSettings,
+    run_seed: int,
+    grader: Grader,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Rollout]:
+    """Rollouts of every problem, samples in order; each is stored as soon as it is finished.
+
+    Args:
+        step: optimizer steps behind the served weights.
+        purpose: keeps apart what is sampled at the same step (``pass_rates``, ``train``, ...).
+        progress: called with (problems finished, problems in all).
+    """
+    by_id = {problem.id: problem for problem in problems}
+    requests = []
+    for problem in by_id.values():
+        missing = [
+            sample
+            for sample in range(settings.num_samples)
+            if store.get(purpose, step, problem.id, sample) is None
+        ]
+        if missing:
+            requests.append(_request(problem, missing, prompts, settings, run_seed, purpose, step))
+    finished = len(by_id) - len(requests)
+
+    def keep(request: SampleRequest, completions: list[Completion]) -> None:
+        nonlocal finished
+        problem = by_id[request.key]
+        first = settings.num_samples - request.n  # what is missing are the last samples
+        store.append(
+            purpose,
+            [
+                _rollout(problem, completion, first + index, step, request.seed, prompts, grader)
+                for index, completion in enumerate(completions)
+            ],
+        )
+        finished += 1
+        if progress:
+            progress(finished, len(by_id))
+
+    if requests:
+        client.sample(requests, on_result=keep)
+    found = [
+        store.get(purpose, step, problem.id, sample)
+        for problem in problems
+        for sample in range(settings.num_samples)
+    ]
+    assert all(rollout is not None for rollout in found), "the client returned without some of them"
+    return found  # type: ignore[return-value]
+
+
+def _request(
+    problem: Problem,
+    missing: list[int],
+    prompts: Prompts,
+    settings: SamplingSettings,
+    run_seed: int,
+    purpose: str,
+    step: int,
+) -> SampleRequest:
+    prompt_ids = prompts.teacher(problem) if settings.teacher_prompt else prompts.student(problem)
+    return SampleRequest(
+        key=problem.id,
+        prompt_ids=prompt_ids,
+        n=len(missing),
+        seed=sampling_seed(run_seed, purpose, step, problem.id, missing[0]),
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_tokens=settings.max_tokens,
+        stop_token_ids=prompts.stop_token_ids,
+    )
+
+
+def _rollout(
+    problem: Problem,
+    completion: Completion,
+    sample: int,
+    step: int,
+    seed: int,
+    prompts: Prompts,
+    grader: Grader,
+) -> Rollout:
+    truncated = completion.finish_reason == "length"
+    text = prompts.decode(completion.token_ids)
+    verdict = grader.grade(text, problem.answer, truncated=truncated)
+    return Rollout(
+        response_id=f"{problem.id}/{step}/{sample}",
+        problem_id=problem.id,
+        response_ids=completion.token_ids,
+        truncated=truncated,
+        sample=sample,
+        step=step,
+        seed=seed,
+        logprobs=completion.logprobs,
+        text=text,
+        correct=verdict.correct,
+        extracted=verdict.extracted,
+        reason=verdict.reason,
+    )

@@ -1,0 +1,195 @@
+"""The rollout server beside the trainer: vLLM's OpenAI-compatible server as a child process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+from nemo_paced.config import RolloutConfig
+from nemo_paced.errors import RolloutError
+from nemo_paced.rollout.api_key import API_KEY_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+SERVED_NAME = "student"
+LOG_TAIL_LINES = 25
+
+
+class Sidecar:
+    """Starts, watches and ends one vLLM server; use as a context manager.
+
+    The server listens on ``rollout.host`` (loopback unless told otherwise), asks for a key made for
+    this run on every route, and dies with this process, whatever ends it.
+
+    Args:
+        model_dir: Hugging Face directory to serve.
+        max_model_len: longest prompt plus response, tokens.
+        dtype: ``float32`` or ``bfloat16``.
+        log_path: where the server's output goes.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        config: RolloutConfig,
+        *,
+        max_model_len: int,
+        dtype: str,
+        log_path: Path,
+    ) -> None:
+        self.model_dir = Path(model_dir)
+        self.config = config
+        self.max_model_len = max_model_len
+        self.dtype = dtype
+        self.log_path = log_path
+        self.port = config.port or _free_port(config.host)
+        self.api_key = secrets.token_urlsafe(32)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://{self.config.host}:{self.port}"
+
+    def __enter__(self) -> Sidecar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self, progress: Callable[[str], None] | None = None) -> None:
+        """Start the server and wait until it is healthy.
+
+        Raises:
+            RolloutError: it ended, or was not healthy within ``rollout.start_timeout_s``; with the
+                end of its log.
+        """
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "nemo_paced.rollout.supervisor", *self._command()],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+            )
+        self._wait_until_healthy(progress)
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def restart(self, progress: Callable[[str], None] | None = None) -> None:
+        """Start anew on the same port with the weights of ``model_dir``: send newer ones after."""
+        self.stop()
+        self.start(progress)
+
+    def stop(self) -> None:
+        """End the whole process tree; safe to call twice."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None, "started with a pipe"
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _command(self) -> list[str]:
+        arguments = {
+            "--model": str(self.model_dir),
+            "--served-model-name": SERVED_NAME,
+            "--host": self.config.host,
+            "--port": str(self.port),
+            "--dtype": self.dtype,
+            "--max-model-len": str(self.max_model_len),
+            "--max-num-seqs": str(self.config.max_num_seqs),
+            "--tensor-parallel-size": str(self.config.tensor_parallel_size),
+            # the model's generation_config.json must not change how we sample
+            "--generation-config": "vllm",
+            "--middleware": "nemo_paced.rollout.api_key.ApiKeyMiddleware",
+            "--weight-transfer-config": json.dumps({"backend": "file"}),
+        }
+        python = self.config.python or sys.executable
+        command = [python, "-m", "vllm.entrypoints.openai.api_server"]
+        for name, value in arguments.items():
+            command += [name, value]
+        # token ids travel: the server needs no tokenizer
+        command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+        if _gpu_present():
+            return [*command, "--gpu-memory-utilization", str(self.config.gpu_memory_utilization)]
+        return [*command, "--enforce-eager"]
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **_without_torchrun(os.environ),
+            API_KEY_VARIABLE: self.api_key,
+            "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes, which our key guards
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.config.kv_cache_gib))),
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def _wait_until_healthy(self, progress: Callable[[str], None] | None) -> None:
+        began = time.monotonic()
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        with httpx.Client(trust_env=False, timeout=5.0, headers=headers) as client:
+            while True:
+                waited = time.monotonic() - began
+                if not self.alive():
+                    raise RolloutError(f"the rollout server ended while starting.\n{self._log_tail()}")
+                if waited > self.config.start_timeout_s:
+                    self.stop()
+                    raise RolloutError(
+                        f"the rollout server was not healthy after {waited:.0f} s "
+                        f"(rollout.start_timeout_s {self.config.start_timeout_s:g}).\n"
+                        f"{self._log_tail()}"
+                    )
+                try:
+                    if client.get(f"{self.endpoint}/health").status_code == httpx.codes.OK:
+                        return
+                except httpx.TransportError:
+                    pass  # not listening yet
+                if progress:
+                    progress(f"starting vLLM on {self.model_dir.name}, {waited:.0f} s")
+                time.sleep(0.5)
+
+    def _log_tail(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return f"Last lines of {self.log_path}:\n  " + "\n  ".join(lines)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])
+
+
+def _gpu_present() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:
+    """vLLM would take the trainer's rank variables for its own."""
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+    return {k: v for k, v in environment.items() if k not in own and not k.startswith(prefixes)}

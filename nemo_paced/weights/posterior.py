@@ -1,0 +1,32 @@
+"""The Beta kernel averaged over what is known of a pass rate, instead of taken at its estimate.
+
+With K = 8 a problem of true pass rate 0.05 is drawn as exactly 0 or 1 with probability 0.66, and
+the kernel at the estimate then drops it for good. Its posterior mean has no hard zeros.
+"""
+
+from __future__ import annotations
+
+from math import exp, lgamma
+
+
+def posterior_weight(
+    num_correct: float,
+    num_rollouts: float,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    prior: tuple[float, float] = (1.0, 1.0),
+) -> float:
+    """E[p^alpha (1-p)^beta | c of K correct] under a Beta(a0, b0) prior.
+
+    = B(c + a0 + alpha, K - c + b0 + beta) / B(c + a0, K - c + b0), not normalised over problems.
+
+    Args:
+        num_correct: c, in [0, num_rollouts]; may be a discounted (fractional) count.
+        prior: a0, b0, both above 0.
+    """
+    a, b = num_correct + prior[0], num_rollouts - num_correct + prior[1]
+    return exp(_log_beta(a + alpha, b + beta) - _log_beta(a, b))
+
+
+def _log_beta(a: float, b: float) -> float:
+    return lgamma(a) + lgamma(b) - lgamma(a + b)

@@ -1,0 +1,163 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import torch
+
+from nemo_paced.config import RolloutConfig
+from nemo_paced.errors import RolloutError
+from nemo_paced.rollout.client import RolloutClient, SampleRequest
+from nemo_paced.rollout.refit import send_files
+from nemo_paced.rollout.sidecar import Sidecar
+from tests.tiny import make_hf_model
+
+pytestmark = pytest.mark.slow
+
+SHAPE = {"vocab_size": 128, "hidden_size": 64}
+ROUTES = (
+    ("GET", "/health"),
+    ("GET", "/v1/models"),
+    ("POST", "/v1/completions"),
+    ("POST", "/inference/v1/generate"),
+    ("POST", "/pause"),
+    ("POST", "/resume"),
+    ("POST", "/init_weight_transfer_engine"),
+    ("POST", "/start_weight_update"),
+    ("POST", "/update_weights"),
+    ("POST", "/finish_weight_update"),
+    ("GET", "/weight_info"),
+    ("POST", "/weight_checker"),
+    ("POST", "/reset_prefix_cache"),
+    ("POST", "/collective_rpc"),
+    ("GET", "/metrics"),
+)
+
+
+def request(key="p", prompt=(3, 4, 5), n=2, seed=1, max_tokens=6):
+    return SampleRequest(key, prompt, n, seed, 1.0, 1.0, max_tokens, (2,))
+
+
+def sample(client, *requests):
+    answers = {}
+    client.sample(requests, on_result=lambda asked, got: answers.__setitem__(asked.key, got))
+    return answers
+
+
+def transformers_logprobs(folder, prompt, response):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([[*prompt, *response]])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(ids).logits[0].double(), -1)
+    first = len(prompt) - 1
+    return [float(logprobs[first + t, token]) for t, token in enumerate(response)]
+
+
+def worst_gap(folder, client, prompt=(3, 4, 5)):
+    (completions,) = sample(client, request(prompt=prompt, n=4, max_tokens=8)).values()
+    return max(
+        abs(a - b)
+        for c in completions
+        for a, b in zip(
+            c.logprobs, transformers_logprobs(folder, prompt, c.token_ids), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_tied"])
+def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(family, tmp_path):
+    models = [make_hf_model(family, tmp_path / f"m{i}", seed=i, **SHAPE) for i in range(3)]
+    sidecar = Sidecar(
+        models[0],
+        RolloutConfig(),
+        max_model_len=64,
+        dtype="float32",
+        log_path=tmp_path / "sidecar.log",
+    )
+    with sidecar:
+        sidecar.start()
+        assert sidecar.api_key not in (tmp_path / "sidecar.log").read_text()
+        with httpx.Client(trust_env=False) as stranger:
+            for method, path in ROUTES:
+                for headers in ({}, {"Authorization": "Bearer wrong"}):
+                    answer = stranger.request(method, sidecar.endpoint + path, headers=headers)
+                    assert answer.status_code == 401, (method, path)
+        client = RolloutClient([sidecar.endpoint], sidecar.api_key)
+        assert worst_gap(models[0], client) < 1e-4
+        for version, model in enumerate([models[1], models[2], models[0]]):
+            send_files(client, [model / "model.safetensors"], str(version))
+            assert worst_gap(model, client) < 1e-4
+            assert client.call("GET", "/weight_info")[0]["weight_version"] == str(version)
+        # the same seed gives the same samples; another one others
+        first, again, other = (sample(client, request(seed=s, n=3))["p"] for s in (5, 5, 6))
+        assert [c.token_ids for c in first] == [c.token_ids for c in again]
+        assert [c.token_ids for c in first] != [c.token_ids for c in other]
+        assert len({c.token_ids for c in first}) > 1, "samples of one request differ"
+        # the stop token is part of the response, a cut one says so
+        for completion in sample(client, request(n=32, max_tokens=40))["p"]:
+            if completion.finish_reason == "stop":
+                assert completion.token_ids[-1] == 2
+            else:
+                assert len(completion.token_ids) == 40 and 2 not in completion.token_ids
+            assert all(math.isfinite(x) and x <= 0 for x in completion.logprobs)
+        # a server that dies is an error, and starts again
+        group = subprocess.run(
+            ["pgrep", "-P", str(sidecar._process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        os.killpg(int(group[0]), signal.SIGKILL)
+        fast = RolloutClient([sidecar.endpoint], sidecar.api_key, max_retries=1)
+        with pytest.raises(RolloutError, match="failed 2 times"):
+            sample(fast, request())
+        deadline = time.monotonic() + 10
+        while sidecar.alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not sidecar.alive()
+        sidecar.restart()
+        assert worst_gap(models[0], client) < 1e-4
+    assert not sidecar.alive()
+
+
+def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
+    (tmp_path / "empty").mkdir()
+    sidecar = Sidecar(
+        tmp_path / "empty",
+        RolloutConfig(),
+        max_model_len=64,
+        dtype="float32",
+        log_path=tmp_path / "sidecar.log",
+    )
+    with sidecar, pytest.raises(RolloutError, match="ended while starting") as caught:
+        sidecar.start()
+    assert "config.json" in str(caught.value) or "model" in str(caught.value)
+
+
+def test_nothing_is_left_when_the_parent_is_killed(tmp_path):
+    marker = f"marker-{os.getpid()}"
+    program = (
+        "import subprocess, sys, time;"
+        "p = subprocess.Popen([sys.executable, '-m', 'nemo_paced.rollout.supervisor', sys.executable,"
+        f"'-c', 'import os, time; os.fork(); time.sleep(600)', '{marker}'], stdin=subprocess.PIPE);"
+        "print('up', flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"up\n"
+    deadline = time.monotonic() + 10
+    while _count(marker) < 3 and time.monotonic() < deadline:  # supervisor, server, its child
+        time.sleep(0.1)
+    assert _count(marker) >= 3
+    parent.kill()
+    parent.wait()
+    while _count(marker) and time.monotonic() < deadline + 15:
+        time.sleep(0.1)
+    assert _count(marker) == 0
+
+
+def _count(marker):
+    found = subprocess.run(["pgrep", "-f", marker], capture_output=True, text=True).stdout.split()
+    return len([pid for pid in found if int(pid) != os.getpid()])
