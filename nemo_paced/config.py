@@ -502,6 +502,11 @@ class PacedConfig:
             f"rollout.top_p is {self.rollout.top_p} with on-policy stages: their samples must come "
             "from the student's whole distribution; set rollout.top_p=1",
         )
+        _require(
+            not self.trainer.val_check_interval or bool(self.data.validation_problems),
+            f"trainer.val_check_interval is {self.trainer.val_check_interval} and "
+            "data.validation_problems is not set: give a file, or set the interval to 0",
+        )
         self_teacher = self.teacher.hf_path == ""
         _require(
             not self_teacher or self.teacher.privileged_context is not PrivilegedContext.none,

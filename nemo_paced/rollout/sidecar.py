@@ -134,7 +134,16 @@ class Sidecar:
         command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
         if _gpu_present():
             return [*command, "--gpu-memory-utilization", str(self.config.gpu_memory_utilization)]
-        return [*command, "--enforce-eager"]
+        # On CPU vLLM 0.32 dies on a seeded request whose prefill is cut in two ("CPU Generator does
+        # not use offset"), so prompts are prefilled whole.
+        batched_tokens = max(self.max_model_len, 4096)
+        return [
+            *command,
+            "--enforce-eager",
+            "--no-enable-chunked-prefill",
+            "--max-num-batched-tokens",
+            str(batched_tokens),
+        ]
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -142,6 +151,7 @@ class Sidecar:
             API_KEY_VARIABLE: self.api_key,
             "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes, which our key guards
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.config.kv_cache_gib))),
+            "VLLM_PLUGINS": "nemo_paced",  # every installed package may bring some: seconds each
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
@@ -164,6 +174,8 @@ class Sidecar:
                     )
                 try:
                     if client.get(f"{self.endpoint}/health").status_code == httpx.codes.OK:
+                        if progress:
+                            progress("")
                         return
                 except httpx.TransportError:
                     pass  # not listening yet

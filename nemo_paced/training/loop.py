@@ -46,7 +46,7 @@ def train(config: PacedConfig, run_dir: Path) -> None:
         timeout_s=config.training.collective_timeout_s,
     )
     try:
-        resume_from = _newest_checkpoint(config, run_dir)
+        resume_from = newest_checkpoint(config, run_dir)
         driver_context = Driver(config, run_dir) if parallel.rank == 0 else nullcontext()
         with driver_context as driver:
             models = build_models(config, parallel)
@@ -55,7 +55,8 @@ def train(config: PacedConfig, run_dir: Path) -> None:
         parallel_module.shutdown()
 
 
-def _newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
+def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
+    """The checkpoint to resume from, after checking that its run was configured alike."""
     found = checkpoint.checkpoints(run_dir)
     if not found:
         return None
@@ -99,7 +100,7 @@ class Loop:
         max_steps = self.config.trainer.max_steps
         with RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log:
             if self.driver is not None:
-                self.driver.prepare(resumed_step=self.step if resume_from else None, log=log)
+                self.driver.prepare(resumed_from=resume_from, log=log)
             while self.step < max_steps:
                 log.step(self._one_step())
             self._save()

@@ -19,6 +19,7 @@ from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
+from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.grading import Grader
 from nemo_paced.rollout.refit import repeat_push
@@ -27,8 +28,6 @@ from nemo_paced.rollout.sidecar import Sidecar
 from nemo_paced.rollout.store import RolloutStore
 
 logger = logging.getLogger(__name__)
-
-API_KEY_VARIABLE = "NEMO_PACED_API_KEY"
 
 
 class Sampler:

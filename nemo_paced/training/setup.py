@@ -36,13 +36,11 @@ class Models:
 
     def push_weights(self, driver: Driver | None, step: int) -> None:
         """Send the student's weights to the rollout server; every rank takes part."""
-        source = MegatronWeightSource(self.student.gpt, self.student.hf_config, self.parallel)
         push_weights(
-            driver.client if driver is not None else None,
-            source,
-            transfer_dir=driver.transfer_dir if driver is not None else None,
+            driver.sampler.client if driver is not None else None,
+            MegatronWeightSource(self.student.gpt, self.parallel),
+            transfer_dir=driver.sampler.transfer_dir if driver is not None else None,
             version=step,
-            is_writer=driver is not None,
         )
 
     def save(self, run_dir: Path, *, step: int, consumed_problems: int, skipped: int) -> None:
@@ -81,7 +79,7 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
         load_hf_weights(gpt, directory, parallel)
         return gpt
 
-    student = build_student(gpt_of(student_hf, student_dir), student_hf, config, parallel)
+    student = build_student(gpt_of(student_hf, student_dir), config, parallel)
     teacher = Teacher(gpt_of(teacher_hf, teacher_dir), parallel)
     step = Step(
         student=student,

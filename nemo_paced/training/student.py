@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -12,11 +11,11 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from nemo_paced.config import PacedConfig, Precision
+from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel import Parallel
 
 
@@ -24,10 +23,9 @@ from nemo_paced.parallel import Parallel
 class Student:
     """This rank's stage of the student, with everything that changes while it trains."""
 
-    gpt: GPTModel
+    gpt: PacedGPTModel
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
-    hf_config: dict[str, Any]
     clip_norm: float
 
     def zero_grad(self) -> None:
@@ -63,9 +61,7 @@ class Student:
                 optimizer.optimizer.state.clear()
 
 
-def build_student(
-    gpt: GPTModel, hf_config: dict[str, Any], config: PacedConfig, parallel: Parallel
-) -> Student:
+def build_student(gpt: PacedGPTModel, config: PacedConfig, parallel: Parallel) -> Student:
     """Wrap a built model (weights loaded) for training."""
     optim = config.model.optim
     bf16 = config.trainer.precision is Precision.bf16
@@ -101,7 +97,7 @@ def build_student(
     gpt.config.grad_scale_func = optimizer.scale_loss
     gpt.config.no_sync_func = ddp.no_sync
     ddp.broadcast_params()
-    return Student(gpt, ddp, optimizer, hf_config, config.trainer.gradient_clip_val)
+    return Student(gpt, ddp, optimizer, config.trainer.gradient_clip_val)
 
 
 def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -1,0 +1,163 @@
+"""``nemo-paced COMMAND``: what a user types. Imports nothing heavy before a command runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+from nemo_paced.errors import PacedError
+
+RUN_HELP = """\
+Configuration:
+  --config-name NAME   recipe in conf/ (default: `default`); `quickstart` needs nothing else
+  --config-path DIR    your own directory of YAML files, which may say `defaults: [default, _self_]`
+  --cfg job            print the resolved configuration and start nothing
+  key=value            dotted overrides, e.g. trainer.devices=4 model.optim.lr=1e-6
+
+The run directory is exp_manager.exp_dir/exp_manager.name (default nemo_experiments/NAME)."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Attributes: entry, module:function taking the arguments; summary; usage, shown by --help."""
+
+    entry: str
+    summary: str
+    usage: str
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "nemo_paced.quickstart.run:main",
+        "the whole job on two tiny embedded models: base, unweighted, hard filter, PACED",
+        """\
+usage: nemo-paced quickstart [--out DIR] [--steps N] [--arms NAME,NAME...] [key=value ...]
+
+Samples references and pass rates, trains each arm for the same number of steps, exports and
+evaluates it, and writes DIR/report.html and DIR/results.json. No network, no GPU.""",
+    ),
+    "pass-rates": Command(
+        "nemo_paced.entry.commands:pass_rates",
+        "K graded rollouts of every problem by the student, and the weights that follow",
+        f"""\
+usage: nemo-paced pass-rates --config-name NAME [key=value ...]
+
+Writes pass_rates.parquet into the run directory: id, num_correct, num_rollouts,
+effective_correct, effective_rollouts, pass_rate, weight, student_step. Interrupted, it goes on
+with the rollouts that are missing.
+
+example: nemo-paced pass-rates --config-name quickstart weights.num_rollouts=4
+
+{RUN_HELP}""",
+    ),
+    "references": Command(
+        "nemo_paced.entry.commands:references",
+        "one response of the teacher to every problem, for forward KL",
+        f"""\
+usage: nemo-paced references --config-name NAME [key=value ...]
+
+Serves the teacher, samples a response to each problem with its privileged context in the prompt,
+and writes references.jsonl into the run directory. `train` does this itself when it is missing.
+
+{RUN_HELP}""",
+    ),
+    "train": Command(
+        "nemo_paced.entry.commands:train",
+        "pass-rate-weighted distillation; goes on where an earlier start stopped",
+        f"""\
+usage: nemo-paced train --config-name NAME [key=value ...]
+
+Starts trainer.devices ranks on this node; under torchrun or srun it is one rank. The run directory
+holds config.yaml, metrics.jsonl, pass_rates.parquet, rollouts/ and checkpoints/.
+
+examples:
+  nemo-paced train --config-name quickstart
+  nemo-paced train --config-name quickstart model.tensor_model_parallel_size=1 \\
+      model.pipeline_model_parallel_size=2
+  nemo-paced train --config-name quickstart weights.scheme=unweighted exp_manager.name=unweighted
+
+{RUN_HELP}""",
+    ),
+    "import-hf": Command(
+        "nemo_paced.entry.commands:import_hf",
+        "a Hugging Face directory as a Megatron checkpoint",
+        """\
+usage: nemo-paced import-hf HF_DIR CHECKPOINT_DIR [key=value ...]
+
+Supported: Qwen3, Qwen2 / 2.5 and Llama architectures. The checkpoint can be read at any layout.
+
+example: nemo-paced import-hf Qwen3-1.7B-Base qwen3-1.7b trainer.precision=bf16""",
+    ),
+    "export-hf": Command(
+        "nemo_paced.entry.commands:export_hf",
+        "a checkpoint, from whatever layout, as a Hugging Face directory",
+        """\
+usage: nemo-paced export-hf CHECKPOINT_DIR HF_DIR
+
+CHECKPOINT_DIR is one of a run (RUN/checkpoints/step_00000080), the run directory itself (its
+newest checkpoint), or what import-hf wrote. Tokenizer, chat template and generation config are
+carried along.""",
+    ),
+    "evaluate": Command(
+        "nemo_paced.evaluation.run:main",
+        "accuracy of a model on a problem file, with its standard error",
+        """\
+usage: nemo-paced evaluate CHECKPOINT_OR_HF_DIR --problems FILE [--samples 8] [--out results.json]
+           [--baseline CHECKPOINT_OR_HF_DIR] [--config-name NAME] [key=value ...]
+
+Serves the model, samples and grades, prints mean@k. The configuration gives prompts, verifier and
+sampling (evaluation.*); --baseline adds the paired difference.
+
+example: nemo-paced evaluate RUN/hf --problems heldout.jsonl --config-name quickstart""",
+    ),
+    "report": Command(
+        "nemo_paced.analysis.report:main",
+        "one self-contained HTML page about a run",
+        """\
+usage: nemo-paced report RUN_DIR
+
+Writes RUN_DIR/report.html: pass rates before and after, weights, loss curves per stage, accuracy,
+timing, configuration. Missing parts are said to be missing.""",
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the user can mend it, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"nemo-paced: error: no command {name!r}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(f"{command.summary}\n\n{command.usage}")
+        return 0
+    module, _, function = command.entry.partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(rest)
+    except PacedError as error:
+        if str(error):
+            print(f"nemo-paced: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nemo-paced: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "PACED: distillation weighted by the student's pass rate, on Megatron-Core and vLLM.\n\n"
+        "usage: nemo-paced COMMAND ...      nemo-paced COMMAND --help\n\n" + "\n".join(lines)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The commands that take a configuration or a checkpoint, as functions of their arguments."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from nemo_paced.config import PacedConfig
+from nemo_paced.entry.compose import run_directory, with_config
+from nemo_paced.entry.worker import set_up_logging
+from nemo_paced.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def train(arguments: list[str]) -> None:
+    with_config(arguments, train_with)
+
+
+def train_with(config: PacedConfig) -> None:
+    """Check, save the configuration, start the ranks."""
+    from nemo_paced.entry.launch import launch
+    from nemo_paced.training.prepare import save_config
+
+    set_up_logging(0)
+    run_dir = run_directory(config)
+    preflight(config, run_dir)
+    save_config(config, run_dir)
+    launch(config, run_dir)
+    logger.info("run directory: %s", run_dir)
+
+
+def preflight(config: PacedConfig, run_dir: Path) -> None:
+    """What can be refused before ranks or servers start.
+
+    Raises:
+        PacedError: inputs that do not fit, or a run directory of another run.
+    """
+    from nemo_paced.hf.architectures import Architecture
+    from nemo_paced.hf.model import load_hf_config
+    from nemo_paced.training import schedule
+    from nemo_paced.training.loop import newest_checkpoint
+    from nemo_paced.training.driver import Driver
+
+    schedule.stages(config.stages, config.trainer.max_steps)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    Driver(config, run_dir)
+    for path in (config.student.hf_path, config.teacher_hf_path):
+        architecture = Architecture.from_config(load_hf_config(path), f"{path}/config.json")
+        architecture.check_layout(
+            config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+        )
+    newest_checkpoint(config, run_dir)
+
+
+def pass_rates(arguments: list[str]) -> None:
+    from nemo_paced.training import prepare
+
+    def action(config: PacedConfig) -> None:
+        set_up_logging(0)
+        run_dir = run_directory(config)
+        prepare.save_config(config, run_dir)
+        logger.info("written: %s", prepare.pass_rates(config, run_dir))
+
+    with_config(arguments, action)
+
+
+def references(arguments: list[str]) -> None:
+    from nemo_paced.training import prepare
+
+    def action(config: PacedConfig) -> None:
+        set_up_logging(0)
+        run_dir = run_directory(config)
+        prepare.save_config(config, run_dir)
+        logger.info("written: %s", prepare.references(config, run_dir))
+
+    with_config(arguments, action)
+
+
+def import_hf(arguments: list[str]) -> None:
+    paths, overrides = _two_paths(arguments, "import-hf HF_DIR CHECKPOINT_DIR")
+
+    def action(config: PacedConfig) -> None:
+        from nemo_paced.training.convert import import_hf as convert
+
+        convert(config, *paths)
+
+    with_config(overrides, action)
+
+
+def export_hf(arguments: list[str]) -> None:
+    paths, extra = _two_paths(arguments, "export-hf CHECKPOINT_DIR HF_DIR")
+    if extra:
+        raise ConfigError(f"export-hf takes two directories and no {extra[0]!r}")
+    from nemo_paced.training.convert import export_hf as convert
+
+    set_up_logging(0)
+    convert(*paths)
+
+
+def _two_paths(arguments: list[str], usage: str) -> tuple[tuple[Path, Path], list[str]]:
+    paths = [a for a in arguments if "=" not in a and not a.startswith("--")]
+    if len(paths) != 2:
+        raise ConfigError(f"usage: nemo-paced {usage} [key=value ...]; {len(paths)} given")
+    return (Path(paths[0]), Path(paths[1])), [a for a in arguments if a not in paths]

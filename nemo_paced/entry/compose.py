@@ -1,0 +1,142 @@
+"""From a command line to a validated configuration, through NeMo's ``hydra_runner``.
+
+YAML files hold only differences: ``conf/default.yaml`` names the schema (the dataclasses of
+``config.py``, whose defaults are the defaults) and every recipe starts from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.config import PacedConfig
+from nemo_paced.errors import ConfigError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+CONF = PACKAGE / "conf"
+ASSETS = PACKAGE / "quickstart" / "assets"
+
+
+def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> None:
+    """Compose the configuration that ``arguments`` ask for and hand it to ``action``.
+
+    Args:
+        arguments: ``--config-name``, ``--config-path``, ``--cfg job`` and dotted overrides. With
+            ``--cfg`` hydra prints the configuration and ``action`` is not called.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, an impossible combination, no such file.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import DictConfig, OmegaConf
+
+    # recipes name what ships inside the package as ${paced.assets:NAME}
+    OmegaConf.register_new_resolver("paced.assets", lambda n: str(ASSETS / n), replace=True)
+    ConfigStore.instance().store(name="schema", node=PacedConfig)
+    hydra_runner = _hydra_runner()
+    composed: list[DictConfig] = []
+
+    @hydra_runner(config_path=str(CONF), config_name="default")
+    def take(cfg: DictConfig) -> None:
+        composed.append(cfg)
+
+    messages = io.StringIO()
+    saved = sys.argv
+    sys.argv = [saved[0], *arguments, f"hydra.searchpath=[file://{CONF}]"]
+    try:
+        with redirect_stderr(messages):
+            take()
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise ConfigError(_explain(messages.getvalue())) from None
+    finally:
+        sys.argv = saved
+    if composed:
+        action(to_config(composed[0]))
+
+
+def to_config(cfg: Any) -> PacedConfig:
+    """Dataclasses from a composed or loaded configuration, checked against the schema."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(PacedConfig), cfg)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError(_explain(str(error))) from error
+
+
+def load_config(path: Path) -> PacedConfig:
+    """A resolved configuration that was saved with a run."""
+    from omegaconf import OmegaConf
+
+    return to_config(OmegaConf.load(path))
+
+
+def run_directory(config: PacedConfig) -> Path:
+    """``exp_dir/name[/version]`` as an absolute path."""
+    settings = config.exp_manager
+    version = settings.version
+    if version is None and settings.use_datetime_version:
+        version = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    parts = [settings.exp_dir, settings.name, *([version] if version else [])]
+    return Path(*parts).absolute()
+
+
+def _hydra_runner() -> Any:
+    """NeMo's, imported without its announcements."""
+    os.environ.setdefault("ONE_LOGGER_JOB_CATEGORY", "test")
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            from nemo.core.config import hydra_runner
+    finally:
+        logging.disable(logging.NOTSET)
+    return hydra_runner
+
+
+def _explain(message: str) -> str:
+    """Hydra's and omegaconf's message without its advice for developers, with the nearest key."""
+    skip = ("Set the environment variable HYDRA_FULL_ERROR", "To append to your config use")
+    lines = [line.strip() for line in message.splitlines()]
+    lines = [line for line in lines if line and not line.startswith((*skip, "object_type="))]
+    text = "; ".join(lines) or "the configuration could not be read"
+    for word in _quoted(text):
+        near = difflib.get_close_matches(word.split(".")[-1], _all_keys(), n=1)
+        if near and near[0] != word.split(".")[-1]:
+            return f"{text}. Did you mean {near[0]!r}?"
+    return text
+
+
+def _quoted(text: str) -> list[str]:
+    return text.split("'")[1::2]
+
+
+def _all_keys() -> list[str]:
+    from nemo_paced.config import to_dict
+
+    keys: list[str] = []
+
+    def walk(tree: Any) -> None:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                keys.append(key)
+                walk(value)
+        elif isinstance(tree, list):
+            for value in tree:
+                walk(value)
+
+    walk(to_dict(PacedConfig()))
+    return keys

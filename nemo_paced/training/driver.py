@@ -1,0 +1,169 @@
+"""Rank 0's part of a run: problems, references, pass rates, the rollout server, batches.
+
+The other ranks know none of this; they get batches as messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from nemo_paced.config import PacedConfig, Reduction, ResponseSource, StageConfig
+from nemo_paced.data.loader import ProblemOrder
+from nemo_paced.data.problems import load_problems
+from nemo_paced.records import Problem, Response, Rollout
+from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.rollout.sampling import SamplingSettings
+from nemo_paced.training import checkpoint, prepare
+from nemo_paced.training.batches import Batch, build_items
+from nemo_paced.training.fingerprint import check_data
+from nemo_paced.training.progress import RunLog
+
+logger = logging.getLogger(__name__)
+
+
+class Driver:
+    """Checks all inputs when made; starts what it needs in :meth:`prepare`."""
+
+    def __init__(self, config: PacedConfig, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.problems = load_problems(config.data.problems)
+        self.validation: list[Problem] = []
+        if config.data.validation_problems:
+            self.validation = load_problems(
+                config.data.validation_problems, key="data.validation_problems"
+            )
+        self.prompts = prepare.make_prompts(config)
+        prepare.check_prompts(self.problems, self.prompts)
+        for problem in self.validation:
+            self.prompts.student(problem)
+        check_data(run_dir, self.problems)
+        self.order = ProblemOrder(len(self.problems), config.model.seed, config.data.shuffle)
+        self.references: dict[str, Response] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def prepare(self, *, resumed_from: Path | None, log: RunLog) -> None:
+        """References, rollout server and pass rates, each only if it is needed and missing."""
+        config, self.bar = self.config, log.bar
+        if any(s.responses is ResponseSource.references for s in config.stages):
+            self.references = prepare.load_references(
+                config, self.problems, self.prompts, self.run_dir, self.bar
+            )
+        self.sampler = self._stack.enter_context(
+            prepare.student_sampler(
+                config, self.run_dir, self.prompts, prepare.server_notes(self.bar)
+            )
+        )
+        self.table = self._first_table(resumed_from)
+
+    def estimate_pass_rates(self, step: int) -> None:
+        """Pass rates and weights anew with the student as it is served."""
+        self.table = prepare.estimate_pass_rates(
+            self.config, self.problems, self.sampler, self.run_dir, step=step, bar=self.bar
+        )
+
+    def batch(self, step: int, consumed: int, stage: StageConfig) -> Batch:
+        """The global batch of a step; samples it first in an on-policy stage."""
+        positions = self.order.take(consumed, self.config.model.global_batch_size)
+        problems = [self.problems[position] for position in positions]
+        by_id = self.table.weights()
+        weights = [by_id[problem.id] for problem in problems]
+        metrics: dict[str, float] = {}
+        if stage.responses is ResponseSource.references:
+            responses: list[Response | None] = [self.references[p.id] for p in problems]
+        else:
+            responses, metrics = self._sample_batch(problems, weights, step)
+        items = build_items(
+            problems,
+            weights,
+            responses,
+            prompts=self.prompts,
+            reduction=self.config.loss.reduction.value,
+        )
+        return Batch(items, metrics)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """mean@k of the served student on the held-out problems."""
+        evaluation = self.config.evaluation
+        with prepare.bar_task(self.bar, f"validation at step {step}", len(self.validation)) as on:
+            rollouts = self.sampler.sample(
+                self.validation,
+                purpose="validation",
+                step=step,
+                settings=SamplingSettings(
+                    num_samples=evaluation.samples,
+                    temperature=evaluation.temperature,
+                    top_p=evaluation.top_p,
+                    max_tokens=evaluation.max_response_length
+                    or self.config.data.max_response_length,
+                ),
+                progress=on,
+            )
+        per_problem: dict[str, list[bool]] = {}
+        for rollout in rollouts:
+            per_problem.setdefault(rollout.problem_id, []).append(bool(rollout.correct))
+        means = [statistics.fmean(verdicts) for verdicts in per_problem.values()]
+        spread = statistics.stdev(means) if len(means) > 1 else 0.0
+        return {
+            "validation/accuracy": statistics.fmean(means),
+            "validation/standard_error": spread / len(means) ** 0.5,
+        }
+
+    def _first_table(self, resumed_from: Path | None) -> PassRateTable:
+        given = self.config.weights.pass_rates
+        if resumed_from is not None:
+            table = PassRateTable.read(resumed_from / checkpoint.PASS_RATES_FILE, self.problems)
+        elif given:
+            table = PassRateTable.read(Path(given), self.problems).reweighted(self.config.weights)
+        else:
+            return prepare.estimate_pass_rates(
+                self.config, self.problems, self.sampler, self.run_dir, step=0, bar=self.bar
+            )
+        prepare.save_table(table, self.run_dir, table.rows[0].student_step)
+        return table
+
+    def _sample_batch(
+        self, problems: list[Problem], weights: list[float], step: int
+    ) -> tuple[list[Response | None], dict[str, float]]:
+        # token_mean divides by the response tokens of the whole batch, weight 0 included
+        everything = self.config.loss.reduction is Reduction.token_mean
+        wanted = {p.id: p for p, w in zip(problems, weights, strict=True) if w > 0 or everything}
+        if not wanted:
+            return [None] * len(problems), {}
+        rollouts = self.sampler.sample(
+            list(wanted.values()),
+            purpose="train",
+            step=step,
+            settings=SamplingSettings(
+                num_samples=1,
+                temperature=self.config.rollout.temperature,
+                top_p=self.config.rollout.top_p,
+                max_tokens=self.config.data.max_response_length,
+            ),
+        )
+        by_id = {rollout.problem_id: rollout for rollout in rollouts}
+        return [by_id.get(problem.id) for problem in problems], _rollout_metrics(rollouts)
+
+
+def _rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    return {
+        "rollout/accuracy": statistics.fmean(bool(r.correct) for r in rollouts),
+        "rollout/truncated": statistics.fmean(r.truncated for r in rollouts),
+        "rollout/mean_length": statistics.fmean(len(r.response_ids) for r in rollouts),
+    }
+
