@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from nemo_paced.errors import PacedError
+from nemo_paced.logs import set_up_logging
 
 RUN_HELP = """\
 Configuration:
@@ -137,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in rest):
         print(f"{command.summary}\n\n{command.usage}")
         return 0
+    set_up_logging(0)
     module, _, function = command.entry.partition(":")
     try:
         getattr(importlib.import_module(module), function)(rest)

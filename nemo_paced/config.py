@@ -246,7 +246,7 @@ class StudentConfig:
 
 @dataclass
 class TeacherConfig:
-    """The frozen teacher. An empty ``hf_path`` is self-distillation: a frozen copy of the student."""
+    """The frozen teacher. An empty ``hf_path`` is self-distillation: a copy of the student."""
 
     hf_path: str = ""
     privileged_context: PrivilegedContext = PrivilegedContext.expert_solution
@@ -340,7 +340,7 @@ class WeightsConfig:
 
 @dataclass
 class StageConfig:
-    """One stage of training: which divergence along whose responses, for what share of the steps."""
+    """One stage: which divergence along whose responses, for what share of the steps."""
 
     name: str = "forward_kl"
     divergence: DivergenceKind = DivergenceKind.forward_kl
@@ -483,9 +483,7 @@ class PacedConfig:
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"stages have the names {names}: they must differ")
         total = sum(stage.fraction for stage in self.stages)
-        _require(
-            abs(total - 1) < 1e-6, f"stages[].fraction sum to {total:g}: they must sum to 1"
-        )
+        _require(abs(total - 1) < 1e-6, f"stages[].fraction sum to {total:g}: they must sum to 1")
         world = self.world_size
         ranks = self.model.model_parallel_size
         _require(

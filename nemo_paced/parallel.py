@@ -84,7 +84,9 @@ class Parallel:
         return self.pp_rank == self.pp_size - 1
 
 
-def initialize(model: ModelConfig, *, accelerator: str = "auto", timeout_s: float = 1800) -> Parallel:
+def initialize(
+    model: ModelConfig, *, accelerator: str = "auto", timeout_s: float = 1800
+) -> Parallel:
     """Join the job (torchrun's environment variables, or alone without them) and build all groups.
 
     Raises:
@@ -124,7 +126,8 @@ def shutdown() -> None:
 
 def publish(key: str, value: Any) -> None:
     """Give the other ranks a JSON value under a key of its own."""
-    _store().set(key, zlib.compress(json.dumps(value).encode(), level=1))
+    payload: Any = zlib.compress(json.dumps(value).encode(), level=1)
+    _store().set(key, payload)
 
 
 def await_value(key: str, timeout_s: float) -> Any:

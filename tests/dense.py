@@ -62,7 +62,9 @@ def dense_head(t: torch.Tensor, head_mass: float) -> torch.Tensor:
     return torch.zeros_like(taken).scatter(-1, order, taken)
 
 
-def make_logits(case: str, num_tokens: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def make_logits(
+    case: str, num_tokens: int, width: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Student and teacher float32 logits [N, V] of a named kind of input."""
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(num_tokens, width, generator=generator)

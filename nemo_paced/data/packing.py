@@ -80,7 +80,7 @@ def num_micro_batches(num_items: int, *, micro_batch_size: int, dp_size: int) ->
 
 
 def padded_length(items: Sequence[TrainItem], *, teacher: bool, multiple_of: int) -> int:
-    """Common sequence length of the whole global batch, as pipeline stages exchange fixed shapes."""
+    """Sequence length of the whole global batch: pipeline stages exchange fixed shapes."""
     longest = max((len(_prompt(i, teacher)) + len(i.response_ids) for i in items), default=1)
     return -(-longest // multiple_of) * multiple_of
 
@@ -126,7 +126,11 @@ def _micro_batch(
     device: torch.device,
 ) -> MicroBatch:
     tokens_BS = torch.zeros(num_rows, sequence_length, dtype=torch.int64)
-    rows, positions, targets, weights, logprobs = [], [], [], [], []
+    rows: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    logprobs: list[float] = []
     for row, item in enumerate(items):
         prompt, response = _prompt(item, teacher), item.response_ids
         sequence = prompt + response

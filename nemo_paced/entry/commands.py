@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from nemo_paced.compose import run_directory, with_config
 from nemo_paced.config import PacedConfig
-from nemo_paced.entry.compose import run_directory, with_config
-from nemo_paced.entry.worker import set_up_logging
 from nemo_paced.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +21,6 @@ def train_with(config: PacedConfig) -> None:
     from nemo_paced.entry.launch import launch
     from nemo_paced.training.prepare import save_config
 
-    set_up_logging(0)
     run_dir = run_directory(config)
     preflight(config, run_dir)
     save_config(config, run_dir)
@@ -39,8 +37,8 @@ def preflight(config: PacedConfig, run_dir: Path) -> None:
     from nemo_paced.hf.architectures import Architecture
     from nemo_paced.hf.model import load_hf_config
     from nemo_paced.training import schedule
-    from nemo_paced.training.loop import newest_checkpoint
     from nemo_paced.training.driver import Driver
+    from nemo_paced.training.loop import newest_checkpoint
 
     schedule.stages(config.stages, config.trainer.max_steps)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +55,6 @@ def pass_rates(arguments: list[str]) -> None:
     from nemo_paced.training import prepare
 
     def action(config: PacedConfig) -> None:
-        set_up_logging(0)
         run_dir = run_directory(config)
         prepare.save_config(config, run_dir)
         logger.info("written: %s", prepare.pass_rates(config, run_dir))
@@ -69,7 +66,6 @@ def references(arguments: list[str]) -> None:
     from nemo_paced.training import prepare
 
     def action(config: PacedConfig) -> None:
-        set_up_logging(0)
         run_dir = run_directory(config)
         prepare.save_config(config, run_dir)
         logger.info("written: %s", prepare.references(config, run_dir))
@@ -94,7 +90,6 @@ def export_hf(arguments: list[str]) -> None:
         raise ConfigError(f"export-hf takes two directories and no {extra[0]!r}")
     from nemo_paced.training.convert import export_hf as convert
 
-    set_up_logging(0)
     convert(*paths)
 
 

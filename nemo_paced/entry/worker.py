@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 
 from nemo_paced.errors import PacedError
+from nemo_paced.logs import set_up_logging
 
 
 def main() -> int:
     _die_with_parent()
     set_up_logging(int(os.environ["RANK"]))
-    from nemo_paced.entry.compose import load_config
+    from nemo_paced.compose import load_config
     from nemo_paced.training.loop import train
 
     try:
@@ -26,16 +25,6 @@ def main() -> int:
         # the other ranks may wait in a collective: leave without saying goodbye to them
         os._exit(2)
     return 0
-
-
-def set_up_logging(rank: int) -> None:
-    """Rank 0 tells what happens; the others only what is wrong."""
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(
-        level=logging.WARNING, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S"
-    )
-    logging.getLogger("nemo_paced").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def _die_with_parent() -> None:

@@ -16,7 +16,7 @@ from nemo_paced.errors import ConfigError
 
 
 class Layout(Enum):
-    """How a Megatron parameter is made of Hugging Face tensors and cut over tensor-parallel ranks."""
+    """How a Megatron parameter is made of Hugging Face tensors and cut over ranks."""
 
     replicated = "replicated"
     column = "column"  # rows of the weight (output features) are split
@@ -141,10 +141,12 @@ class Architecture:
         name = (config.get("architectures") or ["?"])[0]
         if name not in FAMILIES:
             raise ConfigError(
-                f"{where}: architecture {name} is not supported; choose one of {', '.join(FAMILIES)}"
+                f"{where}: architecture {name} is not supported; choose of {', '.join(FAMILIES)}"
             )
         if config.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"{where}: hidden_act {config['hidden_act']!r}: only silu is supported")
+            raise ConfigError(
+                f"{where}: hidden_act {config['hidden_act']!r}: only silu is supported"
+            )
         if config.get("use_sliding_window"):
             raise ConfigError(f"{where}: use_sliding_window is true: not supported")
         if config.get("mlp_bias"):
@@ -172,8 +174,11 @@ class Architecture:
 
     def check_layout(self, tensor: int, pipeline: int, *, prefix: str = "model") -> None:
         """Refuse a layout that does not divide the model, naming key, value and model."""
-        for size, of in ((self.num_heads, "attention heads"), (self.num_kv_heads, "key-value heads"),
-                         (self.ffn_hidden_size, "MLP columns")):  # fmt: skip
+        for size, of in (
+            (self.num_heads, "attention heads"),
+            (self.num_kv_heads, "key-value heads"),
+            (self.ffn_hidden_size, "MLP columns"),
+        ):
             if size % tensor:
                 raise ConfigError(
                     f"{prefix}.tensor_model_parallel_size is {tensor}, which does not divide the "
@@ -203,7 +208,11 @@ class Architecture:
 
     def hf_shapes(self, row: Row) -> list[tuple[int, ...]]:
         """Shapes of the Hugging Face tensors of a row."""
-        h, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        h, q, kv = (
+            self.hidden_size,
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        )
         if row.layout is Layout.vocabulary:
             return [(self.vocab_size, h)]
         if row.layout is Layout.qkv:
@@ -231,5 +240,7 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
     if kind == "default":
         return float(base), None
     if kind != "llama3":
-        raise ConfigError(f"{where}: rope scaling {kind!r} is not supported; default and llama3 are")
+        raise ConfigError(
+            f"{where}: rope scaling {kind!r} is not supported; default and llama3 are"
+        )
     return float(base), parameters

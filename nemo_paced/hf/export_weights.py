@@ -30,7 +30,7 @@ def iter_hf_tensors(
     stage that holds a parameter sends it to the first stage. Rank 0 gets the tensors, the others
     ``None``; other replicas take no part.
     """
-    held = {}
+    held: dict[tuple[str, int | None], torch.Tensor] = {}
     if parallel.dp_rank == 0:
         for parameter, row, layer in local_parameters(gpt, parallel):
             held.setdefault((row.megatron, layer), parameter.detach())
@@ -119,7 +119,7 @@ class _ShardWriter:
     def close(self) -> None:
         self._flush()
         count = len(self.parts)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.parts, 1):
             name = "model.safetensors"
             if count > 1:

@@ -62,10 +62,10 @@ def local_parameters(
             if name in named:
                 seen.add(name)
                 yield named[name], row, layer
-        if row.megatron == "embedding.word_embeddings.weight" and gpt.architecture.tied:
-            if "output_layer.weight" in named:
-                seen.add("output_layer.weight")
-                yield named["output_layer.weight"], row, layer
+        is_embedding = row.megatron == "embedding.word_embeddings.weight"
+        if is_embedding and gpt.architecture.tied and "output_layer.weight" in named:
+            seen.add("output_layer.weight")
+            yield named["output_layer.weight"], row, layer
     assert seen == named.keys(), f"parameters without a row: {sorted(named.keys() - seen)}"
 
 

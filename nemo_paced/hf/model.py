@@ -75,7 +75,7 @@ def load_hf_config(hf_dir: str | Path) -> dict[str, Any]:
 
 
 def padded_vocab_size(rows: int, model: ModelConfig) -> int:
-    """Rows of the embedding after padding, so that every tensor-parallel rank has the same number."""
+    """Rows of the embedding after padding: the same number on every tensor-parallel rank."""
     multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
     return -(-rows // multiple) * multiple
 

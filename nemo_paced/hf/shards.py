@@ -48,7 +48,9 @@ def cut(
     return torch.cat(parts)
 
 
-def join(row: Row, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
+def join(
+    row: Row, shards: Sequence[torch.Tensor], architecture: Architecture
+) -> list[torch.Tensor]:
     """The row's Hugging Face tensors from all tensor-parallel ranks' parts, in rank order."""
     if row.layout is Layout.replicated:
         return [shards[0]]

@@ -116,7 +116,7 @@ class Prompts:
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def response(self, text: str) -> tuple[int, ...]:
-        """Ids of a response that came as text: tokenised here once, EOS appended, cut at the limit."""
+        """Ids of a response given as text: tokenised once, EOS appended, cut at the limit."""
         ids = (*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id)
         return ids[: self.data.max_response_length]
 

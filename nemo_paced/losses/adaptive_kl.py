@@ -42,8 +42,8 @@ def head_tail_gaps(
     def probabilities(rows: slice, of: Normalizer, logits_NV: torch.Tensor) -> torch.Tensor:
         return of.log_probs(logits_NV, rows, valid=valid, temperature=temperature).exp_()
 
-    def blocks():  # noqa: ANN202
-        return row_blocks(*teacher_NV.shape, teacher_NV.device, chunk_size)
+    def blocks():
+        return row_blocks(teacher_NV, chunk_size)
 
     num_rows = teacher_NV.shape[0]
     border_N = torch.zeros(num_rows, dtype=torch.int32, device=teacher_NV.device)

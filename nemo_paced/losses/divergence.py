@@ -144,7 +144,7 @@ def _check(
         )
     if vocab_size is None and widths[0] != widths[1]:
         raise ValueError(
-            f"padded vocabularies differ, {widths[0]} and {widths[1]}: give vocab_size, the true one"
+            f"padded vocabularies differ, {widths[0]} and {widths[1]}: give vocab_size"
         )
     if vocab_size is not None and tp_group is None and vocab_size > min(widths):
         raise ValueError(f"vocab_size {vocab_size} is above the {min(widths)} columns given")
@@ -195,8 +195,8 @@ class _DivergenceFunction(torch.autograd.Function):
         return grad_NV, None, None
 
 
-def _blocks(logits_NV: torch.Tensor, options: _Options):  # noqa: ANN202
-    return row_blocks(*logits_NV.shape, logits_NV.device, options.chunk_size)
+def _blocks(logits_NV: torch.Tensor, options: _Options):
+    return row_blocks(logits_NV, options.chunk_size)
 
 
 def _row_stats(student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: _Options) -> _RowStats:
@@ -257,10 +257,10 @@ def _log_probs(
     options: _Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of a row block, student and teacher, float32."""
-    how = {"valid": options.valid, "temperature": options.temperature}
+    valid, temperature = options.valid, options.temperature
     return (
-        stats.student.log_probs(student_NV, rows, **how),
-        stats.teacher.log_probs(teacher_NV, rows, **how),
+        stats.student.log_probs(student_NV, rows, valid=valid, temperature=temperature),
+        stats.teacher.log_probs(teacher_NV, rows, valid=valid, temperature=temperature),
     )
 
 

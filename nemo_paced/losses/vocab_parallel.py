@@ -40,10 +40,11 @@ def valid_columns(local_width: int, vocab_size: int | None, tp_group: ProcessGro
     return min(max(vocab_size - rank * local_width, 0), local_width)
 
 
-def row_blocks(num_rows: int, width: int, device: torch.device, rows: int | None) -> Iterator[slice]:
+def row_blocks(logits_NV: torch.Tensor, rows: int | None) -> Iterator[slice]:
     """Slices of rows small enough that a block of float32 logits stays in cache."""
+    num_rows, width = logits_NV.shape
     if rows is None:
-        budget = GPU_ELEMENTS if device.type == "cuda" else CACHE_ELEMENTS
+        budget = GPU_ELEMENTS if logits_NV.device.type == "cuda" else CACHE_ELEMENTS
         rows = max(1, budget // max(width, 1))
     for begin in range(0, num_rows, rows):
         yield slice(begin, min(begin + rows, num_rows))
@@ -86,7 +87,7 @@ class Normalizer:
 
 def all_gather(packed: torch.Tensor, tp_group: ProcessGroup | None) -> torch.Tensor:
     """[...] on every rank -> [ranks, ...]."""
-    if group_size(tp_group) == 1:
+    if tp_group is None or tp_group.size() == 1:
         return packed[None]
     packed = packed.contiguous()
     gathered = packed.new_empty((tp_group.size() * packed.shape[0], *packed.shape[1:]))
@@ -121,7 +122,7 @@ def target_log_probs(
     stats_3N = logits_NV.new_empty((3, logits_NV.shape[0]), dtype=torch.float32)
     local_N = targets_N - first
     mine_N = (local_N >= 0) & (local_N < valid)
-    for rows in row_blocks(logits_NV.shape[0], width, logits_NV.device, None):
+    for rows in row_blocks(logits_NV, None):
         z_NV, stats_3N[0, rows] = shifted(logits_NV[rows, :valid], 1.0)
         stats_3N[1, rows] = z_NV.exp().sum(1)
         index = torch.where(mine_N[rows], local_N[rows], 0)[:, None]

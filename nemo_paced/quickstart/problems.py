@@ -60,7 +60,9 @@ class World:
         return states[1:]
 
 
-def chain_problem(world: World, rng: np.random.Generator, name: str, ops: list[str], group: str) -> Problem:
+def chain_problem(
+    world: World, rng: np.random.Generator, name: str, ops: list[str], group: str
+) -> Problem:
     start = int(rng.integers(NUM_STATES))
     states = world.chain(start, ops)
     return Problem(
@@ -107,7 +109,9 @@ def old_skill_problem(world: World, rng: np.random.Generator, name: str) -> Prob
     )
 
 
-def write_problems(folder: Path, *, seed: int = 5, sizes: tuple[int, int, int] = (512, 192, 128)) -> None:
+def write_problems(
+    folder: Path, *, seed: int = 5, sizes: tuple[int, int, int] = (512, 192, 128)
+) -> None:
     """Training, held-out and forgetting problems as JSONL, none of them twice."""
     world, rng = World(), np.random.default_rng(seed)
     seen: set[str] = set()

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -69,17 +68,6 @@ class RolloutClient:
         self.request_timeout_s = request_timeout_s
         self.max_retries = max_retries
         self._headers = {"Authorization": f"Bearer {api_key}"}
-
-    def __enter__(self) -> RolloutClient:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
 
     def sample(
         self,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -206,5 +206,3 @@ def _load_function(name: str) -> Callable[[str, str], Any]:
             f"grading.verifier is {name!r}: not math, exact or multiple_choice, and no function "
             f"module:function either ({error})"
         ) from error
-
-

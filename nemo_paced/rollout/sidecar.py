@@ -164,7 +164,9 @@ class Sidecar:
             while True:
                 waited = time.monotonic() - began
                 if not self.alive():
-                    raise RolloutError(f"the rollout server ended while starting.\n{self._log_tail()}")
+                    raise RolloutError(
+                        f"the rollout server ended while starting.\n{self._log_tail()}"
+                    )
                 if waited > self.config.start_timeout_s:
                     self.stop()
                     raise RolloutError(

@@ -63,7 +63,9 @@ class RolloutStore:
 
     def append(self, purpose: str, rollouts: Iterable[Rollout]) -> None:
         """Write rollouts and sync; one that is stored already is left as it is."""
-        new = [r for r in rollouts if (purpose, r.step, r.problem_id, r.sample) not in self._rollouts]
+        new = [
+            r for r in rollouts if (purpose, r.step, r.problem_id, r.sample) not in self._rollouts
+        ]
         begin = self._file.tell()
         try:
             self._file.write(b"".join(_line(purpose, rollout) for rollout in new))

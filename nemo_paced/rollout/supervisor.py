@@ -6,6 +6,7 @@ closes the pipe when the parent dies, by SIGKILL too, and the end of file is the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -42,10 +43,8 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
 
 
 def _signal_group(server: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         from safetensors import safe_open
 
         with safe_open(update_info.path, framework="pt") as file:
-            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())
+            model: Any = self.model
+            model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -68,7 +69,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._repack_tied_head()
 
     def _repack_tied_head(self) -> None:
-        """On CPU a tied LM head keeps a prepacked copy that the reload leaves at the old weights."""
+        """On CPU a tied LM head keeps a prepacked copy, which the reload leaves as it was."""
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and self.model_config.hf_config.tie_word_embeddings and head:
             from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm

@@ -83,7 +83,7 @@ class Teacher:
 
     @torch.no_grad()
     def signal(self, micro_batches: Sequence[MicroBatch]) -> TeacherSignal:
-        """Run forward over all micro-batches; collective over this data-parallel replica's ranks."""
+        """Run forward over all micro-batches; collective over the data-parallel replica."""
         collected = run_schedule(
             self._forward_step,
             micro_batches,
@@ -98,7 +98,7 @@ class Teacher:
         return TeacherSignal(hidden, self.head_weight)
 
     @staticmethod
-    def _forward_step(data_iterator, model):  # noqa: ANN001, ANN205 - Megatron's contract
+    def _forward_step(data_iterator, model):
         batch: MicroBatch = next(data_iterator)
         hidden_BSH = model(batch.tokens_BS, batch.position_ids_BS, attention_mask=None)
 

@@ -21,9 +21,7 @@ def import_hf(config: PacedConfig, hf_dir: Path, directory: Path) -> None:
     """Write the weights of ``hf_dir`` as a checkpoint that any layout can read."""
     parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu")
     try:
-        model = replace(
-            config.model, tensor_model_parallel_size=1, pipeline_model_parallel_size=1
-        )
+        model = replace(config.model, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
         hf_config = load_hf_config(hf_dir)
         gpt = build_gpt(hf_config, model, parallel, precision=config.trainer.precision)
         load_hf_weights(gpt, hf_dir, parallel)
@@ -46,7 +44,9 @@ def export_hf(source: Path, out_dir: Path) -> None:
     hf_dir = directory / checkpoint.HF_FOLDER
     parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu")
     try:
-        gpt = build_gpt(load_hf_config(hf_dir), ModelConfig(), parallel, precision=_dtype(directory))
+        gpt = build_gpt(
+            load_hf_config(hf_dir), ModelConfig(), parallel, precision=_dtype(directory)
+        )
         checkpoint.load_model(directory, gpt)
         export_weights.export_hf(gpt, hf_dir, out_dir, parallel)
     finally:

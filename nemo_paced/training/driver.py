@@ -15,6 +15,7 @@ from nemo_paced.config import PacedConfig, Reduction, ResponseSource, StageConfi
 from nemo_paced.data.loader import ProblemOrder
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Problem, Response, Rollout
+from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.training import checkpoint, prepare
@@ -99,29 +100,18 @@ class Driver:
 
     def validate(self, step: int) -> dict[str, float]:
         """mean@k of the served student on the held-out problems."""
-        evaluation = self.config.evaluation
         with prepare.bar_task(self.bar, f"validation at step {step}", len(self.validation)) as on:
             rollouts = self.sampler.sample(
                 self.validation,
                 purpose="validation",
                 step=step,
-                settings=SamplingSettings(
-                    num_samples=evaluation.samples,
-                    temperature=evaluation.temperature,
-                    top_p=evaluation.top_p,
-                    max_tokens=evaluation.max_response_length
-                    or self.config.data.max_response_length,
-                ),
+                settings=prepare.evaluation_settings(self.config),
                 progress=on,
             )
-        per_problem: dict[str, list[bool]] = {}
-        for rollout in rollouts:
-            per_problem.setdefault(rollout.problem_id, []).append(bool(rollout.correct))
-        means = [statistics.fmean(verdicts) for verdicts in per_problem.values()]
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
+        accuracy = Accuracy.of(rollouts, self.validation)
         return {
-            "validation/accuracy": statistics.fmean(means),
-            "validation/standard_error": spread / len(means) ** 0.5,
+            "validation/accuracy": accuracy.mean,
+            "validation/standard_error": accuracy.standard_error,
         }
 
     def _first_table(self, resumed_from: Path | None) -> PassRateTable:
@@ -166,4 +156,3 @@ def _rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
         "rollout/truncated": statistics.fmean(r.truncated for r in rollouts),
         "rollout/mean_length": statistics.fmean(len(r.response_ids) for r in rollouts),
     }
-

@@ -84,7 +84,7 @@ def exp_manager_block(config: PacedConfig, run_dir: Path) -> dict[str, Any]:
     return block
 
 
-class _quiet:  # noqa: N801 - reads as a function
+class _quiet:
     """NeMo and Lightning announce themselves and their whole schema; a run's log is for the run."""
 
     def __enter__(self) -> None:

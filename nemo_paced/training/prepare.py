@@ -60,6 +60,17 @@ def student_sampler(
     )
 
 
+def evaluation_settings(config: PacedConfig) -> SamplingSettings:
+    """How held-out problems are sampled: the ``evaluation`` block."""
+    evaluation = config.evaluation
+    return SamplingSettings(
+        num_samples=evaluation.samples,
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        max_tokens=evaluation.max_response_length or config.data.max_response_length,
+    )
+
+
 def estimate_pass_rates(
     config: PacedConfig,
     problems: Sequence[Problem],
@@ -222,9 +233,11 @@ def pass_rates(config: PacedConfig, run_dir: Path) -> Path:
     problems = load_problems(config.data.problems)
     prompts = make_prompts(config)
     check_prompts(problems, prompts)
-    with progress_bar() as bar:
-        with student_sampler(config, run_dir, prompts, server_notes(bar)) as sampler:
-            estimate_pass_rates(config, problems, sampler, run_dir, step=0, bar=bar)
+    with (
+        progress_bar() as bar,
+        student_sampler(config, run_dir, prompts, server_notes(bar)) as sampler,
+    ):
+        estimate_pass_rates(config, problems, sampler, run_dir, step=0, bar=bar)
     return run_dir / PASS_RATES_FILE
 
 

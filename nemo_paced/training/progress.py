@@ -63,7 +63,9 @@ class RunLog:
     def __enter__(self) -> RunLog:
         self.bar.start()
         if self.enabled:
-            self._metrics = MetricsFile(self.run_dir / "metrics.jsonl", next_step=self.first_step + 1)
+            self._metrics = MetricsFile(
+                self.run_dir / "metrics.jsonl", next_step=self.first_step + 1
+            )
             self._loggers: Loggers = open_loggers(self.config, self.run_dir)
         return self
 

@@ -74,7 +74,8 @@ class Sampler:
                 self.sidecar = stack.enter_context(self._new_sidecar())
                 self.sidecar.start(progress=self.notify)
                 endpoints, key = [self.sidecar.endpoint], self.sidecar.api_key
-            self.client = stack.enter_context(self._new_client(endpoints, key))
+            self.api_key = key
+            self.client = self._new_client(endpoints, key)
             self._stack = stack.pop_all()
         return self
 

@@ -123,7 +123,7 @@ class Step:
             device=self.parallel.device,
         )
 
-    def _forward_step(  # noqa: ANN202 - Megatron's contract
+    def _forward_step(
         self, signal: TeacherSignal, kind: Divergence, total_tokens: int, data_iterator, model
     ):
         batch: MicroBatch = next(data_iterator)

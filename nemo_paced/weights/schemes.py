@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nemo_paced.config import WeightsConfig, WeightScheme
+from nemo_paced.config import WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.weights.beta_kernel import beta_weight
 

@@ -64,9 +64,7 @@ def worst_gap(folder, client, prompt=(3, 4, 5)):
     return max(
         abs(a - b)
         for c in completions
-        for a, b in zip(
-            c.logprobs, transformers_logprobs(folder, prompt, c.token_ids), strict=True
-        )
+        for a, b in zip(c.logprobs, transformers_logprobs(folder, prompt, c.token_ids), strict=True)
     )
 
 
@@ -139,10 +137,11 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
 
 def test_nothing_is_left_when_the_parent_is_killed(tmp_path):
     marker = f"marker-{os.getpid()}"
+    child = f"import os, time; os.fork(); time.sleep(600)  # {marker}"
     program = (
         "import subprocess, sys, time;"
-        "p = subprocess.Popen([sys.executable, '-m', 'nemo_paced.rollout.supervisor', sys.executable,"
-        f"'-c', 'import os, time; os.fork(); time.sleep(600)', '{marker}'], stdin=subprocess.PIPE);"
+        "subprocess.Popen([sys.executable, '-m', 'nemo_paced.rollout.supervisor',"
+        f"sys.executable, '-c', '{child}'], stdin=subprocess.PIPE);"
         "print('up', flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)

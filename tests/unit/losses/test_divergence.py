@@ -109,7 +109,9 @@ def test_any_token_axes_and_no_token(kind, shape):
 
 def test_the_teacher_gets_no_gradient():
     teacher = torch.randn(3, 8, requires_grad=True)
-    divergence(torch.randn(3, 8, requires_grad=True), teacher, Divergence.forward_kl).sum().backward()
+    divergence(
+        torch.randn(3, 8, requires_grad=True), teacher, Divergence.forward_kl
+    ).sum().backward()
     assert teacher.grad is None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
 
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
 ASSETS = PACKAGE / "quickstart" / "assets"
 

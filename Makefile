@@ -1,0 +1,20 @@
+# Thin: each line is one that a reader could type. VENV=DIR uses another environment.
+VENV ?= .venv
+QUICKSTART_ARGS ?=
+
+.PHONY: setup quickstart test test-fast lint real
+
+setup:
+	@VENV=$(VENV) bash scripts/setup.sh
+
+quickstart: setup
+	@$(VENV)/bin/nemo-paced quickstart $(QUICKSTART_ARGS)
+
+test: setup
+	$(VENV)/bin/python -m pytest -q
+
+test-fast: setup
+	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+lint: setup
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy nemo_paced

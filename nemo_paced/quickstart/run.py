@@ -1,0 +1,180 @@
+"""The whole job on the embedded models: base, unweighted, hard filter and PACED at equal steps.
+
+One rollout server runs throughout; references and the first pass rates are sampled once and shared
+by all arms, so that they differ only in what they are compared on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from nemo_paced.compose import with_config
+from nemo_paced.config import PacedConfig
+from nemo_paced.data.problems import load_problems
+from nemo_paced.errors import PacedError
+from nemo_paced.evaluation.results import write_results
+from nemo_paced.evaluation.run import evaluate
+from nemo_paced.records import Problem
+from nemo_paced.rollout.accuracy import Accuracy
+from nemo_paced.rollout.api_key import API_KEY_VARIABLE
+from nemo_paced.rollout.refit import send_files
+from nemo_paced.training import prepare
+from nemo_paced.training.progress import progress_bar
+from nemo_paced.training.sampler import Sampler
+
+ARMS = {
+    "unweighted": ["weights.scheme=unweighted", "schedule=forward_kl"],
+    "hard_filter": ["weights.scheme=hard_filter", "schedule=forward_kl"],
+    "paced": [],
+}
+logger = logging.getLogger(__name__)
+console = Console(stderr=True)
+
+
+def main(arguments: list[str]) -> None:
+    """The command ``quickstart``."""
+    parser = argparse.ArgumentParser(prog="nemo-paced quickstart", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    known, overrides = parser.parse_known_args(arguments)
+    if known.steps:
+        overrides.append(f"trainer.max_steps={known.steps}")
+    arms = [name for name in known.arms.split(",") if name]
+    if unknown := [name for name in arms if name not in ARMS]:
+        raise PacedError(f"--arms: no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
+    out = known.out.absolute()
+    # as every arm gets them
+    common = ["--config-name", "quickstart", f"exp_manager.exp_dir={out}", *overrides]
+    with_config(common, lambda config: Quickstart(config, common, out, arms).run())
+
+
+class Quickstart:
+    def __init__(self, config: PacedConfig, common: list[str], out: Path, arms: list[str]) -> None:
+        self.config, self.common, self.out, self.arms = config, common, out, arms
+        self.suites: dict[str, list[Problem]] = {
+            "heldout": load_problems(config.data.validation_problems or ""),
+            "forgetting": load_problems(config.data.forgetting_problems or ""),
+        }
+        self.results: dict[str, dict[str, Accuracy]] = {}
+        self.done, self.total = 0, 4 + 2 * len(arms)
+        self.began = time.monotonic()
+
+    def run(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        problems = load_problems(self.config.data.problems)
+        prompts = prepare.make_prompts(self.config)
+        references = self.out / "shared" / prepare.REFERENCES_FILE
+        with progress_bar() as bar:
+            if not references.exists():
+                with self._part("references: the teacher answers every problem"):
+                    references.parent.mkdir(exist_ok=True)
+                    prepare.sample_references(
+                        self.config, problems, prompts, references.parent, bar
+                    )
+            else:
+                self.done += 1
+            with prepare.student_sampler(
+                self.config, self.out / "shared", prompts, prepare.server_notes(bar)
+            ) as sampler:
+                with self._part("pass rates: 8 rollouts of the student a problem"):
+                    prepare.estimate_pass_rates(
+                        self.config, problems, sampler, self.out / "shared", step=0, bar=bar
+                    )
+                with self._part("evaluate base"):
+                    self._evaluate("base", sampler, lambda: None)
+                bar.stop()  # an arm draws its own
+                for arm in self.arms:
+                    self._run_arm(arm, sampler, references)
+        self._finish()
+
+    def _run_arm(self, arm: str, sampler: Sampler, references: Path) -> None:
+        with self._part(f"train {arm}, {self.config.trainer.max_steps} steps"):
+            self._train(arm, sampler, references)
+        with self._part(f"export and evaluate {arm}"):
+            hf_dir = self.out / arm / "hf"
+            if not hf_dir.exists():
+                _command(["export-hf", str(self.out / arm), str(hf_dir)])
+            files = sorted(hf_dir.glob("*.safetensors"))
+            self._evaluate(arm, sampler, lambda: send_files(sampler.client, files, arm))
+
+    def _train(self, arm: str, sampler: Sampler, references: Path) -> None:
+        """In processes of its own, on the server that runs already."""
+        key = sampler.api_key
+        _command(
+            [
+                "train",
+                *self.common,
+                f"exp_manager.name={arm}",
+                f"rollout.endpoints=[{','.join(sampler.client.endpoints)}]",
+                "references.source=file",
+                f"references.path={references}",
+                f"weights.pass_rates={self.out / 'shared' / prepare.PASS_RATES_FILE}",
+                *ARMS[arm],
+            ],
+            {API_KEY_VARIABLE: key},
+        )
+
+    def _evaluate(self, label: str, sampler: Sampler, serve: Callable[[], None]) -> None:
+        serve()
+        with progress_bar() as bar:
+            self.results[label] = {
+                suite: evaluate(self.config, sampler, problems, label=f"{label} {suite}", bar=bar)
+                for suite, problems in self.suites.items()
+            }
+
+    @contextmanager
+    def _part(self, what: str) -> Iterator[None]:
+        """Says what begins, how far the whole is, and about how long is left."""
+        self.done += 1
+        spent = time.monotonic() - self.began
+        left = ""
+        if self.done > 2:
+            left = f", about {spent / (self.done - 1) * (self.total - self.done + 1):.0f} s left"
+        console.print(
+            f"[bold][{self.done}/{self.total}][/bold] {what} ({spent:.0f} s so far{left})"
+        )
+        yield
+
+    def _finish(self) -> None:
+        from nemo_paced.analysis.report import write_comparison
+
+        with self._part("report"):
+            write_results(
+                self.out / "results.json",
+                self.results,
+                steps=self.config.trainer.max_steps,
+                seed=self.config.model.seed,
+            )
+            runs = {arm: self.out / arm for arm in self.arms}
+            report, verdict, table = write_comparison(self.out, runs, self.results)
+        console.print(table)
+        console.print(verdict)
+        console.print(
+            f"\nreport       {report}\nresults      {self.out / 'results.json'}\n"
+            f"runs         {', '.join(str(path) for path in runs.values())}\n"
+            f"             each with metrics.jsonl, pass_rates.parquet, checkpoints/ and hf/\n"
+            f"pass rates   {self.out / 'shared' / prepare.PASS_RATES_FILE}\n"
+            f"took         {time.monotonic() - self.began:.0f} s"
+        )
+
+
+def _command(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """Another ``nemo-paced`` command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_paced.cli", *arguments],
+        env={**os.environ, **(environment or {})},
+        check=False,
+    )
+    if done.returncode:
+        raise PacedError(f"nemo-paced {arguments[0]} failed with exit code {done.returncode}")
