@@ -194,7 +194,7 @@ class Architecture:
     def rows(self) -> Iterator[tuple[Row, int | None]]:
         """Every Megatron parameter of the whole model with its layer, in one fixed order."""
         yield _EMBEDDING, None
-        layer_rows = _LAYER
+        layer_rows: tuple[Row, ...] = _LAYER
         if self.qkv_bias:
             layer_rows += (_QKV_BIAS,)
         if self.qk_norm:

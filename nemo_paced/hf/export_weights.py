@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_paced.errors import CheckpointError
-from nemo_paced.hf.import_weights import local_parameters
-from nemo_paced.hf.model import PacedGPTModel, load_hf_config
+from nemo_paced.hf.model import PacedGPTModel, load_hf_config, local_parameters
 from nemo_paced.hf.shards import join
 from nemo_paced.parallel import Parallel
 
@@ -32,7 +31,7 @@ def iter_hf_tensors(
     """
     held: dict[tuple[str, int | None], torch.Tensor] = {}
     if parallel.dp_rank == 0:
-        for parameter, row, layer in local_parameters(gpt, parallel):
+        for parameter, row, layer in local_parameters(gpt):
             held.setdefault((row.megatron, layer), parameter.detach())
     for row, layer in gpt.architecture.rows():
         names = [name.format(layer=layer) for name in row.hf]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.architectures import Architecture, Row
-from nemo_paced.hf.model import PacedGPTModel
+from nemo_paced.hf.model import PacedGPTModel, local_parameters
 from nemo_paced.hf.shards import cut
 from nemo_paced.parallel import Parallel
 
@@ -28,7 +27,7 @@ def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) 
     with ExitStack() as stack:
         files = _open(Path(hf_dir), stack)
         _check_names(files, architecture, Path(hf_dir))
-        for parameter, row, layer in local_parameters(gpt, parallel):
+        for parameter, row, layer in local_parameters(gpt):
             names = [name.format(layer=layer) for name in row.hf]
             slices = [_slice(files, name, architecture, row, i) for i, name in enumerate(names)]
             value = cut(
@@ -41,32 +40,6 @@ def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) 
             )
             with torch.no_grad():
                 parameter.copy_(value)
-
-
-def local_parameters(
-    gpt: PacedGPTModel, parallel: Parallel
-) -> Iterator[tuple[torch.nn.Parameter, Row, int | None]]:
-    """This stage's parameters with their rows of the table.
-
-    With tied embeddings and several stages the last one holds a copy of the embedding too.
-    """
-    named = dict(gpt.named_parameters())
-    seen = set()
-    first, count = gpt.first_layer, len(gpt.decoder.layers)
-    for row, layer in gpt.architecture.rows():
-        if layer is not None and not first <= layer < first + count:
-            continue
-        local = None if layer is None else layer - first
-        for candidate in (row.megatron, row.transformer_engine):
-            name = candidate.format(layer=local) if candidate else ""
-            if name in named:
-                seen.add(name)
-                yield named[name], row, layer
-        is_embedding = row.megatron == "embedding.word_embeddings.weight"
-        if is_embedding and gpt.architecture.tied and "output_layer.weight" in named:
-            seen.add("output_layer.weight")
-            yield named["output_layer.weight"], row, layer
-    assert seen == named.keys(), f"parameters without a row: {sorted(named.keys() - seen)}"
 
 
 def _open(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.architectures import Architecture, Layout, Row
 from nemo_paced.parallel import Parallel
 
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
@@ -117,9 +118,36 @@ def build_gpt(
         pg_collection=parallel.groups,
     )
     gpt.architecture = architecture
+    _mark_tensor_parallel(gpt)
     if architecture.rope_scaling:
         _scale_rope(gpt, architecture.rope_scaling)
     return gpt.to(parallel.device)
+
+
+def local_parameters(
+    gpt: PacedGPTModel,
+) -> Iterator[tuple[torch.nn.Parameter, Row, int | None]]:
+    """This stage's parameters with their rows of the table.
+
+    With tied embeddings and several stages the last one holds a copy of the embedding too.
+    """
+    named = dict(gpt.named_parameters())
+    seen = set()
+    first, count = gpt.first_layer, len(gpt.decoder.layers)
+    for row, layer in gpt.architecture.rows():
+        if layer is not None and not first <= layer < first + count:
+            continue
+        local = None if layer is None else layer - first
+        for candidate in (row.megatron, row.transformer_engine):
+            name = candidate.format(layer=local) if candidate else ""
+            if name in named:
+                seen.add(name)
+                yield named[name], row, layer
+        is_embedding = row.megatron == "embedding.word_embeddings.weight"
+        if is_embedding and gpt.architecture.tied and "output_layer.weight" in named:
+            seen.add("output_layer.weight")
+            yield named["output_layer.weight"], row, layer
+    assert seen == named.keys(), f"parameters without a row: {sorted(named.keys() - seen)}"
 
 
 def _transformer_config(
@@ -174,6 +202,22 @@ def _block_spec(config: TransformerConfig, parallel: Parallel) -> TransformerBlo
     assert layer.module is TransformerLayer, "the spec of another Megatron-Core than the pinned one"
     count = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _mark_tensor_parallel(gpt: PacedGPTModel) -> None:
+    """Tell Megatron which parameters are parts and which are copies.
+
+    It marks them while initialising, which is left out here as every value is loaded; unmarked, the
+    gradient norm (hence the clipping) would count one rank's parts alone.
+    """
+    for parameter, row, _ in local_parameters(gpt):
+        if row.layout is not Layout.replicated:
+            for name, value in (
+                ("tensor_model_parallel", True),
+                ("partition_dim", 1 if row.layout is Layout.row else 0),
+                ("partition_stride", 1),
+            ):
+                setattr(parameter, name, value)
 
 
 def _has_transformer_engine() -> bool:

@@ -1,0 +1,196 @@
+"""One training step, whatever the layout: against each other and against plain PyTorch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_paced import parallel as parallel_module
+from nemo_paced.config import (
+    DivergenceKind,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PacedConfig,
+    Precision,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainerConfig,
+)
+from nemo_paced.data.packing import TrainItem
+from nemo_paced.hf.export_weights import iter_hf_tensors
+from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
+from nemo_paced.training import checkpoint
+from nemo_paced.training.setup import build_models
+from tests.dense import dense_divergence
+from tests.distributed.harness import run_ranks
+from tests.tiny import make_hf_model
+
+VOCAB = len(VOCABULARY)
+LR, STEPS = 3e-3, 3
+STAGES = {
+    "forward_kl": StageConfig(name="forward_kl"),
+    "reverse_kl": StageConfig(name="reverse_kl", divergence=DivergenceKind.reverse_kl),
+    "adaptive_kl": StageConfig(name="adaptive_kl", divergence=DivergenceKind.adaptive_kl),
+}
+# tensor, pipeline, ranks, micro-batch, sequence parallel
+LAYOUTS = {
+    "tp1": (1, 1, 1, 2, False),
+    "mbs3": (1, 1, 1, 3, False),
+    "tp2": (2, 1, 2, 2, False),
+    "tp2 sp": (2, 1, 2, 2, True),
+    "pp2": (1, 2, 2, 2, False),
+    "dp2": (1, 1, 2, 2, False),
+    "tp2 pp2": (2, 2, 4, 1, False),
+    "tp2 dp2": (2, 1, 4, 4, False),
+}
+
+
+def make_items(step, count=7):
+    """Responses with unequal student and teacher prompts, lengths and weights."""
+    generator = torch.Generator().manual_seed(step)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return tuple(torch.randint(2, VOCAB, (length,), generator=generator).tolist())
+
+    return [
+        TrainItem(
+            response_id=f"r{i}",
+            problem_id=f"p{i}",
+            student_prompt_ids=ids(2, 8),
+            teacher_prompt_ids=ids(5, 16),
+            response_ids=ids(1, 10),
+            token_weight=(0.3 + 0.2 * i) / 9,  # N = 9: two problems of weight 0 are not run
+        )
+        for i in range(count)
+    ]
+
+
+def make_config(folder, layout):
+    tensor, pipeline, ranks, micro_batch_size, sequence_parallel = layout
+    return PacedConfig(
+        trainer=TrainerConfig(
+            devices=ranks, accelerator="cpu", precision=Precision.fp32, gradient_clip_val=1.0
+        ),
+        model=ModelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            sequence_parallel=sequence_parallel,
+            micro_batch_size=micro_batch_size,
+            make_vocab_size_divisible_by=8,
+            optim=OptimConfig(lr=LR),
+        ),
+        student=StudentConfig(hf_path=f"{folder}/student"),
+        teacher=TeacherConfig(hf_path=f"{folder}/teacher"),
+        loss=LossConfig(),
+    )
+
+
+def train_steps(
+    rank, world_size, folder, layout, kind, resume_from=None, save_to=None, steps=STEPS
+):
+    config = make_config(folder, layout)
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    models = build_models(config, parallel)
+    first = 0
+    if resume_from:
+        first = checkpoint.load(Path(resume_from), models.student, parallel).step
+    results = [models.step(make_items(step), STAGES[kind], LR) for step in range(first, steps)]
+    if save_to:
+        models.save(Path(save_to), step=steps, consumed_problems=0, skipped=0)
+    weights = {
+        n: t.clone() for n, t in iter_hf_tensors(models.student.gpt, parallel) if t is not None
+    }
+    return [(r.loss, r.grad_norm) for r in results], weights
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    # one tied and one not; embeddings larger than the tokenizer, by different amounts
+    make_hf_model("qwen3_tied", folder / "student", vocab_size=VOCAB + 3, num_hidden_layers=2)
+    make_hf_model("qwen3", folder / "teacher", seed=1, vocab_size=VOCAB + 11, hidden_size=64)
+    write_tokenizer(folder / "student")
+    write_tokenizer(folder / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(models):
+    return {
+        kind: run_ranks(1, train_steps, str(models), LAYOUTS["tp1"], kind)[0] for kind in STAGES
+    }
+
+
+def reference_steps(folder, kind):
+    """The same steps with transformers and torch's AdamW, one sequence at a time."""
+    import transformers
+
+    student, teacher = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        for name in ("student", "teacher")
+    )
+    norms = [p for p in student.parameters() if p.ndim == 1]
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": norms, "weight_decay": 0.0}], lr=LR, weight_decay=0.01
+    )
+    results = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        total = 0.0
+        for item in make_items(step):
+
+            def logits(model, prompt, item=item):
+                ids = torch.tensor([[*prompt, *item.response_ids]])
+                return model(ids).logits[0, len(prompt) - 1 : -1, :VOCAB]
+
+            with torch.no_grad():
+                teacher_logits = logits(teacher, item.teacher_prompt_ids)
+            student_logits = logits(student, item.student_prompt_ids)
+            loss = dense_divergence(student_logits, teacher_logits, kind).sum() * item.token_weight
+            loss.backward()
+            total += float(loss)
+        norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0))
+        optimizer.step()
+        results.append((total, norm))
+    return results, student.state_dict()
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_steps_equal_plain_pytorch(models, single, kind):
+    losses, weights = single[kind]
+    expected, expected_weights = reference_steps(models, kind)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
+def test_every_layout_gives_the_same_steps(models, single, kind, layout):
+    ranks = LAYOUTS[layout][2]
+    results = run_ranks(ranks, train_steps, str(models), LAYOUTS[layout], kind)
+    expected = torch.tensor(single[kind][0])
+    for losses, _ in results:
+        torch.testing.assert_close(torch.tensor(losses), expected, rtol=1e-5, atol=1e-5)
+        # nothing has been updated before the first loss: only the order of sums differs
+        assert losses[0][0] == pytest.approx(expected[0, 0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("after", ["tp2", "pp2", "tp2 pp2"])
+def test_a_resumed_run_goes_on_as_if_never_stopped(models, single, tmp_path, after):
+    begin = (str(models), LAYOUTS["tp2"], "forward_kl", None, str(tmp_path), 1)
+    run_ranks(2, train_steps, *begin)
+    saved = str(checkpoint.checkpoint_dir(tmp_path, 1))
+    layout = LAYOUTS[after]
+    results = run_ranks(layout[2], train_steps, str(models), layout, "forward_kl", saved)
+    losses = torch.tensor(results[0][0])
+    if layout == LAYOUTS["tp2"]:
+        uninterrupted = run_ranks(2, train_steps, str(models), layout, "forward_kl")
+        assert torch.equal(losses, torch.tensor(uninterrupted[0][0][1:]))
+    torch.testing.assert_close(
+        losses, torch.tensor(single["forward_kl"][0][1:]), rtol=1e-4, atol=1e-4
+    )
