@@ -18,3 +18,9 @@ test-fast: setup
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy nemo_paced
+
+real: setup
+	$(VENV)/bin/python -m nemo_paced.quickstart.smollm2 --out runs/smollm2
+	$(VENV)/bin/nemo-paced train --config-name smollm2_self
+	$(VENV)/bin/nemo-paced export-hf runs/smollm2/self runs/smollm2/self/hf
+	$(VENV)/bin/nemo-paced report runs/smollm2/self

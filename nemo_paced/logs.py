@@ -14,3 +14,4 @@ def set_up_logging(rank: int) -> None:
         level=logging.WARNING, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S"
     )
     logging.getLogger("nemo_paced").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -47,21 +47,27 @@ class Recipe:
     """Shape and diet of one model.
 
     Attributes:
+        rarest: how often the rarest operation is seen, the most common one being 1.
+        pair_share: of the chains hold two-argument operations.
         step_accuracies: the learning rate falls to ``learning_rates[1]`` at the first and training
-            ends at the second; mean probability of the right next state on the training problems.
+            ends at the second; mean probability of the right next state on evenly drawn chains.
+        old_share: of the sequences are old skills (other chains and maps) until these are known.
     """
 
     hidden_size: int
     tied: bool
-    uneven: bool  # rare operations rarely, two-argument ones hardly ever
+    rarest: float
+    pair_share: float
+    old_share: float
     hints: bool
     learning_rates: tuple[float, float]
     step_accuracies: tuple[float, float]
     max_steps: int
 
 
-STUDENT = Recipe(96, True, True, False, (2e-3, 3e-4), (0.7, 0.84), 4000)
-TEACHER = Recipe(128, False, False, True, (2e-3, 3e-4), (0.9, 0.985), 4000)
+STUDENT = Recipe(96, True, 0.3, 0.005, 0.8, False, (2e-3, 3e-4), (0.72, 0.92), 5000)
+TEACHER = Recipe(128, False, 1.0, PAIR_SHARE, 0.3, True, (2e-3, 3e-4), (0.9, 0.985), 4000)
+KNOWN = 0.9  # step accuracy at which an old skill counts as known
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -104,8 +110,8 @@ class Diet:
     def __init__(self, world: World, recipe: Recipe, seed: int) -> None:
         self.world, self.recipe = world, recipe
         self.rng = np.random.default_rng([seed, 1])
-        frequency = np.geomspace(1.0, 0.3, NUM_OPS) if recipe.uneven else np.ones(NUM_OPS)
-        self.keep = frequency / frequency.max()
+        self.keep = np.geomspace(1.0, recipe.rarest, NUM_OPS)
+        self.old_share = recipe.old_share
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and labels [B, S]; -100 where nothing is learnt (prompts, planted errors)."""
@@ -123,14 +129,14 @@ class Diet:
     def _sequence(self) -> tuple[list[int], list[bool]]:
         rng, kind = self.rng, self.rng.random()
         start = int(rng.integers(NUM_STATES))
-        if kind < 0.15:
+        if kind < self.old_share / 2:
             length = int(rng.integers(MIN_LENGTH, 9))
             op = MAPS[int(rng.integers(len(MAPS)))]
             states = rng.integers(0, NUM_STATES, length).tolist()
             prompt = ["map", op, *(f"s{state}" for state in states), "="]
             written = right = [int(self.world.single[op][state]) for state in states]
         else:
-            ops = self._ops(old=kind < 0.3)
+            ops = self._ops(old=kind < self.old_share)
             prompt = ["solve", f"s{start}", *ops, "="]
             right = self.world.chain(start, ops)
             written = self._with_errors(start, ops) if self.recipe.hints else right
@@ -149,13 +155,12 @@ class Diet:
         length = int(rng.integers(MIN_LENGTH, MAX_LENGTH + 1))
         if old:
             return [OLD_OPS[int(rng.integers(len(OLD_OPS)))] for _ in range(min(length, 8))]
-        pair_share = 0.005 if self.recipe.uneven else PAIR_SHARE
         while True:
             ops = window_ops(rng, length)
             # a rare operation is drawn, then mostly put back
             if rng.random() < min(self.keep[OPS.index(op)] for op in ops):
                 break
-        if rng.random() < 2 * pair_share:
+        if rng.random() < self.recipe.pair_share:
             for position in rng.choice(length, max(1, length // 3), replace=False):
                 ops[position] = PAIR_OPS[int(rng.integers(len(PAIR_OPS)))]
         return ops
@@ -183,7 +188,9 @@ def train(recipe: Recipe, seed: int, description: str) -> torch.nn.Module:
     """Train until the recipe's step accuracy."""
     world = World()
     model, diet = make_model(recipe, seed), Diet(world, recipe, seed)
-    probe = Diet(world, replace(recipe, uneven=False), seed + 1)
+    even = replace(recipe, rarest=1.0, hints=False)
+    probe = Diet(world, replace(even, old_share=0.0), seed + 1)
+    old_probe = Diet(world, replace(even, old_share=1.0), seed + 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rates[0])
     coarse = True
     for step in track(range(recipe.max_steps), description=description):
@@ -192,14 +199,19 @@ def train(recipe: Recipe, seed: int, description: str) -> torch.nn.Module:
         model(ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 20 == 0:
-            accuracy = step_accuracy(model, probe.batch)
-            if coarse and accuracy >= recipe.step_accuracies[0]:
-                coarse = False
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rates[1]
-            if accuracy >= recipe.step_accuracies[1]:
-                break
+        if step % 20:
+            continue
+        if step_accuracy(model, old_probe.batch) >= KNOWN:
+            diet.old_share = min(diet.old_share, 0.3)
+        accuracy = step_accuracy(model, probe.batch)
+        if step % 200 == 0:
+            print(step, accuracy, step_accuracy(model, old_probe.batch), diet.old_share, flush=True)
+        if coarse and accuracy >= recipe.step_accuracies[0] and diet.old_share <= 0.3:
+            coarse = False
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rates[1]
+        if not coarse and accuracy >= recipe.step_accuracies[1]:
+            break
     return model
 
 

@@ -143,7 +143,7 @@ def extract_answer(text: str) -> str | None:
 
 def normalize(answer: str) -> str:
     """Light normalisation: spaces, dollar signs, text wrappers, thousands separators, final dot."""
-    answer = answer.strip().strip("$").strip()
+    answer = answer.strip().rstrip(".").strip("$").strip()
     answer = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", answer)
     answer = re.sub(r"\\(?:left|right|!|,|;|quad)", "", answer)
     answer = answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")

@@ -24,6 +24,7 @@ import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.export_weights import copy_metadata
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "paced.json"
 PASS_RATES_FILE = "pass_rates.parquet"
 HF_FOLDER = "hf"
+# torch's own is no Exception
+_FAILURES = (Exception, CheckpointException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def save(
             _write_beside(temporary, run_dir, state, hf_dir)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-    except Exception as error:
+    except _FAILURES as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {final} could not be written: {_reason(error)}. Checkpoints written "
@@ -113,6 +116,7 @@ def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
     wanted = _sharded_state(student, parallel, loading=True, with_rng=same_layout)
     loaded = _load(wanted, directory)
     student.gpt.load_state_dict(loaded["model"])
+    _complete_steps(loaded["optimizer"])
     student.optimizer.load_state_dict(loaded["optimizer"])
     student.optimizer.reload_model_params()
     if same_layout:
@@ -168,7 +172,10 @@ def _sharded_state(
     model = student.gpt.sharded_state_dict()
     state = {
         "model": model,
-        "optimizer": student.optimizer.sharded_state_dict(model, is_loading=loading),
+        # a run that has not updated yet has no moments: let Megatron make them as for loading
+        "optimizer": student.optimizer.sharded_state_dict(
+            model, is_loading=loading or not student.has_moments
+        ),
     }
     if with_rng:
         state["rng_state"] = ShardedObject(
@@ -184,11 +191,17 @@ def _sharded_state(
 def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(wanted, str(directory))
-    except Exception as error:
+    except _FAILURES as error:
         raise CheckpointError(
             f"checkpoint {directory} cannot be loaded: {_reason(error)}. It may be damaged or of "
             "another model; remove it to resume from the one before"
         ) from error
+
+
+def _complete_steps(optimizer: dict[str, Any]) -> None:
+    """A step count of 0 is left out when saving, and torch's Adam asks for it when loading."""
+    state = optimizer.get("optimizer", optimizer)["state"]
+    state.setdefault("common_step", torch.tensor(0.0))
 
 
 def _rng_state() -> dict[str, Any]:
@@ -208,5 +221,8 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{type(error).__name__}: {first_line[:300]}"
+    """One line that says what was wrong, out of what wraps it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300]}"

@@ -54,6 +54,11 @@ class Student:
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer has taken a step since it was made or reset."""
+        return any(o.optimizer is not None and o.optimizer.state for o in _chained(self.optimizer))
+
     def reset_optimizer(self) -> None:
         """Forget the moments (``stages[].reset_optimizer``); master weights stay."""
         for optimizer in _chained(self.optimizer):

@@ -194,3 +194,43 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(models, single, tmp_path, aft
     torch.testing.assert_close(
         losses, torch.tensor(single["forward_kl"][0][1:]), rtol=1e-4, atol=1e-4
     )
+
+
+def _save_on_a_full_disk(rank, world_size, folder, out):
+    import resource
+
+    from nemo_paced.errors import CheckpointError
+
+    config = make_config(folder, LAYOUTS["tp1"])
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    models = build_models(config, parallel)
+    models.save(Path(out), step=1, consumed_problems=0, skipped=0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # writing fails from here on
+    with pytest.raises(CheckpointError) as caught:
+        models.save(Path(out), step=2, consumed_problems=0, skipped=0)
+    return str(caught.value)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one_whole(models, tmp_path):
+    (message,) = run_ranks(1, _save_on_a_full_disk, str(models), str(tmp_path))
+    assert "step_00000002 could not be written" in message and "free space" in message
+    (kept,) = checkpoint.checkpoints(tmp_path)
+    assert kept.name == "step_00000001"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    saved = str(kept)
+    (losses, _) = run_ranks(1, train_steps, str(models), LAYOUTS["tp1"], "forward_kl", saved)[0]
+    assert len(losses) == STEPS - 1
+
+
+def test_a_damaged_checkpoint_is_named(models, tmp_path):
+    from nemo_paced.errors import CheckpointError
+
+    run_ranks(1, train_steps, str(models), LAYOUTS["tp1"], "forward_kl", None, str(tmp_path), 1)
+    directory = checkpoint.checkpoint_dir(tmp_path, 1)
+    for path in directory.glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(AssertionError, match=r"CheckpointError: checkpoint .*step_00000001"):
+        run_ranks(1, train_steps, str(models), LAYOUTS["tp1"], "forward_kl", str(directory))
+    (directory / checkpoint.STATE_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        checkpoint.read_state(directory)

@@ -1,0 +1,163 @@
+"""The main job with real ranks and a real server, as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+
+
+def command(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "nemo_paced.cli", *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*arguments, **environment):
+    process = command(*arguments, **environment)
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+def train_arguments(folder, name, *overrides):
+    return (
+        "train",
+        "--config-name",
+        "quickstart",
+        f"exp_manager.exp_dir={folder}",
+        f"exp_manager.name={name}",
+        f"trainer.max_steps={STEPS}",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+        "references.source=solution",
+        "weights.num_rollouts=4",
+        *overrides,
+    )
+
+
+def metrics(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def left_running(marker):
+    found = subprocess.run(["pgrep", "-f", marker], capture_output=True, text=True).stdout.split()
+    return [pid for pid in found if int(pid) != os.getpid()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    run(*train_arguments(folder, "whole", "trainer.val_check_interval=3", "evaluation.samples=2"))
+    return folder
+
+
+def test_a_run_directory_holds_what_is_promised(uninterrupted):
+    run_dir = uninterrupted / "whole"
+    lines = metrics(uninterrupted, "whole")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["stage"] for line in lines] == ["forward_kl"] * 3 + ["reverse_kl"] * 3
+    for line in lines[3:]:
+        assert line["rollout/logprob_gap"] < 1e-4 and line["rollout/staleness"] == 0
+    assert "validation/accuracy" in lines[2] and "validation/accuracy" in lines[5]
+    table = pandas.read_parquet(run_dir / "pass_rates.parquet")
+    assert table["weight"].mean() == pytest.approx(1.0)
+    assert (table["student_step"] == 3).all(), "estimated again at the switch"
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000004", "step_00000006"]
+    assert list((run_dir / "logs").glob("events.out.tfevents*"))
+    assert not left_running(str(run_dir))
+
+
+@pytest.mark.parametrize("kill_after", [1, 4])
+def test_a_run_killed_at_any_step_goes_on_as_if_never_stopped(uninterrupted, kill_after):
+    name = f"killed{kill_after}"
+    arguments = train_arguments(uninterrupted, name)
+    process = command(*arguments)
+    path = uninterrupted / name / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not path.exists() or len(path.read_text().splitlines()) < kill_after:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while left_running(str(uninterrupted / name)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left_running(str(uninterrupted / name)), "ranks and server die with their parent"
+    run(*arguments)
+    whole, resumed = metrics(uninterrupted, "whole"), metrics(uninterrupted, name)
+    assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
+    # forward KL: exactly; the reverse-KL stage samples anew where no rollout was kept
+    for a, b in zip(whole[:3], resumed[:3], strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), (1, 1)])
+def test_other_layouts_give_the_same_losses_on_replayed_rollouts(uninterrupted, tensor, pipeline):
+    name = f"tp{tensor}pp{pipeline}"
+    rollouts = uninterrupted / name / "rollouts"
+    rollouts.mkdir(parents=True)
+    stored = (uninterrupted / "whole" / "rollouts" / "rollouts.log").read_bytes()
+    (rollouts / "rollouts.log").write_bytes(stored)
+    run(
+        *train_arguments(uninterrupted, name),
+        f"model.tensor_model_parallel_size={tensor}",
+        f"model.pipeline_model_parallel_size={pipeline}",
+        f"trainer.devices={tensor * pipeline}",
+    )
+    for a, b in zip(metrics(uninterrupted, "whole"), metrics(uninterrupted, name), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_a_run_exports_evaluates_and_reports(uninterrupted, tmp_path):
+    run_dir = uninterrupted / "whole"
+    run("export-hf", run_dir, tmp_path / "hf")
+    problems = tmp_path / "few.jsonl"
+    from nemo_paced.compose import ASSETS
+
+    lines = (ASSETS / "problems_heldout.jsonl").read_text().splitlines()[:20]
+    problems.write_text("\n".join(lines) + "\n")
+    out = run(
+        "evaluate",
+        tmp_path / "hf",
+        "--problems",
+        problems,
+        "--samples",
+        2,
+        "--baseline",
+        ASSETS / "student",
+        "--out",
+        tmp_path / "results.json",
+        "--config-name",
+        "quickstart",
+    )
+    assert "model - baseline" in out
+    results = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert set(results) == {"model", "baseline"} and results["model"]["few"]["samples"] == 2
+    run("import-hf", tmp_path / "hf", tmp_path / "checkpoint", "trainer.precision=fp32")
+    run("export-hf", tmp_path / "checkpoint", tmp_path / "again")
+    first, second = (tmp_path / n / "model.safetensors" for n in ("hf", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    page = run("report", run_dir)
+    assert "report.html" in page and "<svg" in (run_dir / "report.html").read_text()
+
+
+def test_a_changed_setting_is_refused(uninterrupted):
+    process = command(*train_arguments(uninterrupted, "whole", "model.optim.lr=1.0"))
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "model.optim.lr was" in out and "is 1.0" in out

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from nemo_paced.config import DataConfig, PrivilegedContext
+from nemo_paced.errors import ConfigError
+from nemo_paced.hf.tokenizer import Prompts, check_same_tokens, tokenizer_vocab_size
+from nemo_paced.quickstart.models import EOS, VOCABULARY, write_tokenizer
+from nemo_paced.records import Problem
+
+PROBLEM = Problem("p", "solve s1 f2 =", "s3", solution="s4 s3")
+DATA = DataConfig(
+    prompt_template="{problem}",
+    teacher_prompt_template="hint {context} ; {student_prompt}",
+    max_prompt_length=4,
+    max_teacher_prompt_length=8,
+    max_response_length=3,
+)
+
+
+def words(*names):
+    return tuple(VOCABULARY[name] for name in names)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    return path
+
+
+def test_student_and_teacher_prompts(folder):
+    prompts = Prompts(folder, DATA, PrivilegedContext.expert_solution)
+    student = words("solve", "s1", "f2", "=")
+    assert prompts.student(PROBLEM) == student
+    assert prompts.teacher(PROBLEM) == (*words("hint", "s4", "s3", ";"), *student)
+    answer = Prompts(folder, DATA, PrivilegedContext.answer)
+    assert answer.teacher(PROBLEM) == (*words("hint", "s3", ";"), *student)
+    assert Prompts(folder, DATA, PrivilegedContext.none).teacher(PROBLEM) == student
+
+
+def test_stop_tokens_are_the_union_of_both_sources(folder):
+    prompts = Prompts(folder, DATA, PrivilegedContext.none)
+    assert prompts.stop_token_ids == (1, 7) and prompts.eos_id == VOCABULARY[EOS] == 1
+    assert prompts.response("s4 s3") == (*words("s4", "s3"), 1)
+    assert prompts.response("s4 s3 s2") == words("s4", "s3", "s2"), "cut at the limit: no EOS"
+    assert prompts.decode(prompts.response("s4 s3")) == "s4 s3"
+    assert prompts.vocab_size == tokenizer_vocab_size(folder) == len(VOCABULARY)
+
+
+def test_a_prompt_over_the_limit_names_problem_length_and_key(folder):
+    prompts = Prompts(folder, DATA, PrivilegedContext.none)
+    long = Problem("long-1", "solve s1 f2 f3 =", "s3")
+    with pytest.raises(ConfigError, match=r"'long-1' has 5 tokens, above data.max_prompt_length 4"):
+        prompts.student(long)
+
+
+def test_a_missing_solution_is_named(folder):
+    prompts = Prompts(folder, DATA, PrivilegedContext.expert_solution)
+    with pytest.raises(ConfigError, match="problem 'q' has no solution"):
+        prompts.teacher(Problem("q", "solve", "s1"))
+
+
+def test_a_token_id_that_means_two_things_is_named(folder, tmp_path):
+    check_same_tokens(folder, folder)
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["other"] = vocabulary.pop("s7")
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ConfigError, match=rf"token id {VOCABULARY['s7']} means 's7' to the student"
+    ):
+        check_same_tokens(folder, tmp_path)
