@@ -104,22 +104,28 @@ carried along.""",
         "nemo_paced.evaluation.run:main",
         "accuracy of a model on a problem file, with its standard error",
         """\
-usage: nemo-paced evaluate CHECKPOINT_OR_HF_DIR --problems FILE [--samples 8] [--out results.json]
-           [--baseline CHECKPOINT_OR_HF_DIR] [--config-name NAME] [key=value ...]
+usage: nemo-paced evaluate CHECKPOINT_OR_HF_DIR --problems [NAME=]FILE [--problems ...]
+           [--samples 8] [--baseline CHECKPOINT_OR_HF_DIR] [--out results.json]
+           [--config-name NAME] [key=value ...]
 
 Serves the model, samples and grades, prints mean@k. The configuration gives prompts, verifier and
-sampling (evaluation.*); --baseline adds the paired difference.
+sampling (evaluation.*); without --config-name it is that of the run which the model lies in.
+--baseline adds the paired difference. A suite is named after its file unless NAME= says otherwise;
+the report takes the one named `forgetting` for the forgetting table.
 
-example: nemo-paced evaluate RUN/hf --problems heldout.jsonl --config-name quickstart""",
+example: nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems heldout=heldout.jsonl \\
+             --problems forgetting=old_skills.jsonl --out RUN/results.json""",
     ),
     "report": Command(
         "nemo_paced.analysis.report:main",
         "one self-contained HTML page about a run",
         """\
-usage: nemo-paced report RUN_DIR
+usage: nemo-paced report RUN_DIR [--out FILE]
+       nemo-paced report --compare RUN_DIR RUN_DIR ... [--out FILE]
 
-Writes RUN_DIR/report.html: pass rates before and after, weights, loss curves per stage, accuracy,
-timing, configuration. Missing parts are said to be missing.""",
+Writes RUN_DIR/report.html: accuracy and forgetting (from results.json), pass rates before and
+after, weights, loss curves per stage, timing, configuration. Missing parts are said to be missing.
+--compare puts several runs side by side, in comparison.html in their common folder.""",
     ),
 }
 

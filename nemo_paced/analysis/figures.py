@@ -1,142 +1,262 @@
-"""Figures of a run as inline SVG: plain matplotlib, one idea each, axes with units."""
+"""Figures of a run as inline SVG: plain matplotlib, one idea each, axes with units.
+
+Text and axes take the page's colour (``currentColor``), so that a figure is readable on a light and
+on a dark page; the data colours are chosen for both.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9731a", "#2f8f4e", "#8a8f98"
+BLUE, ORANGE, GREEN, GREY, PINK = "#3b82c4", "#e07b26", "#3d9a5b", "#8a8f98", "#c0609f"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
+# No figure draws in this colour: it stands for the page's own and is replaced in the SVG.
+_INK = "#010203"
 _STYLE: dict[Any, Any] = {
-    "figure.figsize": (6.4, 3.2),
+    "figure.figsize": (5.2, 3.1),  # about a phone's width in points: text keeps its size there
     "figure.constrained_layout.use": True,
-    "font.size": 10,
+    "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "axes.labelsize": 10.5,
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.7,
+    "grid.color": _INK,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
     "svg.fonttype": "none",
+    "svg.hashsalt": "nemo_paced",  # the same figure gives the same bytes
 }
+SMOOTHED_OVER = 10  # steps of the trailing mean
+FEW_POINTS = 20  # up to so many are marked, and not smoothed
+TIMED_PARTS = ("teacher", "student", "rollout", "refit", "checkpoint")
 
 
-def pass_rate_histogram(tables: dict[str, Sequence[float]]) -> str:
-    """Pass rates of each estimate (label -> pass rates) in ten bins."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots()
-        bins = np.linspace(0, 1, 11).tolist()
-        values = [np.clip(rates, 0, 1) for rates in tables.values()]
-        axes.hist(values, bins=bins, label=list(tables), color=[GREY, BLUE, ORANGE][: len(values)])
-        axes.set(xlabel="pass rate", ylabel="problems", xticks=np.linspace(0, 1, 6))
-        axes.legend(frameon=False)
-        return _svg(figure)
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve: values at optimizer steps, with standard errors where there are any."""
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    errors: Sequence[float] | None = None
 
 
-def weights_by_pass_rate(pass_rates: Sequence[float], weights: Sequence[float]) -> str:
-    """What each pass rate weighs, and how much of the total weight it holds."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots()
-        rates = np.asarray(pass_rates)
-        values = np.asarray(weights)
-        levels = np.unique(rates)
-        width = 0.8 * np.min(np.diff(levels)) if len(levels) > 1 else 0.08
-        share = [values[rates == level].sum() / values.sum() for level in levels]
-        axes.bar(levels, share, width=width, color=GREY, label="share of all weight")
+def pass_rate_histogram(tables: dict[str, Sequence[float]], num_rollouts: int) -> str:
+    """Problems by pass rate, for each estimate (label -> pass rates).
+
+    With K rollouts a pass rate is one of 0/K .. K/K: up to K = 16 each has its own bar (ten equal
+    bins would leave gaps and pile two values up in others), above that there are ten bins.
+    """
+    centres, edges = _bins(num_rollouts)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        width = 0.8 * (edges[1] - edges[0]) / len(tables)
+        for index, (label, rates) in enumerate(tables.items()):
+            counts, _ = np.histogram(rates, bins=edges)
+            shift = (index - (len(tables) - 1) / 2) * width
+            colour = (GREY, BLUE)[index] if len(tables) == 2 else BLUE
+            axes.bar(centres + shift, counts, width, label=label, color=colour)
+        axes.set(xlabel="pass rate of a problem", ylabel="problems", xticks=np.linspace(0, 1, 6))
+        _legend(axes)
+        return _svg(figure, "Histogram of pass rates")
+
+
+def weights_by_pass_rate(
+    pass_rates: Sequence[float], weights: Sequence[float], num_rollouts: int
+) -> str:
+    """What a problem of each pass rate weighs (line), and its share of all weight (bars)."""
+    rates, values = np.asarray(pass_rates), np.asarray(weights)
+    centres, edges = _bins(num_rollouts)
+    held, _ = np.histogram(rates, bins=edges, weights=values)
+    counts, _ = np.histogram(rates, bins=edges)
+    there = counts > 0
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        axes.bar(centres, held / values.sum(), 0.8 * (edges[1] - edges[0]), color=GREY, alpha=0.6)
+        axes.set(
+            xlabel="pass rate of a problem",
+            ylabel="share of all weight (bars)",
+            xticks=np.linspace(0, 1, 6),
+        )
         twin = axes.twinx()
-        twin.plot(levels, [values[rates == level].mean() for level in levels], "o-", color=BLUE)
-        twin.set_ylabel("weight (mean 1)", color=BLUE)
+        twin.plot(centres[there], held[there] / counts[there], "o-", color=BLUE)
+        twin.set_ylabel("weight of one problem (line)", color=BLUE)
+        twin.tick_params(axis="y", colors=BLUE)
+        twin.set_ylim(0, None)
         twin.grid(visible=False)
-        axes.set(xlabel="pass rate", ylabel="share of all weight")
-        return _svg(figure)
+        twin.spines["right"].set(visible=True, color=BLUE)
+        return _svg(figure, "Weights against pass rate")
 
 
-def curves(rows: Sequence[dict[str, Any]], key: str, ylabel: str, *, log: bool = False) -> str:
-    """One metric against the step, a colour a stage."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots()
-        stages = list(dict.fromkeys(row["stage"] for row in rows))
-        for stage, colour in zip(stages, (BLUE, ORANGE, GREEN, GREY) * 3, strict=False):
-            points = [(r["step"], r[key]) for r in rows if r["stage"] == stage and _has(r, key)]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, lw=1.4, label=stage,
-                          marker="." if len(points) < 40 else None)  # fmt: skip
+def curves(lines: Sequence[Line], ylabel: str, *, log: bool = False, share: bool = False) -> str:
+    """One metric against the step. Long curves are drawn faint, under their trailing mean.
+
+    Args:
+        share: the axis goes from 0 to 1.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        for line, colour in zip(lines, COLOURS * len(lines), strict=False):
+            steps, values = np.asarray(line.steps), np.asarray(line.values, dtype=float)
+            if log:
+                steps, values = steps[values > 0], values[values > 0]
+            if line.errors is not None:
+                axes.errorbar(
+                    steps, values, line.errors, fmt="o-", capsize=3, color=colour, label=line.label
+                )
+            elif len(steps) <= FEW_POINTS:
+                axes.plot(steps, values, ".-", color=colour, lw=1.4, label=line.label)
+            else:
+                axes.plot(steps, values, color=colour, lw=0.8, alpha=0.4)
+                axes.plot(steps, _trailing_mean(values), color=colour, lw=1.8, label=line.label)
         if log:
             axes.set_yscale("log")
+        if share:
+            axes.set_ylim(-0.02, 1.02)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="optimizer step", ylabel=ylabel)
-        axes.legend(frameon=False)
-        return _svg(figure)
+        _legend(axes)
+        return _svg(figure, f"{ylabel} against optimizer step")
 
 
 def drift(tables: dict[int, Sequence[float]]) -> str:
     """Shares of problems below 0.2, between and above 0.8, and the mean, by student step."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots()
-        steps = sorted(tables)
-        below = [float(np.mean(np.asarray(tables[s]) < 0.2)) for s in steps]
-        above = [float(np.mean(np.asarray(tables[s]) > 0.8)) for s in steps]
-        middle = [1 - b - a for b, a in zip(below, above, strict=True)]
-        positions = np.arange(len(steps))
-        axes.bar(positions, below, 0.6, color=ORANGE, label="below 0.2")
-        axes.bar(positions, middle, 0.6, bottom=below, color=BLUE, label="0.2 to 0.8")
-        bottom = [b + m for b, m in zip(below, middle, strict=True)]
-        axes.bar(positions, above, 0.6, bottom=bottom, color=GREEN, label="above 0.8")
-        means = [float(np.mean(tables[s])) for s in steps]
-        axes.plot(positions, means, "ko", label="mean pass rate")
+    steps = sorted(tables)
+    rates = [np.asarray(tables[step]) for step in steps]
+    below = np.array([np.mean(r < 0.2) for r in rates])
+    above = np.array([np.mean(r > 0.8) for r in rates])
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        at = np.arange(len(steps))
+        axes.bar(at, below, 0.6, color=ORANGE, label="below 0.2")
+        axes.bar(at, 1 - below - above, 0.6, bottom=below, color=BLUE, label="0.2 to 0.8")
+        axes.bar(at, above, 0.6, bottom=1 - above, color=GREEN, label="above 0.8")
+        means = [float(np.mean(r)) for r in rates]
+        axes.plot(at, means, "o-", color=_INK, label="mean pass rate")
         axes.set(
-            xticks=positions, xticklabels=[f"step {s}" for s in steps], ylabel="share", ylim=(0, 1)
+            xticks=at,
+            xticklabels=[str(step) for step in steps],
+            xlabel="optimizer step of the student",
+            ylabel="share of problems; mean",
+            ylim=(0, 1),
         )
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        return _svg(figure)
+        axes.grid(visible=False)
+        _legend(axes)
+        return _svg(figure, "Drift of pass rates")
 
 
-def timing(rows: Sequence[dict[str, Any]]) -> str:
-    """Where the wall time of all steps went, by stage."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 2.2))
-        stages = list(dict.fromkeys(row["stage"] for row in rows))
-        parts = ("teacher", "student", "rollout", "refit", "checkpoint")
+def timing(seconds: dict[str, dict[str, float]]) -> str:
+    """Where the wall time of each stage went: stage -> part -> seconds."""
+    stages = list(seconds)
+    parts = list(next(iter(seconds.values())))
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(height=1.5 + 0.5 * len(stages))
         left = np.zeros(len(stages))
-        colours = (BLUE, GREEN, ORANGE, "#b2508c", GREY)
-        for part, colour in zip(parts, colours, strict=True):
-            seconds = np.array(
-                [sum(r.get(f"time/{part}_s") or 0 for r in rows if r["stage"] == s) for s in stages]
-            )
-            axes.barh(stages, seconds, left=left, color=colour, label=part)
-            left += seconds
-        axes.set(xlabel="seconds, all steps of the stage")
-        axes.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.45, 1))
-        return _svg(figure)
+        for part, colour in zip(parts, (*COLOURS, "#b8b08d"), strict=False):
+            widths = np.array([seconds[stage][part] for stage in stages])
+            axes.barh(stages, widths, 0.6, left=left, color=colour, label=part)
+            left += widths
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel="wall time of the stage's steps (s)")
+        _legend(axes)
+        return _svg(figure, "Wall time by part and stage")
 
 
 def accuracy_bars(labels: Sequence[str], suites: dict[str, list[tuple[float, float]]]) -> str:
-    """mean@k with its standard error, by model and suite."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots()
+    """mean@k with its standard error, by model and suite: suite -> (mean, s.e.) a model."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
         width = 0.8 / len(suites)
+        at = np.arange(len(labels))
         for index, (suite, values) in enumerate(suites.items()):
-            positions = np.arange(len(labels)) + (index - (len(suites) - 1) / 2) * width
             means, errors = zip(*values, strict=True)
-            colour = (BLUE, GREY, GREEN)[index % 3]
-            axes.bar(
-                positions, means, width * 0.92, yerr=errors, capsize=3, color=colour, label=suite
-            )
-        axes.set(xticks=np.arange(len(labels)), xticklabels=labels, ylabel="mean@k", ylim=(0, 1))
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        return _svg(figure)
+            shift = (index - (len(suites) - 1) / 2) * width
+            axes.bar(at + shift, means, width * 0.92, yerr=np.nan_to_num(errors), capsize=3,
+                     ecolor=_INK, color=COLOURS[index % len(COLOURS)], label=suite)  # fmt: skip
+        axes.set(xticks=at, xticklabels=labels, ylabel="mean@k", ylim=(0, 1))
+        if len(labels) > 4:
+            axes.tick_params(axis="x", rotation=30)
+        axes.grid(visible=False, axis="x")
+        _legend(axes)
+        return _svg(figure, "Accuracy by model")
 
 
-def _has(row: dict[str, Any], key: str) -> bool:
-    return row.get(key) is not None
+def differences(
+    labels: Sequence[str], suites: dict[str, list[tuple[float, float]]], reference: str
+) -> str:
+    """Accuracy minus the reference model's, with two standard errors: an interval each."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(height=1.4 + 0.28 * len(labels) * len(suites))
+        at = np.arange(len(labels))
+        for index, (suite, values) in enumerate(suites.items()):
+            means, errors = zip(*values, strict=True)
+            shift = (index - (len(suites) - 1) / 2) * 0.5 / len(suites)
+            axes.errorbar(means, at + shift, xerr=2 * np.nan_to_num(errors), fmt="o", capsize=3,
+                          color=COLOURS[index % len(COLOURS)], label=suite)  # fmt: skip
+        axes.axvline(0, color=_INK, lw=1)
+        axes.set(
+            yticks=at,
+            yticklabels=labels,
+            ylim=(len(labels) - 0.5, -0.5),
+            xlabel=f"mean@k minus {reference}, ± 2 standard errors",
+        )
+        axes.grid(visible=False, axis="y")
+        _legend(axes)
+        return _svg(figure, f"Accuracy minus that of {reference}")
 
 
-def _svg(figure: Any) -> str:
+def _bins(num_rollouts: int) -> tuple[Any, Any]:
+    """(centres, edges) of the bars over pass rates."""
+    if num_rollouts <= 16:
+        centres = np.linspace(0, 1, num_rollouts + 1)
+        half = 0.5 / num_rollouts
+        return centres, np.append(centres - half, 1 + half)
+    edges = np.linspace(0, 1, 11)
+    return (edges[1:] + edges[:-1]) / 2, edges
+
+
+def _trailing_mean(values: Any) -> Any:
+    return [values[max(0, end - SMOOTHED_OVER) : end].mean() for end in range(1, len(values) + 1)]
+
+
+def _axes(height: float | None = None) -> tuple[Figure, Any]:
+    figure = Figure()
+    if height is not None:
+        figure.set_size_inches(_STYLE["figure.figsize"][0], height)
+    return figure, figure.subplots()
+
+
+def _legend(axes: Any) -> None:
+    """Above the data, so that it hides none; nothing where nothing was drawn."""
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.figure.legend(loc="outside upper left", ncols=min(len(handles), 4), frameon=False,
+                           fontsize=9, columnspacing=1.2, handlelength=1.4)  # fmt: skip
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The ``<svg>`` element alone, without ids that another figure of the page has too."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -70,6 +72,9 @@ def _start_ranks(count: int, run_dir: Path) -> None:
             "-m", "nemo_paced.entry.worker", str(run_dir / "config.yaml"), str(run_dir)
         )
     except ChildFailedError as error:
+        for failure in error.failures.values():
+            with contextlib.suppress(ProcessLookupError):  # helpers that outlived their rank
+                os.killpg(failure.pid, signal.SIGKILL)
         rank, failure = error.get_first_failure()
         if failure.exitcode == EXIT_SAID:
             raise AlreadySaid from None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from nemo_paced.errors import PacedError
 from nemo_paced.logs import set_up_logging
 
+PARENT_POLL_S = 0.5
+
 
 def main() -> int:
-    _die_with_parent()
+    _end_group_with_parent()
     set_up_logging(int(os.environ["RANK"]))
     from nemo_paced.compose import load_config
     from nemo_paced.training.loop import train
@@ -27,11 +29,26 @@ def main() -> int:
     return 0
 
 
-def _die_with_parent() -> None:
-    """Linux: a killed launcher leaves no rank behind."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def _end_group_with_parent() -> None:
+    """Whatever ends this rank ends its helpers too: a killed launcher leaves nothing behind.
+
+    Megatron's checkpoint writer keeps server processes that outlive a rank which does not exit by
+    itself. They are in this rank's process group; a thread waits for SIGTERM, or for the launcher
+    to be gone, and ends the whole group. (The rollout server has a session and a watcher of its
+    own.) A thread, since the main one may be inside a collective.
+    """
+    if os.getpgrp() != os.getpid():
+        return  # not started by our launcher: the group is somebody else's
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if signal.sigtimedwait({signal.SIGTERM}, PARENT_POLL_S) is not None:
+                break
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="parent watch").start()
 
 
 if __name__ == "__main__":

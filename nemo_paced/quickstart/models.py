@@ -204,8 +204,6 @@ def train(recipe: Recipe, seed: int, description: str) -> torch.nn.Module:
         if step_accuracy(model, old_probe.batch) >= KNOWN:
             diet.old_share = min(diet.old_share, 0.3)
         accuracy = step_accuracy(model, probe.batch)
-        if step % 200 == 0:
-            print(step, accuracy, step_accuracy(model, old_probe.batch), diet.old_share, flush=True)
         if coarse and accuracy >= recipe.step_accuracies[0] and diet.old_share <= 0.3:
             coarse = False
             for group in optimizer.param_groups:

@@ -23,7 +23,7 @@ from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import PacedError
 from nemo_paced.evaluation.results import write_results
-from nemo_paced.evaluation.run import evaluate
+from nemo_paced.evaluation.run import evaluate, sampling_settings
 from nemo_paced.records import Problem
 from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
@@ -147,19 +147,28 @@ class Quickstart:
         yield
 
     def _finish(self) -> None:
-        from nemo_paced.analysis.report import write_comparison
+        from nemo_paced.analysis.comparison import terminal_table, write_comparison
+        from nemo_paced.analysis.report import write_report
 
+        runs = {arm: self.out / arm for arm in self.arms}
+        report = self.out / "report.html"
+        settings = sampling_settings(self.config)
         with self._part("report"):
-            write_results(
-                self.out / "results.json",
+            write_results(self.out / "results.json", self.results, settings)
+            for arm, run_dir in runs.items():
+                own = {label: self.results[label] for label in ("base", arm)}
+                write_results(run_dir / "results.json", own, settings)
+                write_report(run_dir)
+            verdict = write_comparison(
+                report,
+                "PACED quickstart: arms side by side",
+                runs,
                 self.results,
-                steps=self.config.trainer.max_steps,
-                seed=self.config.model.seed,
+                subject="paced" if "paced" in self.arms else self.arms[-1],
+                settings=settings,
             )
-            runs = {arm: self.out / arm for arm in self.arms}
-            report, verdict, table = write_comparison(self.out, runs, self.results)
-        console.print(table)
-        console.print(verdict)
+        console.print(terminal_table(self.results))
+        console.print("\n".join(verdict), highlight=False)
         console.print(
             f"\nreport       {report}\nresults      {self.out / 'results.json'}\n"
             f"runs         {', '.join(str(path) for path in runs.values())}\n"

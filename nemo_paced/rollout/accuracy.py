@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_paced.errors import ConfigError
 from nemo_paced.records import Problem, Rollout
 
 
@@ -17,7 +19,7 @@ class Accuracy:
     Attributes:
         mean: over problems of the share of right samples.
         standard_error: of ``mean``, over problems (samples of one problem are no independent
-            draws: the spread taken is that of the problems' means).
+            draws: the spread taken is that of the problems' means); NaN for a single problem.
         pass_at_k: share of problems with at least one right sample among all k.
         truncated: share of samples cut at the token limit.
         mean_length: tokens of a sample.
@@ -38,7 +40,8 @@ class Accuracy:
     def of(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> Accuracy:
         verdicts: dict[str, list[bool]] = {problem.id: [] for problem in problems}
         for rollout in rollouts:
-            verdicts[rollout.problem_id].append(bool(rollout.correct))
+            assert rollout.correct is not None, "rollouts are graded when they are stored"
+            verdicts[rollout.problem_id].append(rollout.correct)
         means = {name: statistics.fmean(values) for name, values in verdicts.items()}
         groups: dict[str, list[float]] = {}
         for problem in problems:
@@ -54,11 +57,24 @@ class Accuracy:
             groups={name: statistics.fmean(values) for name, values in sorted(groups.items())},
         )
 
+    def pass_at(self, k: int) -> float:
+        """Unbiased pass@k, k <= samples: mean over problems of 1 - C(n - c, k) / C(n, k)."""
+        n = self.samples
+        assert 1 <= k <= n, f"pass@{k} cannot be estimated from {n} samples a problem"
+        wrong = [n - round(share * n) for share in self.per_problem.values()]
+        return 1 - statistics.fmean(math.comb(w, k) / math.comb(n, k) for w in wrong)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no NaN: an undefined standard error is ``None``."""
+        fields = asdict(self)
+        if math.isnan(self.standard_error):
+            fields["standard_error"] = None
+        return fields
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> Accuracy:
+        if fields["standard_error"] is None:
+            fields = fields | {"standard_error": math.nan}
         return Accuracy(**fields)
 
 
@@ -71,17 +87,28 @@ class Difference:
 
     @staticmethod
     def between(after: Accuracy, before: Accuracy) -> Difference:
+        """``after`` minus ``before``.
+
+        Raises:
+            ConfigError: they were measured on different problems.
+        """
+        if other := sorted(set(after.per_problem) ^ set(before.per_problem)):
+            raise ConfigError(
+                "accuracies on different problems cannot be compared: only one of the two has "
+                f"{', '.join(other[:3])}{' ...' if len(other) > 3 else ''} ({len(other)} problems)"
+            )
         differences = [after.per_problem[i] - before.per_problem[i] for i in before.per_problem]
         return Difference(statistics.fmean(differences), standard_error(differences))
 
     def verdict(self) -> str:
         """What two standard errors allow to be said."""
-        if abs(self.mean) < 2 * self.standard_error:
+        if not abs(self.mean) > 2 * self.standard_error:  # NaN claims nothing either
             return "no difference can be claimed"
         return "better" if self.mean > 0 else "worse"
 
 
 def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent ``values``; NaN where a single one shows no spread."""
     if len(values) < 2:
-        return 0.0
+        return math.nan
     return statistics.stdev(values) / len(values) ** 0.5

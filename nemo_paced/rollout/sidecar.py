@@ -87,6 +87,7 @@ class Sidecar:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
+                start_new_session=True,  # outlives a killed group just long enough to clean up
             )
         self._wait_until_healthy(progress)
 

@@ -19,6 +19,7 @@ GRACE_S = 10.0
 
 def main(command: list[str]) -> int:
     """Exit code of the command, which runs in a session (hence process group) of its own."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the parent may have it blocked
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     signal.signal(signal.SIGTERM, lambda *_: _end_group(server))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing the pipe

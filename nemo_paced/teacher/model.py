@@ -26,8 +26,14 @@ class HiddenStates(torch.nn.Module):
     GPTModel has no switch for this: ``post_process=False`` would also drop the final norm.
     """
 
-    def __init__(self, sequence_parallel: bool, tp_group: torch.distributed.ProcessGroup) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        sequence_parallel: bool,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
         super().__init__()
+        self.weight = weight  # a last stage with tied embeddings reads it off its output layer
         self.sequence_parallel = sequence_parallel
         self.tp_group = tp_group
 
@@ -79,7 +85,9 @@ class Teacher:
         self.head_weight: torch.Tensor | None = None
         if gpt.post_process:
             self.head_weight = _head_weight(gpt).detach()
-            gpt.output_layer = HiddenStates(gpt.config.sequence_parallel, parallel.tp_group)
+            gpt.output_layer = HiddenStates(
+                self.head_weight, gpt.config.sequence_parallel, parallel.tp_group
+            )
 
     @torch.no_grad()
     def signal(self, micro_batches: Sequence[MicroBatch]) -> TeacherSignal:

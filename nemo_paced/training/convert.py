@@ -56,7 +56,7 @@ def export_hf(source: Path, out_dir: Path) -> None:
 
 def find_checkpoint(source: Path) -> Path:
     """``source`` itself if it is a checkpoint, else the newest one of the run directory."""
-    if (source / checkpoint.HF_FOLDER / "config.json").exists():
+    if (source / "metadata.json").exists():  # Megatron's; a run directory may hold an export hf/
         return source
     found = checkpoint.checkpoints(source)
     if not found:

@@ -130,11 +130,14 @@ class Sampler:
 
     def _new_sidecar(self) -> Sidecar:
         rollout, precision = self.config.rollout, self.config.trainer.precision
+        # the same server evaluates, and evaluation may ask for longer responses
+        evaluated = self.config.evaluation.max_response_length or 0
+        longest = max(self.config.data.max_response_length, evaluated)
         served = {Precision.fp32: "float32", Precision.bf16: "bfloat16"}[precision]
         return Sidecar(
             self.model_dir,
             rollout,
-            max_model_len=self.prompt_limit + self.config.data.max_response_length,
+            max_model_len=self.prompt_limit + longest,
             dtype=served if rollout.dtype == "auto" else rollout.dtype,
             log_path=self.log_path,
         )

@@ -75,8 +75,7 @@ def _rank_main(
         torch.save(fn(rank, world_size, *args), Path(folder) / f"{rank}.result")
     except BaseException:
         (Path(folder) / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        os._exit(1)
-    os._exit(0)
+        os._exit(1)  # the other ranks may wait in a collective
 
 
 def _free_port() -> int:

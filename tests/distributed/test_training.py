@@ -68,7 +68,7 @@ def make_items(step, count=7):
     ]
 
 
-def make_config(folder, layout):
+def make_config(folder, layout, teacher="teacher"):
     tensor, pipeline, ranks, micro_batch_size, sequence_parallel = layout
     return PacedConfig(
         trainer=TrainerConfig(
@@ -83,15 +83,23 @@ def make_config(folder, layout):
             optim=OptimConfig(lr=LR),
         ),
         student=StudentConfig(hf_path=f"{folder}/student"),
-        teacher=TeacherConfig(hf_path=f"{folder}/teacher"),
+        teacher=TeacherConfig(hf_path=f"{folder}/{teacher}"),
         loss=LossConfig(),
     )
 
 
 def train_steps(
-    rank, world_size, folder, layout, kind, resume_from=None, save_to=None, steps=STEPS
+    rank,
+    world_size,
+    folder,
+    layout,
+    kind,
+    resume_from=None,
+    save_to=None,
+    steps=STEPS,
+    teacher="teacher",
 ):
-    config = make_config(folder, layout)
+    config = make_config(folder, layout, teacher)
     parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     first = 0
@@ -178,6 +186,17 @@ def test_every_layout_gives_the_same_steps(models, single, kind, layout):
         torch.testing.assert_close(torch.tensor(losses), expected, rtol=1e-5, atol=1e-5)
         # nothing has been updated before the first loss: only the order of sums differs
         assert losses[0][0] == pytest.approx(expected[0, 0].item(), rel=1e-6)
+
+
+def test_a_tied_teacher_works_at_every_layout(models):
+    """Self-distillation: the frozen copy is as tied as the student."""
+    options = ("reverse_kl", None, None, 2, "student")
+    expected = run_ranks(1, train_steps, str(models), LAYOUTS["tp1"], *options)[0][0]
+    for layout in ("pp2", "tp2"):
+        losses = run_ranks(2, train_steps, str(models), LAYOUTS[layout], *options)[0][0]
+        torch.testing.assert_close(
+            torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("after", ["tp2", "pp2", "tp2 pp2"])

@@ -1,0 +1,160 @@
+"""Accuracy and forgetting of several models, and what the numbers allow to be said of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nemo_paced.analysis import figures
+from nemo_paced.analysis.sections import Section
+from nemo_paced.evaluation.results import Results
+from nemo_paced.rollout.accuracy import Accuracy, Difference
+
+FORGETTING = "forgetting"
+NOT_ENOUGH = (
+    "Differences of mean@k ± standard error, paired over problems; within noise: not above two "
+    "standard errors. This is one seed: the error is that of the problem set alone, and the noise "
+    "of training comes on top of it."
+)
+
+
+def accuracy_sections(results: Results, settings: dict[str, Any]) -> list[Section]:
+    """Every suite by model, with paired differences from the first model."""
+    labels = list(results)
+    suites = list(dict.fromkeys(suite for model in results.values() for suite in model))
+    complete = [s for s in suites if all(s in results[label] for label in labels)]
+    sections = [_accuracy_table(results, suites, settings)]
+    if complete:
+        bars = {s: [_mean_and_error(results[m][s]) for m in labels] for s in complete}
+        sections.append(Section("Accuracy by model", svg=figures.accuracy_bars(labels, bars)))
+    if complete and len(labels) > 1:
+        intervals = {
+            s: [
+                _mean_and_error(Difference.between(results[m][s], results[labels[0]][s]))
+                for m in labels[1:]
+            ]
+            for s in complete
+        }
+        svg = figures.differences(labels[1:], intervals, labels[0])
+        note = "Paired by problem. An interval that holds 0 shows no difference."
+        sections.append(Section(f"Difference from {labels[0]}", svg=svg, note=note))
+    return [*sections, forgetting_section(results), *_group_sections(results, suites)]
+
+
+def forgetting_section(results: Results) -> Section:
+    """What the trained models lost on the forgetting suite: above 0 is forgotten."""
+    title, reference = "Forgetting", next(iter(results))
+    measured = {label: m[FORGETTING] for label, m in results.items() if FORGETTING in m}
+    if len(measured) < 2 or reference not in measured:
+        missing = (
+            "Not measured: it takes a base and a trained model, both evaluated on a problem file "
+            "named forgetting."
+        )
+        return Section(title, missing=missing, wide=True)
+    table = [["model", "accuracy", f"{reference} minus model", "at two standard errors"]]
+    for label, accuracy in measured.items():
+        row = [label, _plus_minus(accuracy), "", ""]
+        if label != reference:
+            lost = Difference.between(measured[reference], accuracy)
+            words = {"better": "forgotten", "worse": "improved"}
+            row[2:] = [_signed(lost), words.get(lost.verdict(), "no change can be claimed")]
+        table.append(row)
+    note = "Skills that the base model had, paired by problem: above 0 was forgotten."
+    return Section(title, table=table, note=note, wide=True)
+
+
+def verdict(results: Results, subject: str) -> list[str]:
+    """What the numbers show of ``subject`` against each other model, and no more: sentences."""
+    if subject not in results:
+        return [f"{subject} was not among the models evaluated."]
+    sentences = []
+    for suite, accuracy in results[subject].items():
+        others = {m: s[suite] for m, s in results.items() if m != subject and suite in s}
+        if others:
+            sentences.append(f"On {suite} problems {subject} is {_outcomes(accuracy, others)}.")
+    if not sentences:
+        return ["No other model was evaluated on the same problems: nothing can be compared."]
+    return [*sentences, NOT_ENOUGH]
+
+
+def _outcomes(accuracy: Accuracy, others: dict[str, Accuracy]) -> str:
+    """``better than a (+0.1 ± 0.01); within noise of b (...), c (...)``."""
+    said: dict[str, list[str]] = {"better than": [], "worse than": [], "within noise of": []}
+    for label, other in others.items():
+        difference = Difference.between(accuracy, other)
+        outcome = f"{difference.verdict()} than"
+        said[outcome if outcome in said else "within noise of"].append(
+            f"{label} ({_signed(difference)})"
+        )
+    return "; ".join(f"{words} {', '.join(named)}" for words, named in said.items() if named)
+
+
+def _accuracy_table(results: Results, suites: list[str], settings: dict[str, Any]) -> Section:
+    reference = next(iter(results))
+    heading = ["problems", "model", "mean@k", "pass@k", "truncated", "mean tokens"]
+    if len(results) > 1:
+        heading += [f"minus {reference}", "at two standard errors"]
+    table, ks = [heading], set()
+    for suite in suites:
+        for label, model in results.items():
+            if suite in model:
+                before = results[reference].get(suite) if label != reference else None
+                row = _accuracy_row(suite, label, model[suite], before)
+                table.append(row + [""] * (len(heading) - len(row)))
+                ks.add(model[suite].samples)
+    k = " or ".join(map(str, sorted(ks)))
+    note = (
+        f"mean@k: mean over problems of the share of right samples among k = {k}, ± its standard "
+        "error over problems (the k samples of one problem are not independent draws). pass@k: "
+        "share of problems with a right sample among the k."
+    )
+    if settings:
+        note += f" Settings: {', '.join(f'{name} {value}' for name, value in settings.items())}."
+    return Section("Accuracy", table=table, note=note, wide=True)
+
+
+def _accuracy_row(suite: str, label: str, a: Accuracy, before: Accuracy | None) -> list[str]:
+    row = [
+        f"{suite} ({len(a.per_problem)})",
+        label,
+        _plus_minus(a),
+        f"{a.pass_at_k:.3f}",
+        f"{a.truncated:.1%}",
+        f"{a.mean_length:.1f}",
+    ]
+    if before is not None:
+        difference = Difference.between(a, before)
+        row += [_signed(difference), difference.verdict()]
+    return row
+
+
+def _group_sections(results: Results, suites: list[str]) -> list[Section]:
+    """Accuracy by the problems' groups, where a suite has several."""
+    groups: dict[tuple[str, str], None] = {}
+    for suite in suites:
+        for model in results.values():
+            if suite in model:
+                groups |= dict.fromkeys((suite, group) for group in model[suite].groups)
+    if len(groups) <= len(suites):
+        return []
+    table = [["model", *(f"{suite}: {group or 'other'}" for suite, group in groups)]]
+    for label, model in results.items():
+        cells = [model[s].groups.get(g) if s in model else None for s, g in groups]
+        table.append([label, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
+    return [Section("Accuracy by kind of problem", table=table, note="mean@k", wide=True)]
+
+
+def _mean_and_error(value: Accuracy | Difference) -> tuple[float, float]:
+    return value.mean, value.standard_error
+
+
+def _plus_minus(accuracy: Accuracy) -> str:
+    return f"{accuracy.mean:.3f}{_error(accuracy)}"
+
+
+def _signed(difference: Difference) -> str:
+    return f"{difference.mean:+.3f}{_error(difference)}"
+
+
+def _error(value: Accuracy | Difference) -> str:
+    return "" if math.isnan(value.standard_error) else f" ± {value.standard_error:.3f}"

@@ -1,0 +1,93 @@
+"""What a run directory holds, read for showing: a run that is going on, or was killed, counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.errors import ConfigError
+from nemo_paced.evaluation.results import Results, read_results, read_settings
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """Attributes:
+    directory: of the run.
+    config: text of ``config.yaml``; empty where there is none.
+    rows: lines of ``metrics.jsonl``.
+    tables: pass-rate tables (pandas) by the student's optimizer step.
+    results: accuracies of ``results.json``; empty where nothing was evaluated.
+    settings: how they were sampled.
+    """
+
+    directory: Path
+    config: str
+    rows: Rows
+    tables: dict[int, Any]
+    results: Results
+    settings: dict[str, Any]
+
+    @staticmethod
+    def read(directory: Path) -> RunFiles:
+        """Whatever is there.
+
+        Raises:
+            ConfigError: nothing of a run is there, or a file of it cannot be read.
+        """
+        config, results = directory / "config.yaml", directory / "results.json"
+        run = RunFiles(
+            directory=directory,
+            config=config.read_text() if config.exists() else "",
+            rows=read_metrics(directory / "metrics.jsonl"),
+            tables=read_tables(directory),
+            results=read_results(results) if results.exists() else {},
+            settings=read_settings(results) if results.exists() else {},
+        )
+        if not (run.config or run.rows or run.tables or run.results):
+            raise ConfigError(
+                f"{directory} is no run directory: it has no config.yaml, metrics.jsonl, "
+                "pass_rates.parquet or results.json"
+            )
+        return run
+
+    @property
+    def max_steps(self) -> int | None:
+        """``trainer.max_steps`` of the saved configuration."""
+        import yaml
+
+        trainer = (yaml.safe_load(self.config) or {}).get("trainer") or {}
+        return trainer.get("max_steps")
+
+
+def read_metrics(path: Path) -> Rows:
+    """Lines of ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    rows: Rows = []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: not a line of JSON: {error}") from error
+    return rows
+
+
+def read_tables(directory: Path) -> dict[int, Any]:
+    """Every estimate kept in ``pass_rates/``, else the latest one alone."""
+    import pandas
+
+    paths = sorted((directory / "pass_rates").glob("step_*.parquet"))
+    paths = paths or [p for p in [directory / "pass_rates.parquet"] if p.exists()]
+    tables = {}
+    for path in paths:
+        try:
+            frame = pandas.read_parquet(path)
+            tables[int(frame["student_step"].iloc[0])] = frame
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise ConfigError(f"{path} is no pass-rate table that can be read: {error}") from error
+    return tables

@@ -1,0 +1,192 @@
+import re
+import shutil
+from xml.etree import ElementTree
+
+import pytest
+
+from nemo_paced.analysis import report
+from nemo_paced.analysis.accuracy_sections import forgetting_section, verdict
+from nemo_paced.analysis.comparison import compare_runs, write_comparison
+from nemo_paced.analysis.report import write_report
+from nemo_paced.errors import ConfigError
+from nemo_paced.evaluation.results import write_results
+from tests.runs import PROBLEMS, accuracy, results, write_run
+
+SETTINGS = {"temperature": 0.6, "top_p": 0.95}
+TITLES = (
+    "Accuracy", "Difference from base", "Forgetting", "Accuracy by kind of problem", "Pass rates",
+    "Weights from step 30 on", "Drift of pass rates", "Loss", "Divergence of a token",
+    "Gradient norm", "Validation", "Trainer against rollout server", "Training rollouts",
+    "Where the time went", "Configuration",
+)  # fmt: skip
+
+
+def section(page, title):
+    """The part of the page under a heading, up to the next one."""
+    return page.split(f"<h2>{title}</h2>")[1].split("<h2>")[0]
+
+
+def test_a_whole_run_shows_every_part_and_misses_none(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_results(run / "results.json", results(paced=0.1), SETTINGS)
+    page = write_report(run).read_text()
+    for title in TITLES:
+        assert f"<h2>{title}</h2>" in page
+    assert 'class="missing"' not in page
+    assert "60 of 60 optimizer steps: 30 of forward_kl, 30 of reverse_kl." in page
+    assert "temperature 0.6" in section(page, "Accuracy")
+    assert "1 skipped" in section(page, "Gradient norm")
+    assert "max_steps: 60" in section(page, "Configuration")
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path):
+    page = write_report(write_run(tmp_path / "run")).read_text()
+    addresses = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', page)
+    assert addresses and all(address.startswith("#") for address in addresses)
+    assert "<script" not in page and "@import" not in page and "<link" not in page
+
+
+def test_figures_are_well_formed_and_share_no_ids(tmp_path):
+    page = write_report(write_run(tmp_path / "run")).read_text()
+    figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(figures) >= 10
+    definitions = {}
+    for figure in figures:
+        root = ElementTree.fromstring(figure)
+        assert root.get("role") == "img" and root.get("aria-label")
+        for element in root.iter():
+            if name := element.get("id"):
+                text = ElementTree.tostring(element)
+                assert definitions.setdefault(name, text) == text, "one id, two meanings"
+        assert "currentColor" in figure and "#010203" not in figure
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert write_report(run).read_text() == write_report(run).read_text()
+
+
+@pytest.mark.parametrize(
+    ("removed", "said"),
+    [
+        ("metrics.jsonl", "No optimizer step was taken yet."),
+        ("pass_rates", "Pass rates were estimated once"),
+        ("results.json", "Not evaluated yet: nemo-paced evaluate"),
+        ("config.yaml", "There is no config.yaml."),
+    ],
+)
+def test_a_missing_part_is_said_to_be_missing(tmp_path, removed, said):
+    run = write_run(tmp_path / "run")
+    write_results(run / "results.json", results(paced=0.1), {})
+    path = run / removed
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = write_report(run).read_text()
+    assert said in page and page.count('class="missing"') == 1
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"is no run directory: it has no config\.yaml"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_killed_while_writing_is_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text[:-40])
+    assert "59 of 60 optimizer steps" in write_report(run).read_text()
+    (run / "metrics.jsonl").write_text("{broken\n" + text)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: not a line of JSON"):
+        write_report(run)
+
+
+def test_a_run_without_a_finite_gradient_is_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(re.sub(r'"grad_norm": [^,]+', '"grad_norm": null', text))
+    page = write_report(run).read_text()
+    assert "No step logged a value." in section(page, "Gradient norm")
+
+
+def test_names_and_settings_are_text_not_markup(tmp_path):
+    run = write_run(tmp_path / "<b>run", hf_path="<script>alert(1)</script>")
+    write_results(run / "results.json", {"<i>m": results()["base"]}, {})
+    page = write_report(run).read_text()
+    assert "<script" not in page and "<b>" not in page and "<i>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_one_evaluated_model_is_compared_with_nothing(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_results(run / "results.json", {"model": results()["base"]}, {})
+    page = write_report(run).read_text()
+    assert "minus model" not in page and "Difference from" not in page
+    assert "Not measured" in section(page, "Forgetting")
+
+
+def test_forgetting_is_the_base_minus_the_trained_model():
+    table = forgetting_section(results(kept=0.0, lost=-0.3)).table
+    by_model = {row[0]: row[1:] for row in table[1:]}
+    assert by_model["lost"][1].startswith("+0.2") or by_model["lost"][1].startswith("+0.3")
+    assert by_model["lost"][2] == "forgotten"
+    assert by_model["kept"][2] == "no change can be claimed"
+
+
+def test_the_verdict_says_won_lost_or_within_noise():
+    measured = results(unweighted=0.0, hard_filter=0.3, paced=0.15)
+    heldout, forgetting, reservation = verdict(measured, "paced")
+    assert re.search(r"better than base \(\+0\.\d+ ± 0\.\d+\), unweighted", heldout)
+    assert "worse than hard_filter (-0." in heldout and heldout.startswith("On heldout problems")
+    assert "forgetting" in forgetting and "one seed" in reservation
+    same = {"base": measured["base"], "paced": measured["base"]}
+    assert "within noise of base (+0.000" in verdict(same, "paced")[0]
+    assert verdict(measured, "other") == ["other was not among the models evaluated."]
+
+
+def test_arms_are_compared_on_one_page(tmp_path):
+    runs = {name: write_run(tmp_path / name) for name in ("unweighted", "paced")}
+    measured = results(unweighted=0.0, paced=0.15)
+    out = tmp_path / "report.html"
+    said = write_comparison(out, "Arms", runs, measured, subject="paced", settings=SETTINGS)
+    page = out.read_text()
+    assert all(sentence in page for sentence in said)
+    assert "All runs took 60 optimizer steps." in page
+    assert page.count('<details class="part">') == 2
+    assert re.findall(r"<td>(unweighted|paced)</td>\s*<td>60</td>", section(page, "Runs"))
+
+
+def test_runs_are_compared_by_the_command(tmp_path, capsys):
+    for name, gain, steps in (("a", 0.0, 20), ("b", 0.2, 40)):
+        run = write_run(tmp_path / name, steps=steps)
+        own = results(trained=gain)
+        own["base"] = results()["base"]
+        write_results(run / "results.json", own, SETTINGS)
+    write_run(tmp_path / "unevaluated", steps=20)
+    names = ("a", "b", "unevaluated")
+    report.main(["--compare", *(str(tmp_path / name) for name in names)])
+    path = tmp_path / "comparison.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    page = path.read_text()
+    assert "different numbers of optimizer steps: a 20, b 40, unevaluated 20" in page
+    assert "Not evaluated: unevaluated." in page
+    assert "On heldout problems b is better than base" in page
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    write_results(first / "results.json", results(trained=0.1), SETTINGS)
+    others = {"heldout": accuracy(0.5, problems=PROBLEMS[:50])}
+    write_results(second / "results.json", {"trained": others}, SETTINGS)
+    with pytest.raises(ConfigError, match="accuracies on different problems cannot be compared"):
+        compare_runs([first, second])
+    write_results(second / "results.json", results(trained=0.1), {"temperature": 1.0})
+    with pytest.raises(ConfigError, match="evaluate them alike"):
+        compare_runs([first, second])
+    with pytest.raises(ConfigError, match="told apart by folder name"):
+        compare_runs([first, first])
+
+
+@pytest.mark.parametrize("arguments", [[], ["run", "--compare", "a"]])
+def test_the_command_takes_one_run_or_several(arguments):
+    with pytest.raises(ConfigError, match="give one run directory, or --compare"):
+        report.main(arguments)
