@@ -20,10 +20,21 @@ from nemo_paced.errors import ConfigError
 
 
 class Precision(Enum):
-    """``trainer.precision``: the dtype of forward and backward; master weights are always fp32."""
+    """The dtype of forward and backward; master weights are always fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+# as Lightning and NeMo spell them; all of them keep fp32 master weights here
+_PRECISIONS = {
+    "bf16": Precision.bf16,
+    "bf16-mixed": Precision.bf16,
+    "bf16-true": Precision.bf16,
+    "fp32": Precision.fp32,
+    "32": Precision.fp32,
+    "32-true": Precision.fp32,
+}
 
 
 class DivergenceKind(Enum):
@@ -97,7 +108,7 @@ class TrainerConfig:
     max_steps: int = 200
     val_check_interval: int = 0  # optimizer steps between held-out validations; 0: never
     log_every_n_steps: int = 1
-    precision: Precision = Precision.bf16
+    precision: str = "bf16"  # bf16 (also bf16-mixed, bf16-true) or fp32 (also 32, 32-true)
     gradient_clip_val: float = 1.0  # global norm; 0: no clipping
 
     def __post_init__(self) -> None:
@@ -106,9 +117,17 @@ class TrainerConfig:
             value = getattr(self, name)
             _require(value >= 0, f"trainer.{name} is {value}: it must be 0 (off) or above")
         _require(
+            self.precision in _PRECISIONS,
+            f"trainer.precision is {self.precision!r}: choose of {', '.join(_PRECISIONS)}",
+        )
+        _require(
             self.accelerator in ("auto", "gpu", "cpu"),
             f"trainer.accelerator is {self.accelerator!r}: choose auto, gpu or cpu",
         )
+
+    @property
+    def compute_precision(self) -> Precision:
+        return _PRECISIONS[self.precision]
 
 
 @dataclass

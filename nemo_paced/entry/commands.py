@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from nemo_paced.compose import run_directory, with_config
@@ -54,23 +55,21 @@ def preflight(config: PacedConfig, run_dir: Path) -> None:
 def pass_rates(arguments: list[str]) -> None:
     from nemo_paced.training import prepare
 
-    def action(config: PacedConfig) -> None:
-        run_dir = run_directory(config)
-        prepare.save_config(config, run_dir)
-        logger.info("written: %s", prepare.pass_rates(config, run_dir))
-
-    with_config(arguments, action)
+    with_config(arguments, lambda config: _prepare(config, prepare.pass_rates))
 
 
 def references(arguments: list[str]) -> None:
     from nemo_paced.training import prepare
 
-    def action(config: PacedConfig) -> None:
-        run_dir = run_directory(config)
-        prepare.save_config(config, run_dir)
-        logger.info("written: %s", prepare.references(config, run_dir))
+    with_config(arguments, lambda config: _prepare(config, prepare.references))
 
-    with_config(arguments, action)
+
+def _prepare(config: PacedConfig, make: Callable[[PacedConfig, Path], Path]) -> None:
+    from nemo_paced.training.prepare import save_config
+
+    run_dir = run_directory(config)
+    save_config(config, run_dir)
+    logger.info("written: %s", make(config, run_dir))
 
 
 def import_hf(arguments: list[str]) -> None:

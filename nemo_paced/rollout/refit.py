@@ -20,32 +20,25 @@ FILE_BYTES = 2**30
 VERSION_FILE = "version"
 
 
-def push_weights(
-    client: RolloutClient | None,
-    source: MegatronWeightSource,
-    *,
-    transfer_dir: Path | None,
-    version: int,
-) -> None:
-    """Send the source's weights; collective. Only rank 0 has a client and a directory.
-
-    Raises:
-        RolloutError: the server refused or cannot be reached.
-    """
-    if client is None or transfer_dir is None:
+def write_weights(source: MegatronWeightSource, folder: Path | None, *, version: int) -> None:
+    """Write the source's weights as safetensors; collective. Only rank 0 has a folder."""
+    if folder is None:
         for _ in source:  # take part in the gathers
             pass
-        return
-    _write(source, transfer_dir, version)
-    repeat_push(client, transfer_dir=transfer_dir)
+    else:
+        _write(source, folder, version)
 
 
-def repeat_push(client: RolloutClient, *, transfer_dir: Path) -> None:
-    """Send the files of the last :func:`push_weights` again; nothing where there was none."""
-    if not (transfer_dir / VERSION_FILE).exists():
+def send_weights(client: RolloutClient, folder: Path) -> None:
+    """Make the servers load what :func:`write_weights` last wrote; nothing where it never did.
+
+    Raises:
+        RolloutError: a server refused or cannot be reached.
+    """
+    if not (folder / VERSION_FILE).exists():
         return
-    version = (transfer_dir / VERSION_FILE).read_text()
-    send_files(client, sorted(transfer_dir.glob("*.safetensors")), version)
+    version = (folder / VERSION_FILE).read_text()
+    send_files(client, sorted(folder.glob("*.safetensors")), version)
 
 
 def send_files(client: RolloutClient, files: list[Path], version: str) -> None:

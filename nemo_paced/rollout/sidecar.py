@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 import httpx
 
@@ -64,12 +63,7 @@ class Sidecar:
     def __enter__(self) -> Sidecar:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def start(self, progress: Callable[[str], None] | None = None) -> None:
@@ -93,6 +87,13 @@ class Sidecar:
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def ended(self, within_s: float) -> bool:
+        """Whether the server is gone, or goes within that time (a dying one takes a moment)."""
+        deadline = time.monotonic() + within_s
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self.alive()
 
     def restart(self, progress: Callable[[str], None] | None = None) -> None:
         """Start anew on the same port with the weights of ``model_dir``: send newer ones after."""

@@ -23,7 +23,7 @@ def import_hf(config: PacedConfig, hf_dir: Path, directory: Path) -> None:
     try:
         model = replace(config.model, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
         hf_config = load_hf_config(hf_dir)
-        gpt = build_gpt(hf_config, model, parallel, precision=config.trainer.precision)
+        gpt = build_gpt(hf_config, model, parallel, precision=config.trainer.compute_precision)
         load_hf_weights(gpt, hf_dir, parallel)
         checkpoint.save_model(directory, gpt, hf_dir, parallel)
     finally:

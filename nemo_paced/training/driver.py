@@ -9,7 +9,6 @@ import logging
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from nemo_paced.config import PacedConfig, Reduction, ResponseSource, StageConfig
 from nemo_paced.data.loader import ProblemOrder
@@ -50,12 +49,7 @@ class Driver:
     def __enter__(self) -> Driver:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def prepare(self, *, resumed_from: Path | None, log: RunLog) -> None:

@@ -98,6 +98,9 @@ class Loop:
         if resume_from is not None:
             self._restore(resume_from)
         max_steps = self.config.trainer.max_steps
+        if self.step >= max_steps:
+            logger.info("%s is trained to step %d already", self.run_dir, self.step)
+            return
         with RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log:
             if self.driver is not None:
                 self.driver.prepare(resumed_from=resume_from, log=log)

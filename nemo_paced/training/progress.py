@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -69,12 +68,7 @@ class RunLog:
             self._loggers: Loggers = open_loggers(self.config, self.run_dir)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
         if self.enabled:
             self._metrics.close()

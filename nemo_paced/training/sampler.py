@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.errors import ConfigError, RolloutError
@@ -22,12 +21,14 @@ from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.grading import Grader
-from nemo_paced.rollout.refit import repeat_push
+from nemo_paced.rollout.refit import send_weights
 from nemo_paced.rollout.sampling import SamplingSettings, sample_rollouts
 from nemo_paced.rollout.sidecar import Sidecar
 from nemo_paced.rollout.store import RolloutStore
 
 logger = logging.getLogger(__name__)
+
+DYING_S = 15.0  # between a broken connection and the end of the server's processes
 
 
 class Sampler:
@@ -79,12 +80,7 @@ class Sampler:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def sample(
@@ -114,9 +110,16 @@ class Sampler:
             except RolloutError as error:
                 self._recover(error)
 
+    def send_weights(self) -> None:
+        """Make the server load what was last written to ``transfer_dir``."""
+        try:
+            send_weights(self.client, self.transfer_dir)
+        except RolloutError as error:
+            self._recover(error)
+
     def _recover(self, error: RolloutError) -> None:
         """Start a dead sidecar again with the weights it had; anything else passes through."""
-        if self.sidecar is None or self.sidecar.alive():
+        if self.sidecar is None or not self.sidecar.ended(within_s=DYING_S):
             raise error
         if self.restarts >= self.config.rollout.max_restarts:
             raise RolloutError(
@@ -126,10 +129,10 @@ class Sampler:
         self.restarts += 1
         logger.warning("the rollout server died (%s): starting it again", error)
         self.sidecar.restart(progress=self.notify)
-        repeat_push(self.client, transfer_dir=self.transfer_dir)
+        send_weights(self.client, self.transfer_dir)
 
     def _new_sidecar(self) -> Sidecar:
-        rollout, precision = self.config.rollout, self.config.trainer.precision
+        rollout, precision = self.config.rollout, self.config.trainer.compute_precision
         # the same server evaluates, and evaluation may ask for longer responses
         evaluated = self.config.evaluation.max_response_length or 0
         longest = max(self.config.data.max_response_length, evaluated)

@@ -12,7 +12,7 @@ from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_gpt, load_hf_config
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel
-from nemo_paced.rollout.refit import push_weights
+from nemo_paced.rollout.refit import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.teacher.model import Teacher
 from nemo_paced.training import checkpoint
@@ -36,12 +36,11 @@ class Models:
 
     def push_weights(self, driver: Driver | None, step: int) -> None:
         """Send the student's weights to the rollout server; every rank takes part."""
-        push_weights(
-            driver.sampler.client if driver is not None else None,
-            MegatronWeightSource(self.student.gpt, self.parallel),
-            transfer_dir=driver.sampler.transfer_dir if driver is not None else None,
-            version=step,
-        )
+        folder = driver.sampler.transfer_dir if driver is not None else None
+        source = MegatronWeightSource(self.student.gpt, self.parallel)
+        write_weights(source, folder, version=step)
+        if driver is not None:
+            driver.sampler.send_weights()
 
     def save(self, run_dir: Path, *, step: int, consumed_problems: int, skipped: int) -> None:
         """Write a checkpoint; collective."""
@@ -73,7 +72,7 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
             hf_config,
             config.model,
             parallel,
-            precision=config.trainer.precision,
+            precision=config.trainer.compute_precision,
             vocab_size_hint=rows,
         )
         load_hf_weights(gpt, directory, parallel)

@@ -69,7 +69,7 @@ class Student:
 def build_student(gpt: PacedGPTModel, config: PacedConfig, parallel: Parallel) -> Student:
     """Wrap a built model (weights loaded) for training."""
     optim = config.model.optim
-    bf16 = config.trainer.precision is Precision.bf16
+    bf16 = config.trainer.compute_precision is Precision.bf16
     gpt.config.calculate_per_token_loss = True  # losses are sums; divided once, globally
     ddp = DistributedDataParallel(
         config=gpt.config,

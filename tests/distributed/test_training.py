@@ -12,7 +12,6 @@ from nemo_paced.config import (
     ModelConfig,
     OptimConfig,
     PacedConfig,
-    Precision,
     StageConfig,
     StudentConfig,
     TeacherConfig,
@@ -72,7 +71,7 @@ def make_config(folder, layout, teacher="teacher"):
     tensor, pipeline, ranks, micro_batch_size, sequence_parallel = layout
     return PacedConfig(
         trainer=TrainerConfig(
-            devices=ranks, accelerator="cpu", precision=Precision.fp32, gradient_clip_val=1.0
+            devices=ranks, accelerator="cpu", precision="fp32", gradient_clip_val=1.0
         ),
         model=ModelConfig(
             tensor_model_parallel_size=tensor,

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pandas
+import psutil
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -170,3 +171,40 @@ def test_a_changed_setting_is_refused(uninterrupted):
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 2
     assert "model.optim.lr was" in out and "is 1.0" in out
+
+
+def test_a_server_that_dies_mid_run_is_started_again_with_the_current_weights(uninterrupted):
+    name = "server-died"
+    process = command(
+        *train_arguments(uninterrupted, name, "trainer.max_steps=16"),
+    )
+    path = uninterrupted / name / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not path.exists() or len(path.read_text().splitlines()) < 9:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    servers = [p for p in family if "vllm.entrypoints.openai.api_server" in p.cmdline()]
+    os.killpg(os.getpgid(servers[-1].pid), signal.SIGKILL)
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, out[-4000:]
+    assert "starting it again" in out
+    lines = metrics(uninterrupted, name)
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    # the new server began with the weights on disk; the gap shows that it got the current ones
+    assert all(line["rollout/logprob_gap"] < 1e-4 for line in lines[8:])
+
+
+def test_a_finished_run_started_again_changes_nothing(uninterrupted):
+    run_dir = uninterrupted / "whole"
+
+    def content():
+        names = ("config.yaml", "metrics.jsonl", "pass_rates.parquet")
+        return [(run_dir / name).read_bytes() for name in names]
+
+    before = content()
+    for _ in range(2):
+        overrides = ("trainer.val_check_interval=3", "evaluation.samples=2")
+        out = run(*train_arguments(uninterrupted, "whole", *overrides))
+        assert "trained to step 6 already" in out
+    assert content() == before

@@ -22,6 +22,7 @@ from nemo_paced.errors import ConfigError
     [
         (lambda: TrainerConfig(devices=0), "trainer.devices is 0"),
         (lambda: TrainerConfig(accelerator="tpu"), "choose auto, gpu or cpu"),
+        (lambda: TrainerConfig(precision="fp16"), "choose of bf16, bf16-mixed"),
         (lambda: WeightsConfig(low=0.9), "weights.low, weights.high are 0.9"),
         (lambda: WeightsConfig(alpha=-1), "weights.alpha is -1"),
         (lambda: StageConfig(fraction=0), "fraction is 0"),
