@@ -113,9 +113,15 @@ def _explain(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     lines = [line for line in lines if line and not line.startswith((*skip, "object_type="))]
     text = "; ".join(lines) or "the configuration could not be read"
+    if "ExpManagerSettings" in text:
+        text += ". NeMo's other exp_manager keys drive Lightning callbacks that are never run here"
+    keys = _all_keys()
     for word in _quoted(text):
-        near = difflib.get_close_matches(word.split(".")[-1], _all_keys(), n=1)
-        if near and near[0] != word.split(".")[-1]:
+        if (
+            "." in word
+            and word not in keys
+            and (near := difflib.get_close_matches(word, keys, n=1))
+        ):
             return f"{text}. Did you mean {near[0]!r}?"
     return text
 
@@ -125,18 +131,16 @@ def _quoted(text: str) -> list[str]:
 
 
 def _all_keys() -> list[str]:
+    """Dotted."""
     from nemo_paced.config import to_dict
 
     keys: list[str] = []
 
-    def walk(tree: Any) -> None:
+    def walk(tree: Any, prefix: str) -> None:
         if isinstance(tree, dict):
             for key, value in tree.items():
-                keys.append(key)
-                walk(value)
-        elif isinstance(tree, list):
-            for value in tree:
-                walk(value)
+                keys.append(prefix + key)
+                walk(value, f"{prefix}{key}.")
 
-    walk(to_dict(PacedConfig()))
+    walk(to_dict(PacedConfig()), "")
     return keys

@@ -11,6 +11,8 @@ import pandas
 import psutil
 import pytest
 
+from nemo_paced.training.metric_names import METRICS
+
 pytestmark = pytest.mark.slow
 
 STEPS = 6
@@ -76,6 +78,7 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted):
     lines = metrics(uninterrupted, "whole")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["stage"] for line in lines] == ["forward_kl"] * 3 + ["reverse_kl"] * 3
+    assert {key for line in lines for key in line} <= set(METRICS), "each figure is described"
     for line in lines[3:]:
         assert line["rollout/logprob_gap"] < 1e-4 and line["rollout/staleness"] == 0
     assert "validation/accuracy" in lines[2] and "validation/accuracy" in lines[5]

@@ -72,7 +72,8 @@ def test_quickstart_changes_only_what_its_file_says():
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("weights.alhpa=1", "alhpa"),
+        ("weights.alhpa=1", "Did you mean 'weights.alpha'"),
+        ("exp_manager.create_preemption_callback=true", "drive Lightning callbacks"),
         ("trainer.devices=x", "trainer.devices"),
         ("weights.scheme=none", "scheme"),
         ("trainer.devices=-1", "trainer.devices is -1"),
