@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from nemo_paced.errors import PacedError
-from nemo_paced.logs import set_up_logging
+from nemo_paced.logs import launcher_rank, set_up_logging
 
 RUN_HELP = """\
 Configuration:
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in rest):
         print(f"{command.summary}\n\n{command.usage}")
         return 0
-    set_up_logging(0)
+    set_up_logging(launcher_rank())
     module, _, function = command.entry.partition(":")
     try:
         getattr(importlib.import_module(module), function)(rest)

@@ -2,8 +2,8 @@
 
 Megatron-Core names ``device="cuda"`` and ``torch.cuda.current_device()`` in many places. A torch
 function mode turns such device arguments into the CPU; streams, events and synchronisation become
-no-ops, and the RNG tracker keeps the CPU generator's state. Nothing of this runs where there is a
-GPU: :func:`enable` is called by ``parallel.initialize`` for ``accelerator=cpu`` alone.
+no-ops, and the RNG tracker keeps the CPU generator's state. Nothing of this runs in a process that
+uses a GPU: :func:`enable` is called by ``parallel.initialize`` for ``accelerator=cpu`` alone.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _mode: TorchFunctionMode | None = None
 
 
 def enable() -> None:
-    """Patch this process for good; a second call does nothing."""
+    """Patch this process for good, hiding GPUs from it; a second call does nothing."""
     global _mode
     if _mode is not None:
         return
-    assert not torch.cuda.is_available(), "Megatron-Core needs no help where there is a GPU"
+    assert not torch.cuda.is_initialized(), "this process has used a GPU already"
     _patch_torch_cuda()
     _patch_rng_tracker()
     _mode = _CudaMeansCpu()
@@ -63,6 +63,8 @@ class _NoStream:
 
 def _patch_torch_cuda() -> None:
     cuda: Any = torch.cuda
+    cuda.is_available = lambda: False
+    cuda.device_count = lambda: 0
     cuda.current_device = lambda: _CPU
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+
+
+def launcher_rank() -> int:
+    """This process's rank as torchrun or srun gave it; 0 where neither did."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def set_up_logging(rank: int) -> None:

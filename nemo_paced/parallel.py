@@ -106,6 +106,7 @@ def initialize(
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
+        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # fractions work
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(model.seed)
@@ -143,7 +144,8 @@ def await_value(key: str, timeout_s: float) -> Any:
 
 def forget(key: str) -> None:
     """Drop a key that every rank has read."""
-    _store().delete_key(key)
+    if torch.distributed.get_world_size() > 1:
+        _store().delete_key(key)
 
 
 def _on_gpu(accelerator: str) -> bool:

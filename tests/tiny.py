@@ -15,7 +15,15 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-FAMILIES = ("qwen3", "qwen3_tied", "qwen2", "llama", "llama3_rope")
+FAMILIES = (
+    "qwen3",
+    "qwen3_tied",
+    "qwen2",
+    "qwen2_tied",
+    "llama",
+    "llama_tied",
+    "llama3_rope",
+)
 
 
 def make_hf_model(family: str, folder: Path, *, seed: int = 0, **changes: object) -> Path:
@@ -26,7 +34,7 @@ def make_hf_model(family: str, folder: Path, *, seed: int = 0, **changes: object
     tied = family.endswith("_tied")
     if family.startswith("qwen3"):
         config = transformers.Qwen3Config(**shape, head_dim=32, tie_word_embeddings=tied)
-    elif family == "qwen2":
+    elif family.startswith("qwen2"):
         config = transformers.Qwen2Config(**shape, tie_word_embeddings=tied)
     else:
         rope = {"rope_type": "default", "rope_theta": 10000.0}

@@ -9,6 +9,7 @@ from pathlib import Path
 from nemo_paced.compose import run_directory, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.logs import launcher_rank
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,9 @@ def train_with(config: PacedConfig) -> None:
     from nemo_paced.training.prepare import save_config
 
     run_dir = run_directory(config)
-    preflight(config, run_dir)
-    save_config(config, run_dir)
+    if launcher_rank() == 0:  # under torchrun or srun every rank comes here
+        preflight(config, run_dir)
+        save_config(config, run_dir)
     launch(config, run_dir)
     logger.info("run directory: %s", run_dir)
 

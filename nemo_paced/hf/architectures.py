@@ -19,7 +19,6 @@ class Layout(Enum):
     """How a Megatron parameter is made of Hugging Face tensors and cut over ranks."""
 
     replicated = "replicated"
-    column = "column"  # rows of the weight (output features) are split
     row = "row"  # columns of the weight (input features) are split
     vocabulary = "vocabulary"  # rows are split after padding to the layout's multiple
     qkv = "qkv"  # [query heads, key, value] a key-value group, groups are split
@@ -106,6 +105,18 @@ FAMILIES = {
 }
 
 
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """The shape of one model, read from its ``config.json``.
@@ -136,7 +147,8 @@ class Architecture:
         """Read a Hugging Face configuration.
 
         Raises:
-            ConfigError: an architecture, activation or rope scaling that is not supported.
+            ConfigError: an architecture, activation or rope scaling that is not supported, or a
+                key that is not there.
         """
         name = (config.get("architectures") or ["?"])[0]
         if name not in FAMILIES:
@@ -151,6 +163,7 @@ class Architecture:
             raise ConfigError(f"{where}: use_sliding_window is true: not supported")
         if config.get("mlp_bias"):
             raise ConfigError(f"{where}: mlp_bias is true: not supported")
+        _require(config, _REQUIRED, where)
         family = FAMILIES[name]
         heads = config["num_attention_heads"]
         rope_base, rope_scaling = _rope(config, where)
@@ -225,6 +238,12 @@ class Architecture:
         return [(self.head_dim,) if row in _QK_NORMS else (h,)]
 
 
+def _require(config: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(missing)} is missing")
+
+
 def _qkv_bias(config: dict[str, Any], family: Family, where: str) -> bool:
     bias = bool(config.get("attention_bias", family.qkv_bias))
     if bias and not family.qkv_bias:
@@ -243,4 +262,5 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
         raise ConfigError(
             f"{where}: rope scaling {kind!r} is not supported; default and llama3 are"
         )
+    _require(parameters, _LLAMA3, f"{where}: rope scaling llama3")
     return float(base), parameters

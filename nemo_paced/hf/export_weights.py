@@ -17,7 +17,17 @@ from nemo_paced.hf.shards import join
 from nemo_paced.parallel import Parallel
 
 SHARD_BYTES = 5 * 2**30
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".pt",
+    ".pth",
+)
 
 
 def iter_hf_tensors(
@@ -64,11 +74,10 @@ def export_hf(
     padding rows of the vocabulary are not written.
 
     Raises:
-        CheckpointError: ``out_dir`` exists and is not empty, or cannot be written.
+        CheckpointError: ``out_dir`` exists and is not empty; on every rank.
     """
-    source, final = Path(source_hf_dir), Path(out_dir)
-    if final.exists() and any(final.iterdir()):
-        raise CheckpointError(f"{final} exists and is not empty: choose a new directory")
+    source, final = Path(source_hf_dir), Path(out_dir).resolve()
+    _check_empty(final, parallel)
     temporary = final.with_name(f".{final.name}.tmp")
     writer = _ShardWriter(temporary) if parallel.rank == 0 else None
     for name, tensor in iter_hf_tensors(gpt, parallel):
@@ -84,6 +93,17 @@ def export_hf(
         temporary.rename(final)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def _check_empty(folder: Path, parallel: Parallel) -> None:
+    """Rank 0 looks for all: a rank that comes late would find what rank 0 has written by then."""
+    taken = [False]
+    if parallel.rank == 0:
+        taken = [folder.exists() and (not folder.is_dir() or any(folder.iterdir()))]
+    if parallel.world_size > 1:
+        torch.distributed.broadcast_object_list(taken, src=0, device=parallel.device)
+    if taken[0]:
+        raise CheckpointError(f"{folder} exists and is not empty: choose a new directory")
 
 
 def copy_metadata(source: Path, target: Path) -> None:

@@ -45,10 +45,12 @@ def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) 
 def _open(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:
     """Tensor name -> open file that holds it."""
     index = hf_dir / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{index} is damaged: {error}") from error
     files: dict[str, Any] = {}
     for name in names:
         path = hf_dir / name
@@ -67,6 +69,8 @@ def _open(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:
 def _check_names(files: dict[str, Any], architecture: Architecture, hf_dir: Path) -> None:
     expected = {name.format(layer=layer) for row, layer in architecture.rows() for name in row.hf}
     ignored = {"lm_head.weight"} if architecture.tied else set()
+    # tables that old releases of transformers wrote and all releases compute
+    ignored |= {name for name in files if name.endswith(".rotary_emb.inv_freq")}
     missing, extra = expected - files.keys(), files.keys() - expected - ignored
     if missing or extra:
         told = [

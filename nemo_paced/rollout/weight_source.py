@@ -6,14 +6,18 @@ environments. A test holds it to the real one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from nemo_paced.hf.export_weights import iter_hf_tensors
 from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel import Parallel
+
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,31 @@ class MegatronWeightSource:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         return iter_hf_tensors(self.gpt, self.parallel)
+
+    def groups(self) -> list[list[str]]:
+        """The names batched as :meth:`iter_groups` yields them on this rank: by layer."""
+        if self.held_names() is not None:
+            return []
+        groups: dict[str, list[str]] = {}
+        for meta in self.metadata():
+            layer = _LAYER.match(meta.name)
+            # what stands before the layers and what stands behind them are groups too
+            key = layer.group() if layer else ("behind" if len(groups) > 1 else "before")
+            groups.setdefault(key, []).append(meta.name)
+        return list(groups.values())
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """A pass in batches of one layer; a rank that receives nothing takes part and yields none.
+
+        Collective like iteration: run it to its end on every rank.
+        """
+        walk = iter(self)
+        for names in self.groups():
+            tensors = [tensor for _, tensor in islice(walk, len(names)) if tensor is not None]
+            assert len(tensors) == len(names), "the rank that holds all of them got fewer"
+            yield names, tensors
+        for _ in walk:
+            pass
 
     def held_names(self) -> set[str] | None:
         """What iteration yields as tensors on this rank: all on rank 0, nothing elsewhere."""

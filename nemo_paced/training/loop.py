@@ -123,6 +123,9 @@ class Loop:
             self.config.model.optim, self.step, self.config.trainer.max_steps
         )
         result = self.models.step(batch.items, stage.config, rate) if batch.items else None
+        if result is not None and self.driver is not None:
+            # a step is collective: every rank has read its batch
+            parallel_module.forget(_batch_key(self.step))
         self._guard(result, batch, stage)
         staleness = self.step - self.served_step if self.served_step is not None else None
         self.step += 1
@@ -168,7 +171,7 @@ class Loop:
         self.served_step = self.step
 
     def _exchange_batch(self, stage: Stage) -> Batch:
-        key = f"batch/{self.step}"
+        key = _batch_key(self.step)
         if self.driver is not None:
             batch = self.driver.batch(self.step, self.consumed, stage.config)
             if self.parallel.world_size > 1:
@@ -255,3 +258,7 @@ class Loop:
         begin = time.perf_counter()
         yield
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
+
+
+def _batch_key(step: int) -> str:
+    return f"batch/{step}"

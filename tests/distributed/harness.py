@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -16,7 +15,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 150.0
 ) -> list[Any]:
     """Results of ``fn(rank, world_size, *args)`` on each rank; ``fn`` is a module-level function.
 
@@ -28,9 +27,13 @@ def run_ranks(
         # a test process that holds threads
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "megatron.core"])
-        port = _free_port()
+        # The store listens here, on a port that the system chose: a port looked up for rank 0 to
+        # listen on may be taken by then. torchrun's variables tell the ranks to join it.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ranks = [
-            context.Process(target=_rank_main, args=(rank, world_size, port, folder, fn, args))
+            context.Process(
+                target=_rank_main, args=(rank, world_size, store.port, folder, fn, args)
+            )
             for rank in range(world_size)
         ]
         for rank in ranks:
@@ -70,15 +73,11 @@ def _rank_main(
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
     }
     try:
         torch.save(fn(rank, world_size, *args), Path(folder) / f"{rank}.result")
     except BaseException:
         (Path(folder) / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)  # the other ranks may wait in a collective
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -118,13 +118,36 @@ def test_a_run_killed_at_any_step_goes_on_as_if_never_stopped(uninterrupted, kil
         assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
 
 
+def replay(folder, name):
+    """Give a new run the rollouts of the uninterrupted one."""
+    rollouts = folder / name / "rollouts"
+    rollouts.mkdir(parents=True)
+    stored = (folder / "whole" / "rollouts" / "rollouts.log").read_bytes()
+    (rollouts / "rollouts.log").write_bytes(stored)
+
+
+def test_torchrun_may_start_the_ranks_instead(uninterrupted):
+    replay(uninterrupted, "torchrun")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    arguments = train_arguments(uninterrupted, "torchrun")
+    done = subprocess.run(
+        [*launcher, "-m", "nemo_paced.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    for a, b in zip(
+        metrics(uninterrupted, "whole"), metrics(uninterrupted, "torchrun"), strict=True
+    ):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+
+
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), (1, 1)])
 def test_other_layouts_give_the_same_losses_on_replayed_rollouts(uninterrupted, tensor, pipeline):
     name = f"tp{tensor}pp{pipeline}"
-    rollouts = uninterrupted / name / "rollouts"
-    rollouts.mkdir(parents=True)
-    stored = (uninterrupted / "whole" / "rollouts" / "rollouts.log").read_bytes()
-    (rollouts / "rollouts.log").write_bytes(stored)
+    replay(uninterrupted, name)
     run(
         *train_arguments(uninterrupted, name),
         f"model.tensor_model_parallel_size={tensor}",
