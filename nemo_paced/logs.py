@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from typing import TextIO
+
+
+class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what ``sys.stderr`` is now: a progress bar puts itself there and stays below."""
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        pass
 
 
 def launcher_rank() -> int:
@@ -17,7 +31,10 @@ def set_up_logging(rank: int) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(
-        level=logging.WARNING, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S"
+        level=logging.WARNING,
+        format=f"%(asctime)s [{rank}] %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[_CurrentStderr()],
     )
     logging.getLogger("nemo_paced").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
