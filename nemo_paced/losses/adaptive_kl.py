@@ -13,37 +13,35 @@ from __future__ import annotations
 import torch
 from torch.distributed import ProcessGroup
 
-from nemo_paced.losses.vocab_parallel import Normalizer, all_gather, all_reduce, row_blocks
+from nemo_paced.losses.kernels import Buffers, RowNumbers, log_probs, probabilities
+from nemo_paced.losses.options import Options
+from nemo_paced.losses.vocab_parallel import all_gather, all_reduce, row_blocks
 
 # (right shift, buckets) of the three rounds over the 31 value bits, most significant first
 _ROUNDS = ((21, 1024), (10, 2048), (0, 1024))
 
 
 def head_tail_gaps(
-    student_NV: torch.Tensor,
-    teacher_NV: torch.Tensor,
-    student: Normalizer,
-    teacher: Normalizer,
-    *,
-    temperature: float,
-    head_mass: float,
-    valid: int,
-    tp_group: ProcessGroup | None,
-    chunk_size: int | None,
+    student_NV: torch.Tensor, teacher_NV: torch.Tensor, of: RowNumbers, options: Options
 ) -> torch.Tensor:
     """Sums of |T - S| over head and tail: float32 [2, N], no gradient.
 
     Args:
         student_NV, teacher_NV: logits [N, v/tp].
-        student, teacher: their normalisers over the whole vocabulary.
-        valid: this rank's columns that belong to the true vocabulary.
+        of: their maxima, log-sums and shares of the mass.
     """
+    tp_group, head_mass = options.tp_group, options.akl_head_mass
 
-    def probabilities(rows: slice, of: Normalizer, logits_NV: torch.Tensor) -> torch.Tensor:
-        return of.log_probs(logits_NV, rows, valid=valid, temperature=temperature).exp_()
+    buffers = Buffers(teacher_NV, options, 2)
+
+    def teacher(rows: slice) -> torch.Tensor:
+        # by exp of numbers that all ranks share: equal logits have equal bits on every rank
+        own = of[rows]
+        t = log_probs(teacher_NV[rows], own.column(0), own.column(1), options, buffers(rows)[0])
+        return t.exp_()
 
     def blocks():
-        return row_blocks(teacher_NV, chunk_size)
+        return row_blocks(teacher_NV, options.block_rows)
 
     num_rows = teacher_NV.shape[0]
     border_N = torch.zeros(num_rows, dtype=torch.int32, device=teacher_NV.device)
@@ -51,25 +49,26 @@ def head_tail_gaps(
     for shift, buckets in _ROUNDS:
         mass_NB = above_N.new_zeros((num_rows, buckets))
         for rows in blocks():
-            t = probabilities(rows, teacher, teacher_NV)
-            _add_histogram(mass_NB[rows], t, border_N[rows], shift, buckets)
+            _add_histogram(mass_NB[rows], teacher(rows), border_N[rows], shift, buckets)
         all_reduce(mass_NB, tp_group)
-        border_N, above_N = _descend(mass_NB, border_N, above_N, head_mass, shift)
+        for rows in blocks():
+            border_N[rows], above_N[rows] = _descend(
+                mass_NB[rows], border_N[rows], above_N[rows], head_mass, shift
+            )
     count_N = torch.zeros_like(above_N)
     for rows in blocks():
-        bits = probabilities(rows, teacher, teacher_NV).view(torch.int32)
-        count_N[rows] = (bits == border_N[rows, None]).sum(1).float()
+        count_N[rows] = (teacher(rows).view(torch.int32) == border_N[rows, None]).sum(1).float()
     taken_N = _ties_taken(count_N, border_N, above_N, head_mass, tp_group)
 
     gaps_2N = above_N.new_zeros((2, num_rows))
     for rows in blocks():
-        t = probabilities(rows, teacher, teacher_NV)
-        gap = (t - probabilities(rows, student, student_NV)).abs_()
+        t = teacher(rows)
+        s = probabilities(student_NV[rows], of[rows].column(5), options, buffers(rows)[1])
+        gap = s.sub_(t).abs_()
         bits = t.view(torch.int32)
         tied = bits == border_N[rows, None]
         in_head = (bits > border_N[rows, None]) | (tied & (tied.cumsum(1) <= taken_N[rows, None]))
-        head = torch.where(in_head, gap, 0.0).sum(1)
-        gaps_2N[0, rows] = head
+        gaps_2N[0, rows] = torch.where(in_head, gap, 0.0).sum(1)
         gaps_2N[1, rows] = torch.where(in_head, 0.0, gap).sum(1)
     return all_reduce(gaps_2N, tp_group)
 

@@ -1,76 +1,54 @@
 """Per-token divergences between a teacher's and a student's next-token distributions.
 
 Exact over the full vocabulary, under vocabulary-parallel tensor parallelism, with the gradient in
-closed form. T and S are teacher and student after division of the logits by ``temperature`` (no
-temperature^2 factor: the caller multiplies where it is wanted).
+closed form; the kinds are defined at :class:`~nemo_paced.losses.options.Divergence`. T and S are
+teacher and student after division of the logits by ``temperature`` (no temperature^2 factor: the
+caller multiplies where it is wanted).
 
-    forward_kl       KL(T || S)
-    reverse_kl       KL(S || T)
-    jsd              b KL(T || M) + (1-b) KL(S || M),  M = b T + (1-b) S,  b = jsd_beta
-    skew_forward_kl  KL(T || a T + (1-a) S),  a = skew                      (arXiv 2402.03898)
-    skew_reverse_kl  KL(S || a S + (1-a) T)
-    adaptive_kl      (g_head forward_kl + g_tail reverse_kl) / (g_head + g_tail)  (arXiv 2404.02657)
+Which numbers, and why one collective
+    Forward and reverse KL need of each vocabulary shard both maxima, both sums of exponentials and
+    one dot product, sum e^(zT-mT) [(zT-mT) - (zS-mS)] or its mirror image: five numbers a token.
+    A maximum and sums cannot share an all-reduce, so the five travel in one all-gather and each
+    rank merges all of them by itself: a shard with maximum m' moved to the common m has its sum
+    multiplied by e^(m'-m), and its dot product D becomes
+    e^(mT'-mT) {D + sumT [(mT'-mT) - (mS'-mS)]}. The mixtures (JSD, skew) need both log-sum-exps
+    before they can form M, and two sums after: one all-reduce of two numbers more. Adaptive KL
+    finds the teacher's head by radix selection (``adaptive_kl.py``). Dot products are taken on
+    shifted logits: unshifted, a KL of 5e-5 comes out 1e-3 wrong at a logit offset of 1e4 in
+    float32; shifted, 6e-7.
 
-Forward and reverse KL need, of each vocabulary shard, both maxima, both sums of exponentials and
-the dot products sum e^(zT-mT) [(zT-mT) - (zS-mS)]: they travel in one all-gather. The mixtures need
-both log-sum-exps first and two more sums after. Backward needs no collective: it recomputes each
-row block from the logits and the few numbers a row that forward kept, and writes the gradient once,
-in the dtype of the logits. Beyond a row block no float32 copy of the vocabulary axis exists.
+Backward needs no collective: it recomputes each row block from the logits and the few numbers a row
+that forward kept, and writes the gradient once, in the dtype of the logits. Beyond a row block no
+float32 copy of the vocabulary axis exists.
 
 Not covered: a gradient to the teacher (it is frozen), and second derivatives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import ProcessGroup
 
+from nemo_paced.losses import kernels as torch_kernels
 from nemo_paced.losses.adaptive_kl import head_tail_gaps
-from nemo_paced.losses.vocab_parallel import (
-    Normalizer,
-    all_gather,
-    all_reduce,
-    row_blocks,
-    shifted,
-    valid_columns,
-)
+from nemo_paced.losses.kernels import TINY, RowNumbers
+from nemo_paced.losses.options import Divergence, Options
+from nemo_paced.losses.vocab_parallel import begin_all_gather, begin_all_reduce, valid_columns
 
-
-class Divergence(Enum):
-    """What is minimised between teacher and student; see the module's definitions."""
-
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jsd = "jsd"
-    skew_forward_kl = "skew_forward_kl"
-    skew_reverse_kl = "skew_reverse_kl"
-    adaptive_kl = "adaptive_kl"
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
-    kind: Divergence
-    tp_group: ProcessGroup | None
-    temperature: float
-    jsd_beta: float
-    skew: float
-    akl_head_mass: float
-    valid: int  # columns of this rank that belong to the true vocabulary
-    chunk_size: int | None
+class Solved:
+    """Value of each row, float32 [N], and what its gradient is computed from."""
 
-
-@dataclass(slots=True)
-class _RowStats:
-    """What rows keep between forward and backward, merged over the group; each float32 [N]."""
-
-    teacher: Normalizer
-    student: Normalizer
-    forward_kl: torch.Tensor
-    reverse_kl: torch.Tensor
+    value_N: torch.Tensor
+    of: RowNumbers
 
 
 def divergence(
@@ -104,18 +82,20 @@ def divergence(
     Raises:
         ValueError: shapes that do not fit, or a parameter out of range.
     """
-    _check(student_logits, teacher_logits, tp_group, temperature, vocab_size)
-    options = _Options(
-        kind=Divergence(kind),
+    if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+        raise ValueError(
+            f"token axes differ: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    options = make_options(
+        kind,
+        (student_logits.shape[-1], teacher_logits.shape[-1]),
         tp_group=tp_group,
         temperature=temperature,
         jsd_beta=jsd_beta,
         skew=skew,
         akl_head_mass=akl_head_mass,
-        valid=min(
-            valid_columns(student_logits.shape[-1], vocab_size, tp_group), teacher_logits.shape[-1]
-        ),
-        chunk_size=chunk_size,
+        vocab_size=vocab_size,
+        block_rows=chunk_size,
     )
     flat = _DivergenceFunction.apply(
         student_logits.reshape(-1, student_logits.shape[-1]),
@@ -125,18 +105,30 @@ def divergence(
     return flat.view(student_logits.shape[:-1])
 
 
-def _check(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
+def make_options(
+    kind: Divergence | str,
+    widths: tuple[int, int],
+    *,
     tp_group: ProcessGroup | None,
     temperature: float,
+    jsd_beta: float,
+    skew: float,
+    akl_head_mass: float,
     vocab_size: int | None,
-) -> None:
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(f"token axes differ: {tuple(student.shape)} and {tuple(teacher.shape)}")
+    block_rows: int | None,
+) -> Options:
+    """Options for student and teacher of these local vocabulary widths.
+
+    Raises:
+        ValueError: widths that do not fit each other or ``vocab_size``, a parameter out of range.
+    """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be above 0")
-    widths = student.shape[-1], teacher.shape[-1]
+    for name, share in (("jsd_beta", jsd_beta), ("skew", skew), ("akl_head_mass", akl_head_mass)):
+        if not 0 < share < 1:
+            raise ValueError(f"{name} is {share}: it must lie between 0 and 1")
+    if block_rows is not None and block_rows < 1:
+        raise ValueError(f"chunk_size is {block_rows}: it must be at least 1 row")
     if tp_group is not None and widths[0] != widths[1]:
         raise ValueError(
             f"local vocabulary widths differ, {widths[0]} and {widths[1]}: under a tensor-parallel "
@@ -146,91 +138,103 @@ def _check(
         raise ValueError(
             f"padded vocabularies differ, {widths[0]} and {widths[1]}: give vocab_size"
         )
-    if vocab_size is not None and tp_group is None and vocab_size > min(widths):
-        raise ValueError(f"vocab_size {vocab_size} is above the {min(widths)} columns given")
+    ranks = 1 if tp_group is None else tp_group.size()
+    if vocab_size is not None and not 0 < vocab_size <= min(widths) * ranks:
+        raise ValueError(
+            f"vocab_size {vocab_size} does not lie within the {min(widths) * ranks} columns given"
+        )
+    return Options(
+        kind=Divergence(kind),
+        tp_group=tp_group,
+        temperature=temperature,
+        jsd_beta=jsd_beta,
+        skew=skew,
+        akl_head_mass=akl_head_mass,
+        valid=valid_columns(widths[0], vocab_size, tp_group),
+        block_rows=block_rows,
+    )
 
 
 class _DivergenceFunction(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: _Options
+        ctx: Any, student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
     ) -> torch.Tensor:
-        stats = _row_stats(student_NV, teacher_NV, options)
-        if options.kind is Divergence.forward_kl:
-            value_N, extra_2N = stats.forward_kl, None
-        elif options.kind is Divergence.reverse_kl:
-            value_N, extra_2N = stats.reverse_kl, None
-        elif options.kind is Divergence.adaptive_kl:
-            gaps_2N = head_tail_gaps(
-                student_NV,
-                teacher_NV,
-                stats.student,
-                stats.teacher,
-                temperature=options.temperature,
-                head_mass=options.akl_head_mass,
-                valid=options.valid,
-                tp_group=options.tp_group,
-                chunk_size=options.chunk_size,
-            )
-            extra_2N = gaps_2N / gaps_2N.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-            value_N = extra_2N[0] * stats.forward_kl + extra_2N[1] * stats.reverse_kl
-        else:
-            value_N, extra_2N = _mixture(student_NV, teacher_NV, stats, options)
-        ctx.save_for_backward(student_NV, teacher_NV)
-        ctx.stats, ctx.extra_2N, ctx.options = stats, extra_2N, options
-        return value_N
+        solved = finish(solve(student_NV, teacher_NV, options))
+        ctx.save_for_backward(student_NV, teacher_NV, solved.of.numbers_9N)
+        ctx.options = options
+        return solved.value_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        student_NV, teacher_NV = ctx.saved_tensors
-        options: _Options = ctx.options
-        scale_N = grad_N.float() / options.temperature
+        student_NV, teacher_NV, numbers_9N = ctx.saved_tensors
         grad_NV = torch.empty_like(student_NV)
-        grad_NV[:, options.valid :] = 0
-        for rows in _blocks(student_NV, options):
-            log_s, log_t = _log_probs(student_NV, teacher_NV, rows, ctx.stats, options)
-            extra = None if ctx.extra_2N is None else ctx.extra_2N[:, rows, None]
-            block = _gradient(log_s, log_t, rows, ctx.stats, extra, options)
-            grad_NV[rows, : options.valid] = block.mul_(scale_N[rows, None])
+        kernels_for(student_NV).gradient(
+            student_NV, teacher_NV, RowNumbers(numbers_9N), grad_N.float(), ctx.options, grad_NV
+        )
         return grad_NV, None, None
 
 
-def _blocks(logits_NV: torch.Tensor, options: _Options):
-    return row_blocks(logits_NV, options.chunk_size)
+def kernels_for(logits: torch.Tensor) -> ModuleType:
+    """The module of kernels: Triton's for CUDA tensors, PyTorch's for all others."""
+    if logits.device.type == "cuda":
+        from nemo_paced.losses import triton_kernels
+
+        return triton_kernels
+    return torch_kernels
 
 
-def _row_stats(student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: _Options) -> _RowStats:
-    """One pass over the logits, one all-gather.
+def solve(
+    student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
+) -> Generator[None, None, Solved]:
+    """Value of each row and what its gradient needs; yields where it waits for other ranks.
 
-    Packed: maxima and sums of exponentials of both, and one dot product (both for adaptive KL).
+    While it waits the caller may do other work; every rank must resume its generators in the same
+    order. ``finish`` runs one through.
     """
-    kind, valid = options.kind, options.valid
-    needs_forward = kind in (Divergence.forward_kl, Divergence.adaptive_kl)
-    needs_reverse = kind in (Divergence.reverse_kl, Divergence.adaptive_kl)
-    count = 4 + needs_forward + needs_reverse
-    packed = student_NV.new_zeros((count, student_NV.shape[0]), dtype=torch.float32)
-    for rows in _blocks(student_NV, options):
-        t, packed[0, rows] = shifted(teacher_NV[rows, :valid], options.temperature)
-        s, packed[2, rows] = shifted(student_NV[rows, :valid], options.temperature)
-        exp_t, exp_s = t.exp(), s.exp()
-        packed[1, rows] = exp_t.sum(1)
-        packed[3, rows] = exp_s.sum(1)
-        if needs_forward or needs_reverse:
-            difference = t.sub_(s)
-            if needs_forward:
-                packed[4, rows] = exp_t.mul_(difference).sum(1)
-            if needs_reverse:
-                packed[count - 1, rows] = exp_s.mul_(difference).sum(1).neg_()
-    gathered_RCN = all_gather(packed, options.tp_group)
-    return _merge(gathered_RCN, needs_forward, needs_reverse, options.temperature)
+    kernels = kernels_for(student_NV)
+    gather = begin_all_gather(
+        kernels.local_stats(student_NV, teacher_NV, options), options.tp_group
+    )
+    yield
+    of, forward_N, reverse_N = _merge(gather.wait(), options)
+    c_3N = of.numbers_9N[6:]
+    if options.is_mixture:
+        reduce = begin_all_reduce(
+            kernels.mixture_sums(student_NV, teacher_NV, of, options), options.tp_group
+        )
+        yield
+        c_3N[:2] = reduce.wait()
+        beta = options.jsd_beta
+        is_jsd = options.kind is Divergence.jsd
+        value_N = beta * c_3N[0] + (1 - beta) * c_3N[1] if is_jsd else c_3N[0].clone()
+        return Solved(value_N, of)
+    c_3N[2] = reverse_N
+    if options.kind is Divergence.adaptive_kl:
+        gaps_2N = head_tail_gaps(student_NV, teacher_NV, of, options)
+        c_3N[:2] = gaps_2N / gaps_2N.sum(0).clamp_min(TINY)
+    else:
+        c_3N[0], c_3N[1] = float(options.needs_forward_kl), float(options.needs_reverse_kl)
+    return Solved(c_3N[0] * forward_N + c_3N[1] * reverse_N, of)
+
+
+def finish(steps: Generator[None, None, _Result]) -> _Result:
+    """Run a generator like :func:`solve`'s to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
 
 
 def _merge(
-    gathered_RCN: torch.Tensor, needs_forward: bool, needs_reverse: bool, temperature: float
-) -> _RowStats:
-    max_t_RN, sum_t_RN, max_s_RN, sum_s_RN = gathered_RCN[:, :4].unbind(1)
+    gathered_RKN: torch.Tensor, options: Options
+) -> tuple[RowNumbers, torch.Tensor, torch.Tensor]:
+    """The row numbers 0 to 5, forward KL [N] and reverse KL [N] (0 where not asked for)."""
+    max_t_RN, sum_t_RN, max_s_RN, sum_s_RN = gathered_RKN[:, :4].unbind(1)
     max_t_N, max_s_N = max_t_RN.amax(0), max_s_RN.amax(0)
-    shift_t_RN, shift_s_RN = (max_t_RN - max_t_N) / temperature, (max_s_RN - max_s_N) / temperature
+    shift_t_RN = (max_t_RN - max_t_N) / options.temperature
+    shift_s_RN = (max_s_RN - max_s_N) / options.temperature
     scale_t_RN, scale_s_RN = shift_t_RN.exp(), shift_s_RN.exp()
     sum_t_N = (scale_t_RN * sum_t_RN).sum(0)
     sum_s_N = (scale_s_RN * sum_s_RN).sum(0)
@@ -238,94 +242,16 @@ def _merge(
     # each rank's dot product was taken on its own maxima; a rank without columns adds nothing
     moved_RN = shift_t_RN - shift_s_RN
     forward_N = reverse_N = torch.zeros_like(sum_t_N)
-    if needs_forward:
-        dot_RN = gathered_RCN[:, 4] + sum_t_RN * moved_RN
+    if options.needs_forward_kl:
+        dot_RN = gathered_RKN[:, 4] + sum_t_RN * moved_RN
         forward_N = (scale_t_RN * dot_RN).sum(0) / sum_t_N - log_sum_t_N + log_sum_s_N
-    if needs_reverse:
-        dot_RN = gathered_RCN[:, -1] - sum_s_RN * moved_RN
+    if options.needs_reverse_kl:
+        dot_RN = gathered_RKN[:, -1] - sum_s_RN * moved_RN
         reverse_N = (scale_s_RN * dot_RN).sum(0) / sum_s_N - log_sum_s_N + log_sum_t_N
-    return _RowStats(
-        Normalizer(max_t_N, log_sum_t_N), Normalizer(max_s_N, log_sum_s_N), forward_N, reverse_N
-    )
-
-
-def _log_probs(
-    student_NV: torch.Tensor,
-    teacher_NV: torch.Tensor,
-    rows: slice,
-    stats: _RowStats,
-    options: _Options,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of a row block, student and teacher, float32."""
-    valid, temperature = options.valid, options.temperature
-    return (
-        stats.student.log_probs(student_NV, rows, valid=valid, temperature=temperature),
-        stats.teacher.log_probs(teacher_NV, rows, valid=valid, temperature=temperature),
-    )
-
-
-def _mixture(
-    student_NV: torch.Tensor, teacher_NV: torch.Tensor, stats: _RowStats, options: _Options
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value [N] of JSD or a skew KL, and the two sums [2, N] that it and its gradient need."""
-    sums_2N = student_NV.new_zeros((2, student_NV.shape[0]), dtype=torch.float32)
-    for rows in _blocks(student_NV, options):
-        log_s, log_t = _log_probs(student_NV, teacher_NV, rows, stats, options)
-        log_m = _log_mixture(log_s, log_t, options)
-        if options.kind is Divergence.jsd:
-            sums_2N[0, rows] = (log_t.exp() * (log_t - log_m)).sum(1)
-            sums_2N[1, rows] = (log_s.exp() * (log_s - log_m)).sum(1)
-        elif options.kind is Divergence.skew_forward_kl:
-            sums_2N[0, rows] = (log_t.exp() * (log_t - log_m)).sum(1)
-            sums_2N[1, rows] = (log_s + log_t - log_m).exp().sum(1)
-        else:
-            sums_2N[0, rows] = (log_s.exp() * (log_s - log_m)).sum(1)
-            sums_2N[1, rows] = (2 * log_s - log_m).exp().sum(1)
-    all_reduce(sums_2N, options.tp_group)
-    if options.kind is Divergence.jsd:
-        beta = options.jsd_beta
-        return beta * sums_2N[0] + (1 - beta) * sums_2N[1], sums_2N
-    return sums_2N[0].clone(), sums_2N
-
-
-def _log_mixture(log_s: torch.Tensor, log_t: torch.Tensor, options: _Options) -> torch.Tensor:
-    share_t = {
-        Divergence.jsd: options.jsd_beta,
-        Divergence.skew_forward_kl: options.skew,
-        Divergence.skew_reverse_kl: 1 - options.skew,
-    }[options.kind]
-    share = torch.tensor([share_t, 1 - share_t], dtype=torch.float64).log().tolist()
-    return torch.logaddexp(log_t + share[0], log_s + share[1])
-
-
-def _gradient(
-    log_s: torch.Tensor,
-    log_t: torch.Tensor,
-    rows: slice,
-    stats: _RowStats,
-    extra_2N1: torch.Tensor | None,
-    options: _Options,
-) -> torch.Tensor:
-    """d value / d (student logits / temperature) of a row block.
-
-    With u = dL/dS it is S (u - sum S u) for each kind; the sums were kept by forward.
-    """
-    kind = options.kind
-    if kind is Divergence.forward_kl:
-        return log_s.exp_().sub_(log_t.exp_())
-    s = log_s.exp()
-    reverse_N1 = stats.reverse_kl[rows, None]
-    if kind is Divergence.reverse_kl:
-        return log_s.sub_(log_t).sub_(reverse_N1).mul_(s)
-    assert extra_2N1 is not None, "every other kind keeps two numbers a row"
-    if kind is Divergence.adaptive_kl:
-        forward_part = (s - log_t.exp()) * extra_2N1[0]
-        return forward_part + s * (log_s - log_t - reverse_N1) * extra_2N1[1]
-    log_m = _log_mixture(log_s, log_t, options)
-    if kind is Divergence.jsd:
-        return s * (log_s - log_m - extra_2N1[1]) * (1 - options.jsd_beta)
-    a = options.skew
-    if kind is Divergence.skew_forward_kl:
-        return s * (extra_2N1[1] - (log_t - log_m).exp()) * (1 - a)
-    ratio = (log_s - log_m).exp()
-    return s * (log_s - log_m - extra_2N1[0] - a * (ratio - extra_2N1[1]))
+    rank = 0 if options.tp_group is None else options.tp_group.rank()
+    numbers_9N = gathered_RKN.new_zeros((9, gathered_RKN.shape[-1]))
+    numbers_9N[0], numbers_9N[1] = max_t_N, log_sum_t_N
+    numbers_9N[2] = scale_t_RN[rank] * sum_t_RN[rank] / sum_t_N
+    numbers_9N[3], numbers_9N[4] = max_s_N, log_sum_s_N
+    numbers_9N[5] = scale_s_RN[rank] * sum_s_RN[rank] / sum_s_N
+    return RowNumbers(numbers_9N), forward_N, reverse_N

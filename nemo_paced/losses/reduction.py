@@ -8,9 +8,16 @@ N is the number of problems in the global batch, those of weight 0 included. Not
 by the sum of the weights: they have mean 1 over the training set, and a batch of hard problems is
 meant to count less. As the divisor is known before the batch is cut, the loss is the same for every
 cut into micro-batches and data-parallel ranks.
+
+Megatron, for its part, divides all gradients by the number of tokens that the loss functions
+report, summed over the global batch. It is told the tokens that went through the model: with that
+divisor its auxiliary losses (MoE load balancing) come out as means over micro-batches, as in
+pre-training. Ours is multiplied by the same number first (:func:`for_megatron`).
 """
 
 from __future__ import annotations
+
+import torch
 
 
 def token_weight(
@@ -37,3 +44,21 @@ def token_weight(
     if reduction == "token_mean":
         return weight / total_tokens
     raise ValueError(f"reduction is {reduction!r}: choose token_sum, sequence_mean or token_mean")
+
+
+def for_megatron(
+    loss: torch.Tensor, *, num_tokens: int, total_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two values of a ``loss_func`` under ``calculate_per_token_loss``.
+
+    Args:
+        loss: scalar, the sum to minimise: this micro-batch's part of it.
+        num_tokens: sequence positions of this micro-batch that this rank ran (of a sequence cut by
+            context parallelism: its own slice, so that the sum over ranks counts each once).
+        total_tokens: sum of ``num_tokens`` over micro-batches, data- and context-parallel ranks.
+
+    Returns:
+        (loss to differentiate, int32 token count).
+    """
+    count = torch.tensor(num_tokens, dtype=torch.int32, device=loss.device)
+    return loss * total_tokens, count

@@ -1,9 +1,10 @@
-"""The frozen teacher in the training engine: final hidden states of response tokens, then logits.
+"""The frozen teacher in the training engine: final hidden states of response tokens.
 
 Phase 1 of a step runs the teacher forward over all micro-batches and keeps, on the last pipeline
 stage, one hidden state per response token: V / (TP h) times smaller than a rank's share of its
-logits. Phase 2 turns them into logits with the teacher's own LM head, chunk by chunk, beside the
-student's. What crosses is keyed by response id: the two models see different prompts.
+logits. In phase 2 the loss turns them into logits with the teacher's own LM head, a chunk of tokens
+at a time, beside the student's. What crosses is keyed by response id: the two models see different
+prompts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from nemo_paced.data.packing import MicroBatch
+from nemo_paced.losses.linear_divergence import HiddenTeacher
 from nemo_paced.parallel import Parallel
 from nemo_paced.pipeline import run_schedule
 
@@ -60,20 +62,14 @@ class TeacherSignal:
     hidden: dict[str, torch.Tensor]
     head_weight: torch.Tensor | None
 
-    def hidden_NH(self, spans: Sequence[tuple[str, int]]) -> torch.Tensor:
-        """Hidden states of a micro-batch's response tokens, in the order of its ``spans``."""
+    def of(self, spans: Sequence[tuple[str, int]]) -> HiddenTeacher:
+        """The signal of a micro-batch's response tokens, in the order of its ``spans``."""
         assert self.head_weight is not None, "only the last pipeline stage has a teacher signal"
         parts = [self.hidden[response_id] for response_id, _ in spans]
-        if not parts:
-            return self.head_weight.new_zeros(0, self.head_weight.shape[1])
         for part, (response_id, length) in zip(parts, spans, strict=True):
             assert len(part) == length, f"teacher and student disagree on length of {response_id}"
-        return torch.cat(parts)
-
-    def logits_NV(self, spans: Sequence[tuple[str, int]]) -> torch.Tensor:
-        """Teacher logits [N, v/tp] of a micro-batch's response tokens, float32."""
-        assert self.head_weight is not None, "only the last pipeline stage has a teacher signal"
-        return (self.hidden_NH(spans) @ self.head_weight.t()).float()
+        empty = self.head_weight.new_zeros(0, self.head_weight.shape[1])
+        return HiddenTeacher(torch.cat(parts) if parts else empty, self.head_weight)
 
 
 class Teacher:

@@ -16,6 +16,7 @@ from nemo_paced.rollout.refit import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.teacher.model import Teacher
 from nemo_paced.training import checkpoint
+from nemo_paced.training.output_layer import DivergenceOutputLayer
 from nemo_paced.training.step import Step
 from nemo_paced.training.student import Student, build_student
 
@@ -78,7 +79,10 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
         load_hf_weights(gpt, directory, parallel)
         return gpt
 
-    student = build_student(gpt_of(student_hf, student_dir), config, parallel)
+    student_gpt = gpt_of(student_hf, student_dir)
+    if parallel.is_last_stage:
+        DivergenceOutputLayer.install(student_gpt)
+    student = build_student(student_gpt, config, parallel)
     teacher = Teacher(gpt_of(teacher_hf, teacher_dir), parallel)
     step = Step(
         student=student,

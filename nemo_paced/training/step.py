@@ -1,10 +1,8 @@
 """One optimizer step in two phases: the teacher forward, then the student forward and backward.
 
 Loss = sum over response tokens of token_weight x divergence, where the token weight already holds
-the problem's weight and the one global normaliser (``losses/reduction.py``). Megatron divides
-gradients by the number of response tokens that the loss functions report, summed over the global
-batch; the loss is multiplied by that same number first, so what remains is exactly the sum, however
-the batch is cut into micro-batches and data-parallel ranks.
+the problem's weight and the one global normaliser (``losses/reduction.py``). It is computed in the
+student's output layer (``output_layer.py``): logits exist for a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -26,11 +24,13 @@ from nemo_paced.data.packing import (
     padded_length,
     rank_items,
 )
-from nemo_paced.losses.divergence import Divergence, divergence
-from nemo_paced.losses.vocab_parallel import target_log_probs
+from nemo_paced.losses.divergence import make_options
+from nemo_paced.losses.options import Divergence, Options
+from nemo_paced.losses.reduction import for_megatron
 from nemo_paced.parallel import Parallel
 from nemo_paced.pipeline import run_schedule
 from nemo_paced.teacher.model import Teacher, TeacherSignal
+from nemo_paced.training.output_layer import MicroBatchLoss
 from nemo_paced.training.student import Student
 
 
@@ -87,9 +87,11 @@ class Step:
 
         self.student.zero_grad()
         self.student.ddp.train()
+        batches = self._cut(items, teacher=False)
+        positions = sum(batch.tokens_BS.numel() for batch in batches) * self.parallel.dp_size
         reports = run_schedule(
-            partial(self._forward_step, signal, Divergence(stage.divergence.value), total_tokens),
-            self._cut(items, teacher=False),
+            partial(self._forward_step, signal, Divergence(stage.divergence.value), positions),
+            batches,
             self.student.ddp,
             self.parallel,
         )
@@ -124,55 +126,56 @@ class Step:
         )
 
     def _forward_step(
-        self, signal: TeacherSignal, kind: Divergence, total_tokens: int, data_iterator, model
+        self, signal: TeacherSignal, kind: Divergence, total_positions: int, data_iterator, model
     ):
         batch: MicroBatch = next(data_iterator)
-        logits_BSV = model(batch.tokens_BS, batch.position_ids_BS, attention_mask=None)
-        return logits_BSV, partial(self._loss, batch, signal, kind, total_tokens)
+        loss = None
+        if self.parallel.is_last_stage:
+            on_policy = not bool(batch.server_logprobs_N.isnan().all())
+            loss = MicroBatchLoss(
+                batch=batch,
+                teacher=signal.of(batch.spans),
+                options=self._options(kind, signal),
+                chunk_size=self.loss.chunk_size,
+                targets_N=batch.targets_N if on_policy else None,
+            )
+            self.student.gpt.output_layer.loss = loss
+        output = model(batch.tokens_BS, batch.position_ids_BS, attention_mask=None)
+        return output, partial(self._report, loss, total_positions)
 
-    def _loss(
-        self,
-        batch: MicroBatch,
-        signal: TeacherSignal,
-        kind: Divergence,
-        total_tokens: int,
-        logits_BSV: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Megatron's ``loss_func``: (sum to differentiate, response tokens, figures to report)."""
-        student_NV = logits_BSV[batch.rows_N, batch.positions_N]
-        per_token_N = divergence(
-            student_NV,
-            signal.logits_NV(batch.spans),
+    def _options(self, kind: Divergence, signal: TeacherSignal) -> Options:
+        width = self.student.gpt.output_layer.output_size_per_partition
+        assert signal.head_weight is not None, "the last stage holds the teacher's head"
+        return make_options(
             kind,
+            (width, signal.head_weight.shape[0]),
             tp_group=self.parallel.tp_group,
             temperature=self.loss.temperature,
             jsd_beta=self.loss.jsd_beta,
             skew=self.loss.skew,
             akl_head_mass=self.loss.akl_head_mass,
             vocab_size=self.vocab_size,
-            chunk_size=self.loss.chunk_size,
+            block_rows=None,
         )
-        loss = (batch.token_weights_N * per_token_N).sum()
-        gap_N = self._logprob_gap(batch, student_NV)
-        figures = torch.stack(
-            [
-                loss.detach().double(),
-                per_token_N.detach().double().sum(),
-                gap_N.double().nansum(),
-                (~gap_N.isnan()).sum().double(),
-            ]
-        )
-        num_tokens = torch.tensor(batch.num_tokens, dtype=torch.int, device=loss.device)
-        return loss * total_tokens, num_tokens, figures
 
-    @torch.no_grad()
-    def _logprob_gap(self, batch: MicroBatch, student_NV: torch.Tensor) -> torch.Tensor:
-        if bool(batch.server_logprobs_N.isnan().all()):
-            return batch.server_logprobs_N
-        logprobs_N = target_log_probs(
-            student_NV, batch.targets_N, tp_group=self.parallel.tp_group, vocab_size=self.vocab_size
+    @staticmethod
+    def _report(
+        loss: MicroBatchLoss | None, total_positions: int, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Megatron's ``loss_func``: (sum to differentiate, tokens, figures to report)."""
+        assert loss is not None and loss.result is not None, "the output layer has computed it"
+        result = loss.result
+        gap = torch.zeros(2, dtype=torch.float64, device=output.device)
+        if result.target_log_probs_N is not None:
+            gap_N = (result.target_log_probs_N - loss.batch.server_logprobs_N).abs().double()
+            gap = torch.stack([gap_N.nansum(), (~gap_N.isnan()).sum().double()])
+        figures = torch.stack([output.detach().double().sum(), result.per_token_N.double().sum()])
+        differentiate, num_tokens = for_megatron(
+            output.view(()),
+            num_tokens=loss.batch.tokens_BS.numel(),
+            total_tokens=total_positions,
         )
-        return (logprobs_N - batch.server_logprobs_N).abs()
+        return differentiate, num_tokens, torch.cat([figures, gap])
 
     def _sum_over_ranks(self, reports: Sequence[torch.Tensor]) -> tuple[float, float, float, int]:
         total = torch.zeros(4, dtype=torch.float64, device=self.parallel.device)

@@ -66,14 +66,25 @@ class Student:
                 optimizer.optimizer.state.clear()
 
 
-def build_student(gpt: PacedGPTModel, config: PacedConfig, parallel: Parallel) -> Student:
-    """Wrap a built model (weights loaded) for training."""
+def build_student(
+    gpt: PacedGPTModel,
+    config: PacedConfig,
+    parallel: Parallel,
+    *,
+    ddp_config: DistributedDataParallelConfig | None = None,
+) -> Student:
+    """Wrap a built model (weights loaded) for training.
+
+    Args:
+        ddp_config: ``None``: gradients reduced in float32 after backward, no overlap.
+    """
+    ddp_config = ddp_config or DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     optim = config.model.optim
     bf16 = config.trainer.compute_precision is Precision.bf16
     gpt.config.calculate_per_token_loss = True  # losses are sums; divided once, globally
     ddp = DistributedDataParallel(
         config=gpt.config,
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+        ddp_config=ddp_config,
         module=gpt,
         pg_collection=parallel.groups,
     )
@@ -90,7 +101,8 @@ def build_student(gpt: PacedGPTModel, config: PacedConfig, parallel: Parallel) -
             clip_grad=config.trainer.gradient_clip_val,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=ddp_config.use_distributed_optimizer,
+            overlap_param_gather=ddp_config.overlap_param_gather,
         ),
         [ddp],
         use_gloo_process_groups=False,

@@ -1,5 +1,6 @@
 """One training step, whatever the layout: against each other and against plain PyTorch."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,15 @@ from nemo_paced.config import (
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.hf.export_weights import iter_hf_tensors
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
-from nemo_paced.training import checkpoint
+from nemo_paced.training import checkpoint, setup
+from nemo_paced.training import student as student_module
 from nemo_paced.training.setup import build_models
 from tests.dense import dense_divergence
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 
 VOCAB = len(VOCABULARY)
+GOLDEN = Path(__file__).parents[1] / "golden" / "step_losses.json"
 LR, STEPS = 3e-3, 3
 STAGES = {
     "forward_kl": StageConfig(name="forward_kl"),
@@ -43,6 +46,7 @@ LAYOUTS = {
     "dp2": (1, 1, 2, 2, False),
     "tp2 pp2": (2, 2, 4, 1, False),
     "tp2 dp2": (2, 1, 4, 4, False),
+    "pp2 dp2": (1, 2, 4, 2, False),
 }
 
 
@@ -173,6 +177,44 @@ def test_steps_equal_plain_pytorch(models, single, kind):
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     for name, value in weights.items():
         torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+@pytest.mark.parametrize("kind", STAGES)
+def test_steps_are_those_of_the_loss_on_whole_logits(models, kind, layout):
+    golden = json.loads(GOLDEN.read_text())["steps"][f"{kind} {layout}"]
+    losses = run_ranks(LAYOUTS[layout][2], train_steps, str(models), LAYOUTS[layout], kind)[0][0]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(golden), rtol=1e-5, atol=1e-5)
+
+
+def _train_with_overlap(rank, world_size, folder, layout, kind, grad_scale):
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    def build_overlapping(gpt, config, parallel):
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+            bucket_size=2000,  # several buckets, so that hooks fire one after the other
+        )
+        student = student_module.build_student(gpt, config, parallel, ddp_config=ddp_config)
+        gpt.config.grad_scale_func = lambda loss: loss * grad_scale
+        return student
+
+    setup.build_student = build_overlapping
+    return train_steps(rank, world_size, folder, layout, kind)[0]
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2 dp2", "pp2 dp2"])
+def test_overlapped_reductions_and_a_gradient_scale_change_nothing_else(models, single, layout):
+    """Both of DDP's overlaps on, tied embeddings, gradients scaled by 4."""
+    ranks = LAYOUTS[layout][2]
+    results = run_ranks(ranks, _train_with_overlap, str(models), LAYOUTS[layout], "forward_kl", 4.0)
+    # clipping takes the scale out of the update
+    expected = torch.tensor(single["forward_kl"][0]) * torch.tensor([1.0, 4.0])
+    for losses in results:
+        torch.testing.assert_close(torch.tensor(losses), expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])

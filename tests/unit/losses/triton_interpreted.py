@@ -1,0 +1,149 @@
+"""Runs the Triton kernels in Triton's interpreter, for ``test_triton_kernels.py``.
+
+A process of its own, because Triton reads ``TRITON_INTERPRET`` when it is first imported and torch
+or Megatron may have imported it long before a test begins. Writes what it computed to the file
+named on the command line.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from nemo_paced.losses import divergence as divergence_module
+from nemo_paced.losses.divergence import finish, make_options, solve
+from nemo_paced.losses.options import Options
+from tests.dense import KINDS, make_logits
+
+ROWS, WIDTH = 2, 40
+# WIDTH is no multiple of it: the last tile is part full
+TILE = 16
+JSD_BETA = 0.3
+INF = float("inf")
+
+
+def inputs(case: str) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Student and teacher logits and the options of a named case."""
+    made = case if case in ("peaked", "equal", "tied", "bf16") else "random"
+    student, teacher = make_logits(made, ROWS, WIDTH)
+    options = {"temperature": 0.7} if case in ("cooler", "padded", "rising") else {}
+    if case == "nearly_equal":
+        teacher = student + 1e-3 * teacher
+    if case in ("on_grid", "offset"):  # logits that float32 represents together with the offset
+        student, teacher = (student * 64).round() / 64, (teacher * 64).round() / 64
+    if case == "offset":
+        student, teacher = student + 1e4, teacher + 1e4
+    if case == "rising":  # the maximum moves with every tile, the teacher's and the student's apart
+        student = student + torch.linspace(0, 12, WIDTH)
+        teacher = teacher + torch.linspace(0, 30, WIDTH)
+    if case == "not_a_number":
+        student[1, 20] = float("nan")
+    if case == "no_rows":
+        student, teacher = student[:0], teacher[:0]
+    if case == "half":
+        student, teacher = student.half(), teacher.half()
+    if case == "no_mass_first":  # more than a tile of -inf before the first finite logit
+        student[:, :20], teacher[:, :20] = -INF, -INF
+    if case == "no_mass_last":
+        student[:, 20:], teacher[:, 20:] = -INF, -INF
+    if case == "padded":  # widths that differ, rows that lie further apart than they are wide
+        student, teacher = widen(student, 8, 50.0)[:, :-1], widen(teacher, 24, -INF)
+        options["vocab_size"] = WIDTH
+    if case == "columns_first":
+        student, teacher = student.T.contiguous().T, teacher.T.contiguous().T
+    return student, teacher, options
+
+
+CASES = (
+    *("random", "peaked", "equal", "nearly_equal", "tied", "bf16", "half", "cooler", "rising"),
+    *("on_grid", "offset", "no_mass_first", "no_mass_last", "padded", "columns_first"),
+    *("not_a_number", "no_rows"),
+)
+
+
+def widen(logits_NV: torch.Tensor, columns: int, padding: float) -> torch.Tensor:
+    return torch.cat([logits_NV, torch.full((len(logits_NV), columns), padding)], 1)
+
+
+def weights(rows: int = ROWS) -> torch.Tensor:
+    return torch.tensor([0.3, 1.7])[:rows]
+
+
+def options_of(kind: str) -> Options:
+    return make_options(
+        kind,
+        (WIDTH, WIDTH),
+        tp_group=None,
+        temperature=1.0,
+        jsd_beta=JSD_BETA,
+        skew=0.1,
+        akl_head_mass=0.5,
+        vocab_size=None,
+        block_rows=None,
+    )
+
+
+def value_and_gradient(kind: str, case: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    student, teacher, options = inputs(case)
+    student = student.requires_grad_()
+    loss = divergence_module.divergence(student, teacher, kind, jsd_beta=JSD_BETA, **options)
+    (loss * weights(len(loss))).sum().backward()
+    return loss.detach(), student.grad
+
+
+def gradient_in_place(kernels: ModuleType, kind: str) -> torch.Tensor:
+    student, teacher, _ = inputs("random")
+    options = options_of(kind)
+    of = finish(solve(student, teacher, options)).of
+    kernels.gradient(student, teacher, of, weights(), options, student)
+    return student
+
+
+def shard_statistics(kernels: ModuleType, kind: str) -> torch.Tensor:
+    """What the ranks of a group gather whose second holds no mass and whose third no column."""
+    student, teacher, _ = inputs("random")
+    nothing = torch.full_like(student, -INF)
+    options = options_of(kind)
+    return torch.stack(
+        [
+            kernels.local_stats(student, teacher, options),
+            kernels.local_stats(nothing, nothing, options),
+            kernels.local_stats(student, teacher, replace(options, valid=0)),
+        ]
+    )
+
+
+def shard_without_columns(kernels: ModuleType, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixture sums and gradient of a rank whose columns are all padding."""
+    student, teacher, _ = inputs("random")
+    options = options_of(kind)
+    of = finish(solve(student, teacher, options)).of
+    options = replace(options, valid=0)
+    sums, grad = torch.zeros(2, ROWS), torch.full_like(student, 7.0)
+    if options.is_mixture:
+        sums = kernels.mixture_sums(student, teacher, of, options)
+    kernels.gradient(student, teacher, of, weights(), options, grad)
+    return sums, grad
+
+
+def main(path: str) -> None:
+    from nemo_paced.losses import triton_kernels
+
+    triton_kernels.MAX_TILE = TILE
+    divergence_module.kernels_for = lambda logits: triton_kernels
+    results: dict[tuple[str, str], Any] = {
+        (kind, case): value_and_gradient(kind, case) for kind in KINDS for case in CASES
+    }
+    for kind in KINDS:
+        results[kind, "in_place"] = gradient_in_place(triton_kernels, kind)
+        results[kind, "shards"] = shard_statistics(triton_kernels, kind)
+        results[kind, "no_columns"] = shard_without_columns(triton_kernels, kind)
+    torch.save(results, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
