@@ -270,8 +270,19 @@ class TeacherConfig:
     hf_path: str = ""
     privileged_context: PrivilegedContext = PrivilegedContext.expert_solution
     micro_batch_size: int = 0  # sequences; 0: model.micro_batch_size
+    # 0: hidden states, from which the loss is exact; above: its k likeliest tokens and the mass of
+    # the rest, from which it is a lower bound.
+    top_k: int = 0
+    # Keeps the top-k of stored responses (forward KL) on disk, for later epochs and runs.
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
+        _require(self.top_k >= 0, f"teacher.top_k is {self.top_k}: it must be 0 or above")
+        _require(
+            self.cache_dir is None or self.top_k > 0,
+            f"teacher.cache_dir is {self.cache_dir!r} and teacher.top_k is 0: hidden states are "
+            "not kept on disk; set teacher.top_k=64, or leave cache_dir out",
+        )
         _require(
             self.micro_batch_size >= 0,
             f"teacher.micro_batch_size is {self.micro_batch_size}: it must be above 0, or 0 for "

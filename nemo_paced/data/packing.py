@@ -73,9 +73,12 @@ def rank_items(items: Sequence[TrainItem], *, dp_rank: int, dp_size: int) -> lis
     return list(by_length[dp_rank::dp_size])
 
 
-def num_micro_batches(num_items: int, *, micro_batch_size: int, dp_size: int) -> int:
-    """Micro-batches of every rank, at least one: equal on all, the last ones may be padding."""
-    largest_rank = -(-num_items // dp_size)
+def num_micro_batches(largest_rank: int, *, micro_batch_size: int) -> int:
+    """Micro-batches of every rank, at least one: equal on all, the last ones may be padding.
+
+    Args:
+        largest_rank: items of the data-parallel rank that has most.
+    """
     return max(1, -(-largest_rank // micro_batch_size))
 
 

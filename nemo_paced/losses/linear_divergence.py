@@ -202,7 +202,7 @@ def linear_loss(
         teacher,
         token_weights_N.detach().float(),
         options,
-        chunk_size or _default_chunk(student_weight_VH),
+        chunk_size or default_chunk(student_weight_VH),
         targets_N,
         torch.is_grad_enabled(),
     )
@@ -230,7 +230,8 @@ def _check(
             )
 
 
-def _default_chunk(weight_VH: torch.Tensor) -> int:
+def default_chunk(weight_VH: torch.Tensor) -> int:
+    """Tokens of a chunk for an LM head [v/tp, h]: bounded logits, efficient GEMMs."""
     on_gpu = weight_VH.device.type == "cuda"
     return max(1, (GPU_CHUNK_ELEMENTS if on_gpu else CPU_CHUNK_ELEMENTS) // weight_VH.shape[0])
 

@@ -13,7 +13,7 @@ of the student than one pass for the tail's log-sum-exp, excluding the top token
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,47 @@ class TopKTeacher:
         parts = (self.log_probs, self.ids)
         k = self.ids.shape[-1]
         return k * sum(p.element_size() for p in parts) + self.tail_log_prob.element_size()
+
+    @staticmethod
+    def cat(parts: Sequence[TopKTeacher]) -> TopKTeacher:
+        """Along the first axis."""
+        return TopKTeacher(
+            torch.cat([part.log_probs for part in parts]),
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.tail_log_prob for part in parts]),
+        )
+
+    @classmethod
+    def empty(cls, k: int, device: torch.device) -> TopKTeacher:
+        """Of no token."""
+        none_NK = torch.zeros((0, k), device=device)
+        return cls(none_NK, none_NK.int(), none_NK.new_zeros(0))
+
+    @classmethod
+    @torch.no_grad()
+    def from_hidden(
+        cls,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        k: int,
+        *,
+        chunk_size: int,
+        tp_group: ProcessGroup | None = None,
+        temperature: float = 1.0,
+        vocab_size: int | None = None,
+    ) -> TopKTeacher:
+        """Of final hidden states [N, h] and an LM head [v/tp, h]; logits a chunk at a time."""
+        parts = [
+            cls.from_logits(
+                chunk_CH @ weight_VH.t(),
+                k,
+                tp_group=tp_group,
+                temperature=temperature,
+                vocab_size=vocab_size,
+            )
+            for chunk_CH in hidden_NH.split(chunk_size)
+        ]
+        return cls.cat(parts)
 
     @classmethod
     @torch.no_grad()

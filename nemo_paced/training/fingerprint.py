@@ -33,6 +33,7 @@ CHANGEABLE = (
     "teacher.micro_batch_size",
     "student.hf_path",
     "teacher.hf_path",
+    "teacher.cache_dir",
     "data.problems",
     "data.validation_problems",
     "data.forgetting_problems",

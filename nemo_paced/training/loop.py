@@ -222,6 +222,8 @@ class Loop:
             "skipped": not result.finite,
             "tokens": result.tokens,
         }
+        if self.config.teacher.cache_dir is not None:
+            metrics["teacher/cached"] = result.cached
         if result.logprob_gap == result.logprob_gap:  # not NaN: on-policy
             metrics["rollout/logprob_gap"] = result.logprob_gap
         return metrics

@@ -14,6 +14,7 @@ METRICS = {
     "learning_rate": "of this step",
     "tokens": "response tokens trained on",
     "weights/active_problems": "problems of the batch with weight above 0",
+    "teacher/cached": "responses whose teacher signal came from teacher.cache_dir",
     "rollout/accuracy": "share of this step's sampled responses that were right",
     "rollout/truncated": "share of this step's sampled responses cut at the token limit",
     "rollout/mean_length": "tokens of a response",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_paced.config import PacedConfig, to_dict
+from nemo_paced.errors import ConfigError
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_gpt, load_hf_config
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel
 from nemo_paced.rollout.refit import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
-from nemo_paced.teacher.model import Teacher
+from nemo_paced.teacher.cache import TopKCache, model_identity
+from nemo_paced.teacher.model import SignalKind, Teacher
 from nemo_paced.training import checkpoint
 from nemo_paced.training.output_layer import DivergenceOutputLayer
 from nemo_paced.training.step import Step
@@ -83,14 +85,31 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
     if parallel.is_last_stage:
         DivergenceOutputLayer.install(student_gpt)
     student = build_student(student_gpt, config, parallel)
-    teacher = Teacher(gpt_of(teacher_hf, teacher_dir), parallel)
+    vocab_size = tokenizer_vocab_size(student_dir)
+    signal = SignalKind(config.teacher.top_k, config.loss.temperature, vocab_size)
+    if signal.top_k > vocab_size:
+        raise ConfigError(
+            f"teacher.top_k is {signal.top_k} and the vocabulary has {vocab_size} tokens: it must "
+            "be at most that, or 0 for the exact loss"
+        )
+    teacher = Teacher(gpt_of(teacher_hf, teacher_dir), parallel, signal)
+    logger.info("teacher signal: %d bytes a response token", teacher.bytes_per_token)
+    cache = None
+    if config.teacher.cache_dir is not None:
+        identity = {
+            **asdict(signal),
+            "teacher": model_identity(teacher_dir),
+            "precision": config.trainer.compute_precision.value,
+        }
+        cache = TopKCache(Path(config.teacher.cache_dir), identity)
     step = Step(
         student=student,
         teacher=teacher,
         model=config.model,
         loss=config.loss,
         teacher_micro_batch_size=config.teacher.micro_batch_size or config.model.micro_batch_size,
-        vocab_size=tokenizer_vocab_size(student_dir),
+        vocab_size=vocab_size,
         parallel=parallel,
+        cache=cache,
     )
     return Models(config, parallel, student, step)

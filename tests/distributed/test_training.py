@@ -22,6 +22,7 @@ from nemo_paced.data.packing import TrainItem
 from nemo_paced.hf.export_weights import iter_hf_tensors
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training import checkpoint, setup
+from nemo_paced.training import step as step_module
 from nemo_paced.training import student as student_module
 from nemo_paced.training.setup import build_models
 from tests.dense import dense_divergence
@@ -71,7 +72,7 @@ def make_items(step, count=7):
     ]
 
 
-def make_config(folder, layout, teacher="teacher"):
+def make_config(folder, layout, teacher="teacher", **teacher_options):
     tensor, pipeline, ranks, micro_batch_size, sequence_parallel = layout
     return PacedConfig(
         trainer=TrainerConfig(
@@ -86,7 +87,7 @@ def make_config(folder, layout, teacher="teacher"):
             optim=OptimConfig(lr=LR),
         ),
         student=StudentConfig(hf_path=f"{folder}/student"),
-        teacher=TeacherConfig(hf_path=f"{folder}/{teacher}"),
+        teacher=TeacherConfig(hf_path=f"{folder}/{teacher}", **teacher_options),
         loss=LossConfig(),
     )
 
@@ -238,6 +239,106 @@ def test_a_tied_teacher_works_at_every_layout(models):
         torch.testing.assert_close(
             torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=1e-5
         )
+
+
+def _train_on_top_k(rank, world_size, folder, layout, kind, k, cache_dir=None):
+    config = make_config(folder, layout, top_k=k, cache_dir=cache_dir)
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    models = build_models(config, parallel)
+    # two epochs over the same responses, the second in another order
+    batches = [make_items(0), make_items(1), make_items(1)[::-1], make_items(0)]
+    results = [models.step(items, STAGES[kind], LR) for items in batches]
+    return [(r.loss, r.grad_norm) for r in results], [r.cached for r in results]
+
+
+def test_a_top_k_of_the_whole_vocabulary_gives_the_exact_steps(models, single):
+    options = (str(models), LAYOUTS["tp2"], "forward_kl", VOCAB)
+    losses = run_ranks(2, _train_on_top_k, *options)[0][0]
+    expected = single["forward_kl"][0]
+    torch.testing.assert_close(
+        torch.tensor(losses[:2]), torch.tensor(expected[:2]), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2 dp2"])
+def test_a_cached_top_k_is_the_computed_one_at_every_layout(models, tmp_path, layout):
+    options = (str(models), LAYOUTS["tp1"], "reverse_kl", 7)
+    ((expected, none_cached),) = run_ranks(1, _train_on_top_k, *options)
+    assert none_cached == [0, 0, 0, 0]
+    ranks = LAYOUTS[layout][2]
+    options = (str(models), LAYOUTS[layout], "reverse_kl", 7, str(tmp_path))
+    for epoch in range(2):
+        for losses, cached in run_ranks(ranks, _train_on_top_k, *options):
+            torch.testing.assert_close(
+                torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-4
+            )
+            assert cached == ([0, 0, 7, 7] if epoch == 0 else [7, 7, 7, 7])
+    # a damaged entry is computed again, and mended
+    entry = sorted(tmp_path.glob("*/*.topk"))[3]
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:50])
+    for losses, cached in run_ranks(ranks, _train_on_top_k, *options):
+        torch.testing.assert_close(
+            torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-4
+        )
+        assert sorted(cached) == [6, 7, 7, 7]
+    assert len(entry.read_bytes()) == len(whole)
+
+
+def _train_with_normalised_micro_batches(rank, world_size, folder, layout):
+    from dataclasses import replace
+
+    cut = step_module.micro_batches
+
+    def normalised(*args, **kwargs):
+        return [
+            replace(b, token_weights_N=b.token_weights_N / b.token_weights_N.sum().clamp_min(1e-9))
+            for b in cut(*args, **kwargs)
+        ]
+
+    step_module.micro_batches = normalised
+    return train_steps(rank, world_size, folder, layout, "forward_kl")[0]
+
+
+def test_weights_normalised_in_each_micro_batch_would_be_noticed(models, single):
+    options = (str(models), LAYOUTS["mbs3"])
+    (losses,) = run_ranks(1, _train_with_normalised_micro_batches, *options)
+    assert abs(losses[0][0] - single["forward_kl"][0][0][0]) > 0.1
+
+
+def _gradient_of_an_auxiliary_loss(rank, world_size, folder, layout):
+    """What Megatron makes of 0.3 x mean over positions of sum x w, attached as MoE routers do."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    config = make_config(folder, layout)
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    models = build_models(config, parallel)
+    student = models.student
+    student.gpt.config.num_moe_experts = 1  # the schedule sets the auxiliary loss's scale
+    norm = student.gpt.decoder.layers[0].input_layernorm
+
+    def attach(module, args, output):
+        positions = output.shape[0] * output.shape[1]
+        aux_loss = 0.3 * module.weight.sum() * positions  # as under calculate_per_token_loss
+        return MoEAuxLossAutoScaler.apply(output, aux_loss)
+
+    gradients = []
+    for hook in (None, attach):
+        handle = norm.register_forward_hook(hook) if hook else None
+        student.optimizer.step_with_ready_grads = lambda: None
+        student_module.clip_grad_by_total_norm_fp32 = lambda *args, **kwargs: None
+        models.step(make_items(0), STAGES["forward_kl"], LR)
+        gradients.append(norm.weight.main_grad.clone())
+        if handle:
+            handle.remove()
+    return gradients[1] - gradients[0]
+
+
+@pytest.mark.parametrize("layout", ["tp1", "mbs3", "dp2"])
+def test_auxiliary_losses_come_out_as_means_over_micro_batches(models, layout):
+    options = (str(models), LAYOUTS[layout])
+    for difference in run_ranks(LAYOUTS[layout][2], _gradient_of_an_auxiliary_loss, *options):
+        torch.testing.assert_close(difference, torch.full_like(difference, 0.3), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("after", ["tp2", "pp2", "tp2 pp2"])
