@@ -22,6 +22,8 @@ the temperature), t and s probabilities of teacher and student.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -64,19 +66,18 @@ def _mixture(t, s, share_t, share_s):
 def _local_stats_kernel(
     student_ptr,
     teacher_ptr,
-    packed_ptr,
     stride_s,
     stride_t,
-    stride_packed,
     width_s,
     width_t,
     valid,
     per_temperature,
+    packed_ptr,
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     lanes = tl.arange(0, TILE)
     max_t = tl.full((), _LOG_ZERO, tl.float32)
     max_s = tl.full((), _LOG_ZERO, tl.float32)
@@ -110,41 +111,39 @@ def _local_stats_kernel(
         max_s = new_max_s
     packed_ptr += row
     tl.store(packed_ptr, max_t)
-    tl.store(packed_ptr + stride_packed, tl.sum(sum_t, 0))
-    tl.store(packed_ptr + 2 * stride_packed, max_s)
-    tl.store(packed_ptr + 3 * stride_packed, tl.sum(sum_s, 0))
+    tl.store(packed_ptr + rows, tl.sum(sum_t, 0))
+    tl.store(packed_ptr + 2 * rows, max_s)
+    tl.store(packed_ptr + 3 * rows, tl.sum(sum_s, 0))
     if FORWARD:
-        tl.store(packed_ptr + 4 * stride_packed, tl.sum(forward, 0) * per_temperature)
+        tl.store(packed_ptr + 4 * rows, tl.sum(forward, 0) * per_temperature)
     if REVERSE:
-        tl.store(packed_ptr + (4 + FORWARD) * stride_packed, tl.sum(reverse, 0) * per_temperature)
+        tl.store(packed_ptr + (4 + FORWARD) * rows, tl.sum(reverse, 0) * per_temperature)
 
 
 @triton.jit
 def _mixture_sums_kernel(
     student_ptr,
     teacher_ptr,
-    numbers_ptr,
-    sums_ptr,
     stride_s,
     stride_t,
-    stride_numbers,
-    stride_sums,
     width_s,
     width_t,
     valid,
     per_temperature,
+    numbers_ptr,
+    sums_ptr,
     share_t,
     share_s,
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     lanes = tl.arange(0, TILE)
     numbers_ptr += row
     max_t = tl.load(numbers_ptr)
-    log_sum_t = tl.load(numbers_ptr + stride_numbers)
-    max_s = tl.load(numbers_ptr + 3 * stride_numbers)
-    log_sum_s = tl.load(numbers_ptr + 4 * stride_numbers)
+    log_sum_t = tl.load(numbers_ptr + rows)
+    max_s = tl.load(numbers_ptr + 3 * rows)
+    log_sum_s = tl.load(numbers_ptr + 4 * rows)
     first = tl.zeros((TILE,), tl.float32)
     second = tl.zeros((TILE,), tl.float32)
     for start in range(0, valid, TILE):
@@ -167,39 +166,38 @@ def _mixture_sums_kernel(
             first += s * (log_s - log_m)
             second += s * (s / m)
     tl.store(sums_ptr + row, tl.sum(first, 0))
-    tl.store(sums_ptr + stride_sums + row, tl.sum(second, 0))
+    tl.store(sums_ptr + rows + row, tl.sum(second, 0))
 
 
 @triton.jit
 def _gradient_kernel(
     student_ptr,
     teacher_ptr,
-    numbers_ptr,
-    scale_ptr,
-    out_ptr,
     stride_s,
     stride_t,
-    stride_numbers,
-    stride_out,
     width_s,
     width_t,
     valid,
     per_temperature,
+    numbers_ptr,
+    scale_ptr,
+    out_ptr,
+    stride_out,
     share_t,
     share_s,
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     lanes = tl.arange(0, TILE)
     numbers_ptr += row
     max_t = tl.load(numbers_ptr)
-    log_sum_t = tl.load(numbers_ptr + stride_numbers)
-    max_s = tl.load(numbers_ptr + 3 * stride_numbers)
-    log_sum_s = tl.load(numbers_ptr + 4 * stride_numbers)
-    c6 = tl.load(numbers_ptr + 6 * stride_numbers)
-    c7 = tl.load(numbers_ptr + 7 * stride_numbers)
-    c8 = tl.load(numbers_ptr + 8 * stride_numbers)
+    log_sum_t = tl.load(numbers_ptr + rows)
+    max_s = tl.load(numbers_ptr + 3 * rows)
+    log_sum_s = tl.load(numbers_ptr + 4 * rows)
+    c6 = tl.load(numbers_ptr + 6 * rows)
+    c7 = tl.load(numbers_ptr + 7 * rows)
+    c8 = tl.load(numbers_ptr + 8 * rows)
     per_sum_t = tl.exp(-log_sum_t)
     per_sum_s = tl.exp(-log_sum_s)
     scale = tl.load(scale_ptr + row) * per_temperature
@@ -227,36 +225,20 @@ def _gradient_kernel(
         else:
             grad = s * (log_s - tl.log(m) - c6 - share_s * (s / m - c7))
         grad = tl.where(cols < valid, grad * scale, 0.0)
-        out_row_ptr = out_ptr + row * stride_out
-        tl.store(out_row_ptr + cols, grad.to(out_ptr.dtype.element_ty), mask=cols < width_s)
+        out = grad.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * stride_out + cols, out, mask=cols < width_s)
 
 
 def local_stats(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
 ) -> torch.Tensor:
     """As :func:`nemo_paced.losses.kernels.local_stats`: float32 [4 + dots, N]."""
-    student_NV, teacher_NV = _by_rows(student_NV), _by_rows(teacher_NV)
     forward, reverse = options.needs_forward_kl, options.needs_reverse_kl
     packed_KN = student_NV.new_empty(
         (4 + forward + reverse, student_NV.shape[0]), dtype=torch.float32
     )
-    if student_NV.shape[0]:
-        _local_stats_kernel[(student_NV.shape[0],)](
-            student_NV,
-            teacher_NV,
-            packed_KN,
-            student_NV.stride(0),
-            teacher_NV.stride(0),
-            packed_KN.stride(0),
-            student_NV.shape[1],
-            teacher_NV.shape[1],
-            options.valid,
-            1 / options.temperature,
-            FORWARD=forward,
-            REVERSE=reverse,
-            TILE=_tile(student_NV),
-            num_warps=NUM_WARPS,
-        )
+    constants = {"FORWARD": forward, "REVERSE": reverse}
+    _launch(_local_stats_kernel, student_NV, teacher_NV, options, packed_KN, **constants)
     return packed_KN
 
 
@@ -264,28 +246,17 @@ def mixture_sums(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, of: RowNumbers, options: Options
 ) -> torch.Tensor:
     """As :func:`nemo_paced.losses.kernels.mixture_sums`: float32 [2, N]."""
-    student_NV, teacher_NV = _by_rows(student_NV), _by_rows(teacher_NV)
-    numbers_9N = _by_rows(of.numbers_9N)
     sums_2N = student_NV.new_empty((2, student_NV.shape[0]), dtype=torch.float32)
-    if student_NV.shape[0]:
-        _mixture_sums_kernel[(student_NV.shape[0],)](
-            student_NV,
-            teacher_NV,
-            numbers_9N,
-            sums_2N,
-            student_NV.stride(0),
-            teacher_NV.stride(0),
-            numbers_9N.stride(0),
-            sums_2N.stride(0),
-            student_NV.shape[1],
-            teacher_NV.shape[1],
-            options.valid,
-            1 / options.temperature,
-            *options.mixture_shares,
-            KIND=options.kind.value,
-            TILE=_tile(student_NV),
-            num_warps=NUM_WARPS,
-        )
+    _launch(
+        _mixture_sums_kernel,
+        student_NV,
+        teacher_NV,
+        options,
+        of.numbers_9N.contiguous(),
+        sums_2N,
+        *options.mixture_shares,
+        KIND=options.kind.value,
+    )
     return sums_2N
 
 
@@ -298,36 +269,52 @@ def gradient(
     out_NV: torch.Tensor,
 ) -> None:
     """As :func:`nemo_paced.losses.kernels.gradient`; ``out_NV`` may be ``student_NV`` itself."""
-    student_NV, teacher_NV = _by_rows(student_NV), _by_rows(teacher_NV)
-    numbers_9N, rows_NV = _by_rows(of.numbers_9N), _by_rows(out_NV)
-    if student_NV.shape[0]:
-        _gradient_kernel[(student_NV.shape[0],)](
-            student_NV,
-            teacher_NV,
-            numbers_9N,
-            scale_N.contiguous(),
-            rows_NV,
-            student_NV.stride(0),
-            teacher_NV.stride(0),
-            numbers_9N.stride(0),
-            rows_NV.stride(0),
-            student_NV.shape[1],
-            teacher_NV.shape[1],
-            options.valid,
-            1 / options.temperature,
-            *(options.mixture_shares if options.is_mixture else (0.0, 0.0)),
-            KIND=options.kind.value,
-            TILE=_tile(student_NV),
-            num_warps=NUM_WARPS,
-        )
+    rows_NV = _by_rows(out_NV)
+    _launch(
+        _gradient_kernel,
+        student_NV,
+        teacher_NV,
+        options,
+        of.numbers_9N.contiguous(),
+        scale_N.contiguous(),
+        rows_NV,
+        rows_NV.stride(0),
+        *(options.mixture_shares if options.is_mixture else (0.0, 0.0)),
+        KIND=options.kind.value,
+    )
     if rows_NV is not out_NV:
         out_NV.copy_(rows_NV)
 
 
-def _by_rows(tensor_NV: torch.Tensor) -> torch.Tensor:
+def _launch(
+    kernel: Any,
+    student_NV: torch.Tensor,
+    teacher_NV: torch.Tensor,
+    options: Options,
+    *arguments: torch.Tensor | float,
+    **constants: bool | str,
+) -> None:
+    """One program for each row; ``arguments`` follow those that all kernels have."""
+    student_NV, teacher_NV = _by_rows(student_NV), _by_rows(teacher_NV)
+    num_rows, width = student_NV.shape
+    if not num_rows:  # CUDA has no empty grid
+        return
+    kernel[(num_rows,)](
+        student_NV,
+        teacher_NV,
+        student_NV.stride(0),
+        teacher_NV.stride(0),
+        width,
+        teacher_NV.shape[1],
+        options.valid,
+        1 / options.temperature,
+        *arguments,
+        **constants,
+        TILE=min(MAX_TILE, triton.next_power_of_2(width)),
+        num_warps=NUM_WARPS,
+    )
+
+
+def _by_rows(logits_NV: torch.Tensor) -> torch.Tensor:
     """The tensor itself where a row's columns lie side by side, as Megatron's do; else a copy."""
-    return tensor_NV if tensor_NV.stride(1) == 1 else tensor_NV.contiguous()
-
-
-def _tile(logits_NV: torch.Tensor) -> int:
-    return min(MAX_TILE, triton.next_power_of_2(logits_NV.shape[1]))
+    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()

@@ -25,7 +25,8 @@ _all_gather_single = getattr(
 LOG_ZERO = -1e30
 # float32 elements of a row block, for each thread, that with a few temporaries stay in cache
 CACHE_ELEMENTS = 2**18
-GPU_ELEMENTS = 2**26
+# of a row block on a GPU, where only adaptive KL and top-k go over blocks in several passes
+GPU_ELEMENTS = 2**24
 
 
 def group_size(tp_group: ProcessGroup | None) -> int:
