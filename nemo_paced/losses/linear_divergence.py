@@ -24,7 +24,8 @@ Measured against other implementations by ``benchmarks/losses.py``; figures in
     logits, then ``divergence``    + logits     one or two
     =============================  ===========  ==================================
 
-Not covered: a gradient to teacher or token weights, biases of the heads, second derivatives.
+Not covered: a gradient to teacher or token weights, biases of the heads, second derivatives, a
+second backward of the same graph (it raises).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from nemo_paced.losses.topk import TopKTeacher, solve_topk
 from nemo_paced.losses.vocab_parallel import group_size, sum_gradient
 
 # elements of a chunk of one model's logits: enough tokens for efficient GEMMs
-CPU_CHUNK_ELEMENTS = 2**23
+CPU_CHUNK_ELEMENTS = 2**25
 GPU_CHUNK_ELEMENTS = 2**27
 
 
@@ -271,17 +272,22 @@ class _LinearFunction(torch.autograd.Function):
             for begin in range(0, num_tokens, chunk_size)
         )
         _run(map(chunk_steps, chunks), ahead=int(group_size(options.tp_group) > 1))
-        ctx.save_for_backward(*gradients.results())
+        # not by save_for_backward: backward hands them over instead of copying them
+        ctx.gradients = gradients.results()
         ctx.mark_non_differentiable(per_token_N, log_probs_N)
         return (token_weights_N * per_token_N).sum(), per_token_N, log_probs_N
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        scaled = [
-            None if gradient is None else gradient * grad_loss.to(gradient.dtype)
-            for gradient in ctx.saved_tensors
-        ]
-        return (*scaled, *[None] * 6)
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_divergence: its gradient was handed over by a first backward"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_loss)
+        return (*gradients, *[None] * 6)
 
 
 class _Gradients:
@@ -298,8 +304,9 @@ class _Gradients:
         self.hidden_NH = torch.empty_like(hidden_NH) if wanted and needs[0] else None
         # summed in float32: bfloat16 would lose what the later chunks add
         self.weight_VH = (
-            torch.zeros_like(weight_VH, dtype=torch.float32) if wanted and needs[1] else None
+            torch.empty_like(weight_VH, dtype=torch.float32) if wanted and needs[1] else None
         )
+        self._nothing_added = True
 
     @property
     def wanted(self) -> bool:
@@ -309,12 +316,21 @@ class _Gradients:
         if self.hidden_NH is not None:
             torch.mm(grad_logits_CV, self.student_weight_VH, out=self.hidden_NH[rows])
         if self.weight_VH is not None:
-            _add_product(self.weight_VH, grad_logits_CV.t(), self.student_hidden_NH[rows])
+            product = grad_logits_CV.t(), self.student_hidden_NH[rows]
+            if self._nothing_added and grad_logits_CV.dtype == torch.float32:
+                torch.mm(*product, out=self.weight_VH)
+            else:
+                _add_product(self._zeroed_if_empty(), *product)
+            self._nothing_added = False
 
     def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.weight_VH is None:
             return self.hidden_NH, None
-        return self.hidden_NH, self.weight_VH.to(self.student_weight_VH.dtype)
+        return self.hidden_NH, self._zeroed_if_empty().to(self.student_weight_VH.dtype)
+
+    def _zeroed_if_empty(self) -> torch.Tensor:
+        assert self.weight_VH is not None, "asked only where the head wants a gradient"
+        return self.weight_VH.zero_() if self._nothing_added else self.weight_VH
 
 
 def _add_product(sum_VH: torch.Tensor, a_VC: torch.Tensor, b_CH: torch.Tensor) -> None:
