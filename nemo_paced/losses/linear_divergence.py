@@ -14,15 +14,26 @@ Memory beyond the inputs: two models' logits of one chunk (of two under tensor p
 gradients of hidden states and head, and the head's in float32 while chunks are summed up. The
 teacher's part may instead be its top-k (:mod:`~nemo_paced.losses.topk`).
 
-Measured against other implementations by ``benchmarks/losses.py``; figures in
-``benchmarks/README.md``. N = 8,192 tokens, U = one float32 [N, v/tp]:
+Peak memory above the inputs, gradients included, in U = one float32 [N, v], forward KL in float32
+on a CPU, as measured by ``benchmarks/losses.py`` (its README has times and settings); collectives
+under tensor parallelism as counted by ``tests/distributed/test_losses.py``, of the others by their
+sources:
 
-    =============================  ===========  ==================================
-    implementation                 peak, in U   collectives
-    =============================  ===========  ==================================
-    this                           see results  one or two a chunk, one for hidden
-    logits, then ``divergence``    + logits     one or two
-    =============================  ===========  ==================================
+    ============================  ======  ==============================================
+    from hidden states, N = 512   peak    collectives
+    ============================  ======  ==============================================
+    this                          1.40    one a chunk (JSD, skew: two); one for hidden
+    logits, then ``divergence``   3.04    one (two); one for hidden
+    plain PyTorch                 8.00    no tensor parallelism
+    Liger, chunks of 64           1.63    no tensor parallelism
+    ----------------------------  ------  ----------------------------------------------
+    from logits, N = 256
+    ``divergence``                1.08    one (two), of five (four and two) numbers a token
+    ModelOpt LogitsKLLoss         7.00    several all-reduces
+    TRL generalised JSD           7.00    no tensor parallelism
+    ============================  ======  ==============================================
+
+Ours grows with the number of tokens by the gradient of the hidden states alone.
 
 Not covered: a gradient to teacher or token weights, biases of the heads, second derivatives, a
 second backward of the same graph (it raises).
