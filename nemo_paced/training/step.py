@@ -149,7 +149,7 @@ class Step:
             for item in items
             if item.response_id in needed
         }
-        lacking = [name in needed and read[name] is None for name in map(_response_id, items)]
+        lacking = [item.response_id in needed and read[item.response_id] is None for item in items]
         # a rank may not see yet what another has just written: all go by what all have read
         lacking_I = torch.tensor(lacking, dtype=torch.int32, device=self.parallel.device)
         torch.distributed.all_reduce(lacking_I)
@@ -244,10 +244,6 @@ class Step:
         torch.distributed.all_reduce(total)
         loss, divergence_sum, gap_sum, gap_count = total.tolist()
         return loss, divergence_sum, gap_sum, int(gap_count)
-
-
-def _response_id(item: TrainItem) -> str:
-    return item.response_id
 
 
 def _is_in(item: TrainItem, only: frozenset[str] | None) -> bool:
