@@ -11,10 +11,13 @@ Teacher and student see different prompts, so what crosses between them is keyed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from nemo_paced.parallel import Parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,24 @@ def micro_batches(
         )
         for k in range(count)
     ]
+
+
+def cut_batch(
+    items: Sequence[TrainItem], *, teacher: bool, micro_batch_size: int, parallel: Parallel
+) -> list[MicroBatch]:
+    """This rank's micro-batches of a global batch, which is the same list on every rank."""
+    largest = -(-len(items) // parallel.dp_size)
+    return micro_batches(
+        rank_items(items, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
+        teacher=teacher,
+        micro_batch_size=micro_batch_size,
+        count=num_micro_batches(largest, micro_batch_size=micro_batch_size),
+        # sequence parallelism cuts the sequence into tensor-parallel parts
+        sequence_length=padded_length(
+            items, teacher=teacher, multiple_of=math.lcm(8, parallel.tp_size)
+        ),
+        device=parallel.device,
+    )
 
 
 def _prompt(item: TrainItem, teacher: bool) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, Layout, Row
 from nemo_paced.parallel import Parallel
 
-_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
@@ -153,7 +153,7 @@ def local_parameters(
 def _transformer_config(
     architecture: Architecture, model: ModelConfig, precision: Precision
 ) -> TransformerConfig:
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,

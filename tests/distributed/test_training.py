@@ -89,6 +89,7 @@ def make_config(folder, layout, teacher="teacher", **teacher_options):
         student=StudentConfig(hf_path=f"{folder}/student"),
         teacher=TeacherConfig(hf_path=f"{folder}/{teacher}", **teacher_options),
         loss=LossConfig(),
+        stages=[StageConfig()],  # steps are given theirs by hand
     )
 
 
@@ -274,7 +275,7 @@ def test_a_cached_top_k_is_the_computed_one_at_every_layout(models, tmp_path, la
             )
             assert cached == ([0, 0, 7, 7] if epoch == 0 else [7, 7, 7, 7])
     # a damaged entry is computed again, and mended
-    entry = sorted(tmp_path.glob("*/*.topk"))[3]
+    entry = sorted(tmp_path.glob("*/*.signal"))[3]
     whole = entry.read_bytes()
     entry.write_bytes(whole[:50])
     for losses, cached in run_ranks(ranks, _train_on_top_k, *options):
@@ -288,7 +289,7 @@ def test_a_cached_top_k_is_the_computed_one_at_every_layout(models, tmp_path, la
 def _train_with_normalised_micro_batches(rank, world_size, folder, layout):
     from dataclasses import replace
 
-    cut = step_module.micro_batches
+    cut = step_module.cut_batch
 
     def normalised(*args, **kwargs):
         return [
@@ -296,7 +297,7 @@ def _train_with_normalised_micro_batches(rank, world_size, folder, layout):
             for b in cut(*args, **kwargs)
         ]
 
-    step_module.micro_batches = normalised
+    step_module.cut_batch = normalised
     return train_steps(rank, world_size, folder, layout, "forward_kl")[0]
 
 
