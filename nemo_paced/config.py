@@ -235,6 +235,9 @@ class ModelConfig:
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 2  # sequences
+    # Tokens of a row in which sequences are packed, without padding to the longest and without
+    # seeing each other; 0: padded. The teacher's rows hold at least its longest sequence.
+    packed_sequence_size: int = 0
     global_batch_size: int = 32  # problems an optimizer step
     make_vocab_size_divisible_by: int = 128
     seed: int = 1234
@@ -251,6 +254,17 @@ class ModelConfig:
             "micro_batch_size",
             "global_batch_size",
             "make_vocab_size_divisible_by",
+        )
+        _require(
+            self.packed_sequence_size >= 0,
+            f"model.packed_sequence_size is {self.packed_sequence_size}: it must be above 0, or 0 "
+            "for padded sequences",
+        )
+        _require(
+            not self.packed_sequence_size or self.micro_batch_size == 1,
+            f"model.packed_sequence_size is {self.packed_sequence_size} and "
+            f"model.micro_batch_size is {self.micro_batch_size}: a packed micro-batch is one row; "
+            "set model.micro_batch_size=1",
         )
         _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
@@ -540,6 +554,17 @@ class PacedConfig:
             f"{self.model.context_parallel_size} needs a multiple of {ranks} ranks; set "
             f"trainer.devices={ranks}",
         )
+        longest = self.data.max_prompt_length + self.data.max_response_length
+        _require(
+            not self.model.packed_sequence_size or self.model.packed_sequence_size >= longest,
+            f"model.packed_sequence_size is {self.model.packed_sequence_size}, below "
+            f"data.max_prompt_length + data.max_response_length {longest}: raise it, or lower them",
+        )
+        _require(
+            not self.model.packed_sequence_size or self.teacher.micro_batch_size in (0, 1),
+            f"teacher.micro_batch_size is {self.teacher.micro_batch_size} and "
+            "model.packed_sequence_size is set: a packed micro-batch is one row; set it to 1",
+        )
         ranks = self.teacher_model.model_parallel_size
         _require(
             world % ranks == 0,
@@ -585,6 +610,7 @@ class PacedConfig:
         """The ``model`` block with the teacher's layout in place of the student's."""
         model, own = self.model, self.teacher
         tensor = own.tensor_model_parallel_size or model.tensor_model_parallel_size
+        longest = self.data.max_teacher_prompt_length + self.data.max_response_length
         return dataclasses.replace(
             model,
             tensor_model_parallel_size=tensor,
@@ -597,6 +623,9 @@ class PacedConfig:
             context_parallel_size=1,
             sequence_parallel=model.sequence_parallel and tensor > 1,
             micro_batch_size=own.micro_batch_size or model.micro_batch_size,
+            packed_sequence_size=(
+                model.packed_sequence_size and max(model.packed_sequence_size, longest)
+            ),
         )
 
     @property

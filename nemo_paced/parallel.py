@@ -140,7 +140,7 @@ def initialize(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     _join(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
-    _check_layout(model, torch.distributed.get_world_size(), on_gpu=on_gpu)
+    _check_layout(model, torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
@@ -292,7 +292,7 @@ def _join(backend: str, timeout: timedelta) -> None:
         )
 
 
-def _check_layout(model: ModelConfig, world_size: int, *, on_gpu: bool) -> None:
+def _check_layout(model: ModelConfig, world_size: int) -> None:
     ranks = model.model_parallel_size
     if world_size % ranks:
         raise ConfigError(
@@ -300,13 +300,11 @@ def _check_layout(model: ModelConfig, world_size: int, *, on_gpu: bool) -> None:
             f"pipeline_model_parallel_size x context_parallel_size is {ranks}, which does not "
             "divide them"
         )
-    for key in ("context_parallel_size", "expert_model_parallel_size"):
-        size = getattr(model, key)
-        if size > 1:
-            raise ConfigError(
-                f"model.{key} is {size}: only 1 is supported so far; use tensor, pipeline or data "
-                "parallelism"
-            )
+    if model.expert_model_parallel_size > 1:
+        raise ConfigError(
+            f"model.expert_model_parallel_size is {model.expert_model_parallel_size}: only 1 is "
+            "supported so far; use tensor, pipeline or data parallelism"
+        )
 
 
 def _store() -> torch.distributed.Store:

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, Layout, Row
+from nemo_paced.hf.attention import CoreAttention
 from nemo_paced.parallel import Parallel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
@@ -172,6 +173,7 @@ def _transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -196,8 +198,9 @@ def _block_spec(config: TransformerConfig, parallel: Parallel) -> TransformerBlo
     )
     submodules = layer.submodules
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    attention = submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
     if config.qk_layernorm:
-        attention = submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     assert layer.module is TransformerLayer, "the spec of another Megatron-Core than the pinned one"
     count = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)

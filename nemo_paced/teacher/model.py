@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from nemo_paced.data.packing import MicroBatch
 from nemo_paced.parallel import Parallel
-from nemo_paced.pipeline import run_schedule
+from nemo_paced.pipeline import call_model, run_schedule
 
 
 class HiddenStates(torch.nn.Module):
@@ -80,7 +80,7 @@ class Teacher:
     @staticmethod
     def _forward_step(data_iterator, model):
         batch: MicroBatch = next(data_iterator)
-        hidden_BSH = model(batch.tokens_BS, batch.position_ids_BS, attention_mask=None)
+        hidden_BSH = call_model(model, batch)
 
         def keep_response_tokens(hidden_BSH: torch.Tensor, non_loss_data: bool) -> dict:
             hidden_NH = hidden_BSH[batch.rows_N, batch.positions_N]

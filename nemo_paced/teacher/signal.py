@@ -7,11 +7,12 @@ k = 64) and gives a lower bound of it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from nemo_paced.data.packing import MicroBatch
 from nemo_paced.losses.linear_divergence import HiddenTeacher, TopKChunks, default_chunk
 from nemo_paced.losses.topk import TopKTeacher
 
@@ -62,21 +63,23 @@ class TeacherSignal:
     by_response: Mapping[str, ResponseSignal]
     head_weight: torch.Tensor | None
 
-    def of(self, spans: Sequence[tuple[str, int]], k: int) -> HiddenTeacher | TopKChunks:
-        """The signal of a micro-batch's response tokens, in the order of its ``spans``."""
+    def of(self, batch: MicroBatch, k: int) -> HiddenTeacher | TopKChunks:
+        """The signal of a micro-batch's response tokens, in its order."""
         head = self.head_weight
         assert head is not None, "only the last pipeline stage has a teacher signal"
-        parts = [self.by_response[response_id] for response_id, _ in spans]
-        for part, (response_id, length) in zip(parts, spans, strict=True):
+        parts = [self.by_response[response_id] for response_id, _ in batch.spans]
+        for part, (response_id, length) in zip(parts, batch.spans, strict=True):
             tokens = len(part.ids if isinstance(part, TopKTeacher) else part)
             assert tokens == length, f"teacher and student disagree on length of {response_id}"
         if k:
             none = TopKTeacher.empty(k, head.device)
             top = [part for part in parts if isinstance(part, TopKTeacher)]
-            return TopKChunks(TopKTeacher.cat([none, *top]))
+            whole = TopKTeacher.cat([none, *top])
+            return TopKChunks(whole if batch.local_N is None else whole[batch.local_N])
         none_NH = head.new_zeros(0, head.shape[1])
         hidden = [part for part in parts if isinstance(part, torch.Tensor)]
-        return HiddenTeacher(torch.cat([none_NH, *hidden]), head)
+        whole_NH = torch.cat([none_NH, *hidden])
+        return HiddenTeacher(whole_NH if batch.local_N is None else whole_NH[batch.local_N], head)
 
 
 def cut_top_k(

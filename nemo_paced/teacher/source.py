@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_paced.data.packing import TrainItem, cut_batch, rank_items
+from nemo_paced.data.packing import Cut, TrainItem, cut_batch, rank_items
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.teacher.placement import HeldTeacher
@@ -30,6 +30,7 @@ class TeacherSource:
         student: the student's layout, in which the signal arrives.
         head_weight: the teacher's LM head [v/tp, h] on the student's last stage, else ``None``.
         hidden_size, dtype: of a hidden state.
+        cut: how a batch becomes the teacher's micro-batches.
         cache: of stored responses; ``None``: always computed.
         keep_loaded: whether the teacher stays in memory after a batch.
     """
@@ -41,7 +42,7 @@ class TeacherSource:
     head_weight: torch.Tensor | None
     hidden_size: int
     dtype: torch.dtype
-    micro_batch_size: int
+    cut: Cut
     cache: SignalCache | None = None
     keep_loaded: bool = True
 
@@ -81,12 +82,7 @@ class TeacherSource:
         self, missing: Sequence[TrainItem], items: Sequence[TrainItem]
     ) -> dict[str, ResponseSignal]:
         """Signals of ``missing``, as the student's ranks need them when they train on ``items``."""
-        batches = cut_batch(
-            missing,
-            teacher=True,
-            micro_batch_size=self.micro_batch_size,
-            parallel=self.parallel,
-        )
+        batches = cut_batch(missing, self.cut, self.parallel, teacher=True)
         with self.held.resident() as teacher:
             hidden = teacher.hidden_states(batches)
         ways = routes(missing, items, teacher=self.parallel.grid, student=self.student.grid)

@@ -29,6 +29,7 @@ CHANGEABLE = (
     "model.expert_model_parallel_size",
     "model.sequence_parallel",
     "model.micro_batch_size",
+    "model.packed_sequence_size",
     "model.make_vocab_size_divisible_by",
     "teacher.micro_batch_size",
     "teacher.tensor_model_parallel_size",

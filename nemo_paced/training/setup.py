@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_paced.config import PacedConfig, TeacherPlacement, to_dict
+from nemo_paced.config import ModelConfig, PacedConfig, TeacherPlacement, to_dict
+from nemo_paced.data.packing import Cut
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.import_weights import load_hf_head, load_hf_weights
@@ -87,7 +88,7 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
     step = Step(
         student=student,
         teacher=teacher,
-        model=config.model,
+        cut=_cut(config.model),
         loss=config.loss,
         vocab_size=vocab_size,
         parallel=parallel,
@@ -137,7 +138,7 @@ def build_teacher(config: PacedConfig, student: Parallel, vocab_size: int) -> Te
         head_weight=head,
         hidden_size=architecture.hidden_size,
         dtype=dtype,
-        micro_batch_size=config.teacher_model.micro_batch_size,
+        cut=_cut(config.teacher_model),
         cache=_cache(config, kind, hf_dir),
         keep_loaded=placement is not TeacherPlacement.cached,
     )
@@ -157,6 +158,10 @@ def _cache(config: PacedConfig, kind: SignalKind, hf_dir: Path) -> SignalCache |
         "precision": config.trainer.compute_precision.value,
     }
     return SignalCache(Path(folder), identity)
+
+
+def _cut(model: ModelConfig) -> Cut:
+    return Cut(model.micro_batch_size, model.packed_sequence_size)
 
 
 def _common_rows(config: PacedConfig) -> int:

@@ -15,13 +15,13 @@ from functools import partial
 
 import torch
 
-from nemo_paced.config import LossConfig, ModelConfig, ResponseSource, StageConfig
-from nemo_paced.data.packing import MicroBatch, TrainItem, cut_batch
+from nemo_paced.config import LossConfig, ResponseSource, StageConfig
+from nemo_paced.data.packing import Cut, MicroBatch, TrainItem, cut_batch
 from nemo_paced.losses.divergence import make_options
 from nemo_paced.losses.options import Divergence, Options
 from nemo_paced.losses.reduction import for_megatron
 from nemo_paced.parallel import Parallel
-from nemo_paced.pipeline import run_schedule
+from nemo_paced.pipeline import call_model, run_schedule
 from nemo_paced.teacher.signal import TeacherSignal
 from nemo_paced.teacher.source import TeacherSource
 from nemo_paced.training.output_layer import MicroBatchLoss
@@ -62,12 +62,13 @@ class Step:
     """The step function: student, teacher, and how the loss is computed between them.
 
     Attributes:
+        cut: how a batch becomes the student's micro-batches.
         vocab_size: the true vocabulary; columns above carry no mass in either model.
     """
 
     student: Student
     teacher: TeacherSource
-    model: ModelConfig
+    cut: Cut
     loss: LossConfig
     vocab_size: int
     parallel: Parallel
@@ -83,13 +84,9 @@ class Step:
 
         self.student.zero_grad()
         self.student.ddp.train()
-        batches = cut_batch(
-            items,
-            teacher=False,
-            micro_batch_size=self.model.micro_batch_size,
-            parallel=self.parallel,
-        )
-        positions = sum(batch.tokens_BS.numel() for batch in batches) * self.parallel.dp_size
+        batches = cut_batch(items, self.cut, self.parallel, teacher=False)
+        positions = sum(batch.tokens_BS.numel() for batch in batches)
+        positions *= self.parallel.dp_size * self.parallel.cp_size
         reports = run_schedule(
             partial(self._forward_step, signal, Divergence(stage.divergence.value), positions),
             batches,
@@ -121,13 +118,13 @@ class Step:
             on_policy = not bool(batch.server_logprobs_N.isnan().all())
             loss = MicroBatchLoss(
                 batch=batch,
-                teacher=signal.of(batch.spans, self.teacher.kind.top_k),
+                teacher=signal.of(batch, self.teacher.kind.top_k),
                 options=self._options(kind, signal),
                 chunk_size=self.loss.chunk_size,
                 targets_N=batch.targets_N if on_policy else None,
             )
             self.student.gpt.output_layer.loss = loss
-        output = model(batch.tokens_BS, batch.position_ids_BS, attention_mask=None)
+        output = call_model(model, batch)
         return output, partial(self._report, loss, total_positions)
 
     def _options(self, kind: Divergence, signal: TeacherSignal) -> Options:
