@@ -25,6 +25,10 @@ from nemo_paced.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# Experts are whole: the narrow ones of today's models (768 columns) gain nothing from being cut,
+# and the tensor-parallel ranks serve as expert-parallel or expert-data-parallel ones instead.
+EXPERT_TENSOR_PARALLEL_SIZE = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
@@ -76,6 +80,14 @@ class Parallel:
         return self.groups.dp.size()
 
     @property
+    def ep_rank(self) -> int:
+        return self.groups.ep.rank()
+
+    @property
+    def ep_size(self) -> int:
+        return self.groups.ep.size()
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -106,6 +118,7 @@ def initialize(
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=EXPERT_TENSOR_PARALLEL_SIZE,
         distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # fractions work
         create_gloo_process_groups=False,
     )
@@ -177,13 +190,17 @@ def _check_layout(model: ModelConfig, world_size: int, *, on_gpu: bool) -> None:
             f"pipeline_model_parallel_size x context_parallel_size is {ranks}, which does not "
             "divide them"
         )
-    for key in ("context_parallel_size", "expert_model_parallel_size"):
-        size = getattr(model, key)
-        if size > 1:
-            raise ConfigError(
-                f"model.{key} is {size}: only 1 is supported so far; use tensor, pipeline or data "
-                "parallelism"
-            )
+    if world_size % model.expert_layout_size:
+        raise ConfigError(
+            f"{world_size} ranks were started, and model.expert_model_parallel_size x "
+            f"pipeline_model_parallel_size is {model.expert_layout_size}, which does not divide "
+            "them"
+        )
+    if model.context_parallel_size > 1:
+        raise ConfigError(
+            f"model.context_parallel_size is {model.context_parallel_size}: only 1 is supported so "
+            "far; use tensor, pipeline or data parallelism"
+        )
 
 
 def _store() -> torch.distributed.Store:

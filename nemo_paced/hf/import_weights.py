@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_paced.errors import CheckpointError
-from nemo_paced.hf.architectures import Architecture, Row
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import PacedGPTModel, local_parameters
+from nemo_paced.hf.rows import Row
 from nemo_paced.hf.shards import cut
 from nemo_paced.parallel import Parallel
 
@@ -34,8 +35,8 @@ def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) 
                 row,
                 slices,
                 architecture,
-                rank=parallel.tp_rank,
-                size=parallel.tp_size,
+                rank=parallel.tp_rank if row.expert is None else 0,
+                size=parallel.tp_size if row.expert is None else 1,
                 padded_vocab=gpt.vocab_size,
             )
             with torch.no_grad():

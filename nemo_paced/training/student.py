@@ -81,7 +81,6 @@ def build_student(
     ddp_config = ddp_config or DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     optim = config.model.optim
     bf16 = config.trainer.compute_precision is Precision.bf16
-    gpt.config.calculate_per_token_loss = True  # losses are sums; divided once, globally
     ddp = DistributedDataParallel(
         config=gpt.config,
         ddp_config=ddp_config,
