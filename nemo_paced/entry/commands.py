@@ -37,20 +37,15 @@ def preflight(config: PacedConfig, run_dir: Path) -> None:
     Raises:
         PacedError: inputs that do not fit, or a run directory of another run.
     """
-    from nemo_paced.hf.architectures import Architecture
-    from nemo_paced.hf.model import load_hf_config
     from nemo_paced.training import schedule
     from nemo_paced.training.driver import Driver
     from nemo_paced.training.loop import newest_checkpoint
+    from nemo_paced.training.setup import check_layouts
 
     schedule.stages(config.stages, config.trainer.max_steps)
     run_dir.mkdir(parents=True, exist_ok=True)
     Driver(config, run_dir)
-    for path in (config.student.hf_path, config.teacher_hf_path):
-        architecture = Architecture.from_config(load_hf_config(path), f"{path}/config.json")
-        architecture.check_layout(
-            config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-        )
+    check_layouts(config)
     newest_checkpoint(config, run_dir)
 
 

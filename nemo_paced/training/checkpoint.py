@@ -200,8 +200,10 @@ def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _complete_steps(optimizer: dict[str, Any]) -> None:
     """A step count of 0 is left out when saving, and torch's Adam asks for it when loading."""
-    state = optimizer.get("optimizer", optimizer)["state"]
-    state.setdefault("common_step", torch.tensor(0.0))
+    # with experts, theirs and that of the other layers are two optimizers, numbered
+    for one in optimizer.values() if 0 in optimizer else [optimizer]:
+        state = one.get("optimizer", one)["state"]
+        state.setdefault("common_step", torch.tensor(0.0))
 
 
 def _rng_state() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.errors import ConfigError
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_gpt, load_hf_config
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
@@ -60,6 +61,37 @@ class Models:
             self.parallel,
             hf_dir=Path(self.config.student.hf_path),
             keep=self.config.exp_manager.checkpoint_callback_params.save_top_k,
+        )
+
+
+def check_layouts(config: PacedConfig) -> None:
+    """Whether both models can be cut as asked; from their ``config.json`` alone.
+
+    Raises:
+        ConfigError: a size that does not divide a model, or a key for experts where there are none.
+    """
+    student, teacher = (
+        Architecture.from_config(load_hf_config(path), f"{path}/config.json")
+        for path in (config.student.hf_path, config.teacher_hf_path)
+    )
+    model = config.model
+    for architecture in (student, teacher):
+        architecture.check_layout(
+            model.tensor_model_parallel_size,
+            model.pipeline_model_parallel_size,
+            expert=model.expert_model_parallel_size,
+            sequence_parallel=model.sequence_parallel,
+        )
+    if model.expert_model_parallel_size > 1 and not (student.experts or teacher.experts):
+        raise ConfigError(
+            f"model.expert_model_parallel_size is {model.expert_model_parallel_size}, and neither "
+            f"the student ({student.name}) nor the teacher ({teacher.name}) has experts: set it "
+            "to 1"
+        )
+    if model.moe_aux_loss_coeff and not student.experts:
+        raise ConfigError(
+            f"model.moe_aux_loss_coeff is {model.moe_aux_loss_coeff}, and the student "
+            f"({student.name}) has no experts: set it to 0"
         )
 
 
