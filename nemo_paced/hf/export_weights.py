@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +78,29 @@ def export_hf(
     source_hf_dir: str | Path,
     out_dir: str | Path,
     parallel: Parallel,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a Hugging Face directory; collective. Rank 0 writes, under a temporary name first.
 
     Configuration, tokenizer, generation config and chat template are those of ``source_hf_dir``;
-    padding rows of the vocabulary are not written.
+    padding rows of the vocabulary are not written. What an interrupted export leaves under the
+    temporary name, the next one replaces.
+
+    Args:
+        progress: called after each tensor with (tensors done, tensors in all).
 
     Raises:
         CheckpointError: ``out_dir`` exists and is not empty; on every rank.
     """
     source, final = Path(source_hf_dir), Path(out_dir).resolve()
-    _check_empty(final, parallel)
+    check_new_directory(final, parallel)
     temporary = final.with_name(f".{final.name}.tmp")
     writer = _ShardWriter(temporary) if parallel.rank == 0 else None
-    for name, tensor in iter_hf_tensors(gpt, parallel):
+    total = sum(len(row.hf) for row, _ in gpt.architecture.rows())
+    for done, (name, tensor) in enumerate(iter_hf_tensors(gpt, parallel), 1):
+        if progress is not None:
+            progress(done, total)
         if writer is not None:
             assert tensor is not None, "rank 0 gets every tensor"
             writer.add(name, tensor)
@@ -106,8 +115,14 @@ def export_hf(
         torch.distributed.barrier()
 
 
-def _check_empty(folder: Path, parallel: Parallel) -> None:
-    """Rank 0 looks for all: a rank that comes late would find what rank 0 has written by then."""
+def check_new_directory(folder: Path, parallel: Parallel) -> None:
+    """Refuse to write where something is; collective.
+
+    Rank 0 looks for all: a rank that comes late would find what rank 0 has written by then.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
     taken = [False]
     if parallel.rank == 0:
         taken = [folder.exists() and (not folder.is_dir() or any(folder.iterdir()))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,17 @@ from nemo_paced.hf.shards import cut
 from nemo_paced.parallel import Parallel
 
 
-def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) -> None:
+def load_hf_weights(
+    gpt: PacedGPTModel,
+    hf_dir: str | Path,
+    parallel: Parallel,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Fill a model that ``build_gpt`` made; reads only the slices that this rank keeps.
+
+    Args:
+        progress: called after each parameter with (parameters read, parameters of this rank).
 
     Raises:
         CheckpointError: files or tensors missing, unexpected, or of another shape, all named.
@@ -28,7 +38,8 @@ def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) 
     with ExitStack() as stack:
         files = _open(Path(hf_dir), stack)
         _check_names(files, architecture, Path(hf_dir))
-        for parameter, row, layer in local_parameters(gpt):
+        held = list(local_parameters(gpt))
+        for done, (parameter, row, layer) in enumerate(held, 1):
             names = [name.format(layer=layer) for name in row.hf]
             slices = [_slice(files, name, architecture, row, i) for i, name in enumerate(names)]
             value = cut(
@@ -41,6 +52,8 @@ def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) 
             )
             with torch.no_grad():
                 parameter.copy_(value)
+            if progress is not None:
+                progress(done, len(held))
 
 
 def _open(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:
