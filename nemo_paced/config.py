@@ -234,6 +234,9 @@ class ModelConfig:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
+    # Router's load-balancing loss. 0 for distillation: the teacher says where the student should
+    # go, and the balance that pre-training reached is kept.
+    moe_aux_loss_coeff: float = 0.0
     micro_batch_size: int = 2  # sequences
     # Tokens of a row in which sequences are packed, without padding to the longest and without
     # seeing each other; 0: padded. The teacher's rows hold at least its longest sequence.
@@ -271,6 +274,20 @@ class ModelConfig:
             "model.sequence_parallel is true with model.tensor_model_parallel_size 1: "
             "it splits activations over the tensor-parallel group, so that must be above 1",
         )
+
+        _require(
+            self.moe_aux_loss_coeff >= 0,
+            f"model.moe_aux_loss_coeff is {self.moe_aux_loss_coeff}: it must be 0 (off) or above",
+        )
+
+    @property
+    def expert_layout_size(self) -> int:
+        """Ranks that hold one copy of all experts, which are spread over tensor, context and data.
+
+        The experts of a stage lie on ``expert_model_parallel_size`` of its ranks, whatever those
+        ranks are to the other layers.
+        """
+        return self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
@@ -554,6 +571,14 @@ class PacedConfig:
             f"{self.model.context_parallel_size} needs a multiple of {ranks} ranks; set "
             f"trainer.devices={ranks}",
         )
+        expert_ranks = self.model.expert_layout_size
+        _require(
+            world % expert_ranks == 0,
+            f"trainer.num_nodes x trainer.devices is {world}, which "
+            f"model.expert_model_parallel_size {self.model.expert_model_parallel_size} x pipeline "
+            f"{self.model.pipeline_model_parallel_size} does not divide; set trainer.devices to a "
+            f"multiple of {expert_ranks}",
+        )
         longest = self.data.max_prompt_length + self.data.max_response_length
         _require(
             not self.model.packed_sequence_size or self.model.packed_sequence_size >= longest,
@@ -621,7 +646,7 @@ class PacedConfig:
                 own.expert_model_parallel_size or model.expert_model_parallel_size
             ),
             context_parallel_size=1,
-            sequence_parallel=model.sequence_parallel and tensor > 1,
+            sequence_parallel=tensor > 1,  # costs nothing forward, and experts need it
             micro_batch_size=own.micro_batch_size or model.micro_batch_size,
             packed_sequence_size=(
                 model.packed_sequence_size and max(model.packed_sequence_size, longest)

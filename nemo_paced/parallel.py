@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+# Experts are whole: the narrow ones of today's models (768 columns) gain nothing from being cut,
+# and the tensor-parallel ranks serve as expert-parallel or expert-data-parallel ones instead.
+EXPERT_TENSOR_PARALLEL_SIZE = 1
 
 
 # Megatron's order of ranks: tensor-parallel neighbours are next to each other, stages far apart
@@ -112,6 +117,14 @@ class Parallel:
         return self.groups.dp.size()
 
     @property
+    def ep_rank(self) -> int:
+        return self.groups.ep.rank()
+
+    @property
+    def ep_size(self) -> int:
+        return self.groups.ep.size()
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -146,6 +159,7 @@ def initialize(
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=EXPERT_TENSOR_PARALLEL_SIZE,
         distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # fractions work
         create_gloo_process_groups=False,
     )
@@ -176,10 +190,11 @@ def beside(student: Parallel, layout: ModelConfig, *, timeout_s: float = 1800) -
     )
     if sizes == (grid.tensor, grid.context, grid.pipeline, student.groups.ep.size()):
         return student
-    if student.world_size % layout.model_parallel_size:
+    if student.world_size % math.lcm(layout.model_parallel_size, layout.expert_layout_size):
         raise ConfigError(
             f"teacher.tensor_model_parallel_size x pipeline_model_parallel_size is "
-            f"{layout.model_parallel_size}, which does not divide the {student.world_size} ranks"
+            f"{layout.model_parallel_size} and expert x pipeline {layout.expert_layout_size}: both "
+            f"must divide the {student.world_size} ranks"
         )
     groups = _make_groups(layout, student.world_size, timedelta(seconds=timeout_s))
     return Parallel(student.rank, student.world_size, student.device, groups)
@@ -200,9 +215,9 @@ def _make_groups(
         order=_ORDER,
     )
     experts = parallel_state.RankGenerator(
-        tp=tensor,
+        tp=EXPERT_TENSOR_PARALLEL_SIZE,
         ep=expert,
-        dp=world_size // (tensor * expert * pipeline),
+        dp=world_size // layout.expert_layout_size,
         pp=pipeline,
         cp=1,
         order=_ORDER,
@@ -300,10 +315,11 @@ def _check_layout(model: ModelConfig, world_size: int) -> None:
             f"pipeline_model_parallel_size x context_parallel_size is {ranks}, which does not "
             "divide them"
         )
-    if model.expert_model_parallel_size > 1:
+    if world_size % model.expert_layout_size:
         raise ConfigError(
-            f"model.expert_model_parallel_size is {model.expert_model_parallel_size}: only 1 is "
-            "supported so far; use tensor, pipeline or data parallelism"
+            f"{world_size} ranks were started, and model.expert_model_parallel_size x "
+            f"pipeline_model_parallel_size is {model.expert_layout_size}, which does not divide "
+            "them"
         )
 
 

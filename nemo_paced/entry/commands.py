@@ -27,7 +27,7 @@ def train_with(config: PacedConfig) -> None:
     if launcher_rank() == 0:  # under torchrun or srun every rank comes here
         preflight(config, run_dir)
         save_config(config, run_dir)
-    launch(config, run_dir)
+    launch("train", config, run_dir / "config.yaml", run_dir)
     logger.info("run directory: %s", run_dir)
 
 
@@ -37,20 +37,15 @@ def preflight(config: PacedConfig, run_dir: Path) -> None:
     Raises:
         PacedError: inputs that do not fit, or a run directory of another run.
     """
-    from nemo_paced.hf.architectures import Architecture
-    from nemo_paced.hf.model import load_hf_config
     from nemo_paced.training import schedule
     from nemo_paced.training.driver import Driver
     from nemo_paced.training.loop import newest_checkpoint
+    from nemo_paced.training.setup import check_layouts
 
     schedule.stages(config.stages, config.trainer.max_steps)
     run_dir.mkdir(parents=True, exist_ok=True)
     Driver(config, run_dir)
-    for path in (config.student.hf_path, config.teacher_hf_path):
-        architecture = Architecture.from_config(load_hf_config(path), f"{path}/config.json")
-        architecture.check_layout(
-            config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-        )
+    check_layouts(config)
     newest_checkpoint(config, run_dir)
 
 
@@ -76,22 +71,35 @@ def _prepare(config: PacedConfig, make: Callable[[PacedConfig, Path], Path]) -> 
 
 def import_hf(arguments: list[str]) -> None:
     paths, overrides = _two_paths(arguments, "import-hf HF_DIR CHECKPOINT_DIR")
-
-    def action(config: PacedConfig) -> None:
-        from nemo_paced.training.convert import import_hf as convert
-
-        convert(config, *paths)
-
-    with_config(overrides, action)
+    with_config(overrides, lambda config: _convert("import-hf", config, *paths))
 
 
 def export_hf(arguments: list[str]) -> None:
-    paths, extra = _two_paths(arguments, "export-hf CHECKPOINT_DIR HF_DIR")
-    if extra:
-        raise ConfigError(f"export-hf takes two directories and no {extra[0]!r}")
-    from nemo_paced.training.convert import export_hf as convert
+    (source, out_dir), overrides = _two_paths(arguments, "export-hf CHECKPOINT_DIR HF_DIR")
+    from nemo_paced.training.convert import find_checkpoint
 
-    convert(*paths)
+    checkpoint = find_checkpoint(source)
+    if not overrides:  # composing would import NeMo
+        _convert("export-hf", PacedConfig(), checkpoint, out_dir)
+        return
+    with_config(overrides, lambda config: _convert("export-hf", config, checkpoint, out_dir))
+
+
+def _convert(task: str, config: PacedConfig, *paths: Path) -> None:
+    """In this process where the layout is one rank, else on ranks of their own."""
+    from tempfile import TemporaryDirectory
+
+    from nemo_paced.entry.launch import launch, run_task
+    from nemo_paced.training.convert import check_ranks
+    from nemo_paced.training.prepare import save_config
+
+    check_ranks(config)
+    if config.world_size == 1:
+        run_task(task, config, *paths)
+        return
+    with TemporaryDirectory() as folder:
+        save_config(config, Path(folder))
+        launch(task, config, Path(folder) / "config.yaml", *(path.absolute() for path in paths))
 
 
 def _two_paths(arguments: list[str], usage: str) -> tuple[tuple[Path, Path], list[str]]:

@@ -1,8 +1,9 @@
-"""Starts the ranks of a training run on this node, or joins those that a launcher started."""
+"""Starts the ranks of a command on this node, or joins those that a launcher started."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -12,24 +13,40 @@ from pathlib import Path
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError, PacedError
 
+# what runs on every rank, as module:function of the configuration and paths
+TASKS = {
+    "train": "nemo_paced.training.loop:train",
+    "import-hf": "nemo_paced.training.convert:import_hf",
+    "export-hf": "nemo_paced.training.convert:export_hf",
+}
 
-def launch(config: PacedConfig, run_dir: Path) -> None:
-    """Train on ``trainer.devices`` ranks of this node; under torchrun or srun, as one rank.
+
+def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> None:
+    """Run a task on ``trainer.devices`` ranks of this node; under torchrun or srun, as one rank.
+
+    Args:
+        task: a key of ``TASKS``.
+        config_file: where the configuration was saved: the ranks that are started read it.
+        paths: the task's other arguments.
 
     Raises:
         PacedError: a rank failed; what it said is on standard error already.
     """
     if _join_launcher():
-        from nemo_paced.training.loop import train
-
-        train(config, run_dir)
+        run_task(task, config, *paths)
         return
     if config.trainer.num_nodes > 1:
         raise ConfigError(
             f"trainer.num_nodes is {config.trainer.num_nodes}: start the command on every node "
             "with torchrun or srun, which set the ranks"
         )
-    _start_ranks(config.trainer.devices, run_dir)
+    _start_ranks(config.trainer.devices, task, config_file, *paths)
+
+
+def run_task(task: str, config: PacedConfig, *paths: Path) -> None:
+    """This rank's part."""
+    module, _, function = TASKS[task].partition(":")
+    getattr(importlib.import_module(module), function)(config, *paths)
 
 
 def _join_launcher() -> bool:
@@ -50,7 +67,7 @@ def _join_launcher() -> bool:
     return True
 
 
-def _start_ranks(count: int, run_dir: Path) -> None:
+def _start_ranks(count: int, task: str, *paths: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -61,7 +78,7 @@ def _start_ranks(count: int, run_dir: Path) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=run_dir.name,
+        run_id=paths[-1].name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -69,7 +86,7 @@ def _start_ranks(count: int, run_dir: Path) -> None:
     )
     try:
         elastic_launch(agent, sys.executable)(
-            "-m", "nemo_paced.entry.worker", str(run_dir / "config.yaml"), str(run_dir)
+            "-m", "nemo_paced.entry.worker", task, *map(str, paths)
         )
     except ChildFailedError as error:
         for failure in error.failures.values():

@@ -1,4 +1,4 @@
-"""One rank of a training run that ``launch`` started."""
+"""One rank that ``launch`` started: ``TASK CONFIG_FILE PATH...``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def main() -> int:
     _end_group_with_parent()
     set_up_logging(int(os.environ["RANK"]))
     from nemo_paced.compose import load_config
-    from nemo_paced.training.loop import train
+    from nemo_paced.entry.launch import run_task
 
     try:
-        train(load_config(Path(sys.argv[1])), Path(sys.argv[2]))
+        task, config_file, *paths = sys.argv[1:]
+        run_task(task, load_config(Path(config_file)), *map(Path, paths))
     except PacedError as error:
         print(f"nemo-paced: error: {error}", file=sys.stderr, flush=True)
         # the other ranks may wait in a collective: leave without saying goodbye to them

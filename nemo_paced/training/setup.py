@@ -68,6 +68,41 @@ class Models:
         )
 
 
+def check_layouts(config: PacedConfig) -> None:
+    """Whether both models can be cut as asked; from their ``config.json`` alone.
+
+    Raises:
+        ConfigError: a size that does not divide a model, or a key for experts where there are none.
+    """
+    student, teacher = (
+        Architecture.from_config(load_hf_config(path), f"{path}/config.json")
+        for path in (config.student.hf_path, config.teacher_hf_path)
+    )
+    model = config.model
+    for architecture, layout, prefix in (
+        (student, model, "model"),
+        (teacher, config.teacher_model, "teacher"),
+    ):
+        architecture.check_layout(
+            layout.tensor_model_parallel_size,
+            layout.pipeline_model_parallel_size,
+            expert=layout.expert_model_parallel_size,
+            sequence_parallel=layout.sequence_parallel,
+            prefix=prefix,
+        )
+    if model.expert_model_parallel_size > 1 and not (student.experts or teacher.experts):
+        raise ConfigError(
+            f"model.expert_model_parallel_size is {model.expert_model_parallel_size}, and neither "
+            f"the student ({student.name}) nor the teacher ({teacher.name}) has experts: set it "
+            "to 1"
+        )
+    if model.moe_aux_loss_coeff and not student.experts:
+        raise ConfigError(
+            f"model.moe_aux_loss_coeff is {model.moe_aux_loss_coeff}, and the student "
+            f"({student.name}) has no experts: set it to 0"
+        )
+
+
 def build_models(config: PacedConfig, parallel: Parallel) -> Models:
     """Load both Hugging Face checkpoints into this rank's shards."""
     student_dir = Path(config.student.hf_path)
