@@ -56,6 +56,37 @@ def load_hf_weights(
                 progress(done, len(held))
 
 
+def load_hf_head(
+    architecture: Architecture,
+    hf_dir: str | Path,
+    parallel: Parallel,
+    *,
+    padded_vocab: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The LM head (the embedding where they are tied) alone, cut in the layout of ``parallel``.
+
+    Args:
+        padded_vocab: rows over all tensor-parallel ranks; rows beyond the model's are 0.
+
+    Returns:
+        [padded_vocab/tp, h], on the rank's device.
+    """
+    row, _ = list(architecture.rows())[0 if architecture.tied else -1]
+    with ExitStack() as stack:
+        files = _open(Path(hf_dir), stack)
+        _check_names(files, architecture, Path(hf_dir))
+        value = cut(
+            row,
+            [_slice(files, row.hf[0], architecture, row, 0)],
+            architecture,
+            rank=parallel.tp_rank,
+            size=parallel.tp_size,
+            padded_vocab=padded_vocab,
+        )
+        return value.to(device=parallel.device, dtype=dtype, copy=True)
+
+
 def _open(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:
     """Tensor name -> open file that holds it."""
     index = hf_dir / "model.safetensors.index.json"

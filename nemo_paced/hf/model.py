@@ -29,11 +29,12 @@ from megatron.core.transformer.transformer_layer import (
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.attention import CoreAttention
 from nemo_paced.hf.experts import experts_config
 from nemo_paced.hf.rows import Layout, Row
 from nemo_paced.parallel import Parallel
 
-_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
@@ -180,7 +181,7 @@ def local_parameters(
 def _transformer_config(
     architecture: Architecture, model: ModelConfig, precision: Precision
 ) -> TransformerConfig:
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -200,6 +201,7 @@ def _transformer_config(
         calculate_per_token_loss=True,  # losses are sums; divided once, globally
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -247,8 +249,9 @@ def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSp
     assert layer.module is TransformerLayer, "the spec of another Megatron-Core than the pinned one"
     submodules = layer.submodules
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    attention = submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
     if config.qk_layernorm:
-        attention = submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if num_experts is not None:
         # checkpoints have Transformer Engine's keys, where this norm is a layer of its own

@@ -198,7 +198,7 @@ def _sharded_state(
             _rng_state(),
             (parallel.pp_size, parallel.tp_size),
             (parallel.pp_rank, parallel.tp_rank),
-            replica_id=parallel.dp_rank,
+            replica_id=parallel.groups.dp_cp.rank(),
         )
     return state
 
