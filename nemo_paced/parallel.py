@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -187,10 +188,11 @@ def beside(student: Parallel, layout: ModelConfig, *, timeout_s: float = 1800) -
     )
     if sizes == (grid.tensor, grid.context, grid.pipeline, student.groups.ep.size()):
         return student
-    if student.world_size % layout.model_parallel_size:
+    if student.world_size % math.lcm(layout.model_parallel_size, layout.expert_layout_size):
         raise ConfigError(
             f"teacher.tensor_model_parallel_size x pipeline_model_parallel_size is "
-            f"{layout.model_parallel_size}, which does not divide the {student.world_size} ranks"
+            f"{layout.model_parallel_size} and expert x pipeline {layout.expert_layout_size}: both "
+            f"must divide the {student.world_size} ranks"
         )
     if student.world_size % layout.expert_layout_size:
         raise ConfigError(
