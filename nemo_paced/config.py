@@ -231,6 +231,9 @@ class ModelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    # Chunks of layers that each pipeline stage holds, interleaved: the more, the smaller the bubble
+    # and the more messages. The teacher, which only runs forward, has one.
+    virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
@@ -252,6 +255,7 @@ class ModelConfig:
             self,
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
             "expert_model_parallel_size",
             "micro_batch_size",
@@ -268,6 +272,12 @@ class ModelConfig:
             f"model.packed_sequence_size is {self.packed_sequence_size} and "
             f"model.micro_batch_size is {self.micro_batch_size}: a packed micro-batch is one row; "
             "set model.micro_batch_size=1",
+        )
+        _require(
+            self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
+            f"model.virtual_pipeline_model_parallel_size is "
+            f"{self.virtual_pipeline_model_parallel_size} with model.pipeline_model_parallel_size "
+            "1: there are no stages to interleave; set it to 1",
         )
         _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
@@ -652,6 +662,7 @@ class PacedConfig:
             expert_model_parallel_size=(
                 own.expert_model_parallel_size or model.expert_model_parallel_size
             ),
+            virtual_pipeline_model_parallel_size=1,
             context_parallel_size=1,
             sequence_parallel=tensor > 1,  # the same numbers in less memory; experts need it
             micro_batch_size=own.micro_batch_size or model.micro_batch_size,

@@ -152,9 +152,11 @@ def initialize(
         torch.cuda.set_device(device)
     _join(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     _check_layout(model, torch.distributed.get_world_size())
+    chunks = model.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
         expert_tensor_parallel_size=EXPERT_TENSOR_PARALLEL_SIZE,
@@ -193,11 +195,6 @@ def beside(student: Parallel, layout: ModelConfig, *, timeout_s: float = 1800) -
             f"teacher.tensor_model_parallel_size x pipeline_model_parallel_size is "
             f"{layout.model_parallel_size} and expert x pipeline {layout.expert_layout_size}: both "
             f"must divide the {student.world_size} ranks"
-        )
-    if student.world_size % layout.expert_layout_size:
-        raise ConfigError(
-            f"teacher.expert_model_parallel_size x pipeline_model_parallel_size is "
-            f"{layout.expert_layout_size}, which does not divide the {student.world_size} ranks"
         )
     groups = _make_groups(layout, student.world_size, timedelta(seconds=timeout_s))
     return Parallel(student.rank, student.world_size, student.device, groups)

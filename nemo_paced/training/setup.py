@@ -12,7 +12,7 @@ from nemo_paced.data.packing import Cut
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.import_weights import load_hf_head, load_hf_weights
-from nemo_paced.hf.model import DTYPES, build_gpt, load_hf_config, padded_vocab_size
+from nemo_paced.hf.model import DTYPES, build_chunks, load_hf_config, padded_vocab_size
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel, beside
 from nemo_paced.rollout.refit import write_weights
@@ -45,7 +45,7 @@ class Models:
     def push_weights(self, driver: Driver | None, step: int) -> None:
         """Send the student's weights to the rollout server; every rank takes part."""
         folder = driver.sampler.transfer_dir if driver is not None else None
-        source = MegatronWeightSource(self.student.gpt, self.parallel)
+        source = MegatronWeightSource(self.student.chunks, self.parallel)
         write_weights(source, folder, version=step)
         if driver is not None:
             driver.sampler.send_weights()
@@ -88,6 +88,7 @@ def check_layouts(config: PacedConfig) -> None:
         architecture.check_layout(
             layout.tensor_model_parallel_size,
             layout.pipeline_model_parallel_size,
+            virtual=layout.virtual_pipeline_model_parallel_size,
             expert=layout.expert_model_parallel_size,
             sequence_parallel=layout.sequence_parallel,
             prefix=prefix,
@@ -114,17 +115,17 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
     vocab_size = tokenizer_vocab_size(student_dir)
     # before the student's large buffers: what is wrong with the teacher shows first
     teacher = build_teacher(config, parallel, vocab_size)
-    gpt = build_gpt(
+    chunks = build_chunks(
         load_hf_config(student_dir),
         config.model,
         parallel,
         precision=config.trainer.compute_precision,
         vocab_size_hint=_common_rows(config),
     )
-    load_hf_weights(gpt, student_dir, parallel)
+    load_hf_weights(chunks, student_dir, parallel)
     if parallel.is_last_stage:
-        DivergenceOutputLayer.install(gpt)
-    student = build_student(gpt, config, parallel)
+        DivergenceOutputLayer.install(chunks[-1])
+    student = build_student(chunks, config, parallel)
     step = Step(
         student=student,
         teacher=teacher,
@@ -156,12 +157,12 @@ def build_teacher(config: PacedConfig, student: Parallel, vocab_size: int) -> Te
     parallel = beside(student, config.teacher_model, timeout_s=config.training.collective_timeout_s)
 
     def load() -> Teacher:
-        gpt = build_gpt(
+        (gpt,) = build_chunks(
             hf_config, config.teacher_model, parallel, precision=config.trainer.compute_precision
         )
         if parallel.is_last_stage:
             HiddenStates.install(gpt, parallel)
-        load_hf_weights(gpt, hf_dir, parallel)
+        load_hf_weights([gpt], hf_dir, parallel)
         return Teacher(gpt, parallel)
 
     head = None
@@ -201,7 +202,12 @@ def _cache(config: PacedConfig, kind: SignalKind, hf_dir: Path) -> SignalCache |
 
 
 def _cut(model: ModelConfig) -> Cut:
-    return Cut(model.micro_batch_size, model.packed_sequence_size)
+    interleaved = model.virtual_pipeline_model_parallel_size > 1
+    return Cut(
+        model.micro_batch_size,
+        model.packed_sequence_size,
+        micro_batches_multiple_of=model.pipeline_model_parallel_size if interleaved else 1,
+    )
 
 
 def _common_rows(config: PacedConfig) -> int:

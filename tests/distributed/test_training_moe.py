@@ -105,7 +105,7 @@ def train_steps(
     if save_to:
         models.save(Path(save_to), step=steps, consumed_problems=0, skipped=0)
     weights = {
-        n: t.clone() for n, t in iter_hf_tensors(models.student.gpt, parallel) if t is not None
+        n: t.clone() for n, t in iter_hf_tensors(models.student.chunks, parallel) if t is not None
     }
     return [(r.loss, r.grad_norm) for r in results], weights
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_gpt, load_hf_config
+from nemo_paced.hf.model import build_chunks, load_hf_config
 from nemo_paced.rollout.weight_source import MegatronWeightSource, ParamMeta
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
@@ -24,9 +24,9 @@ def _walk(rank, world_size, folder, tensor, pipeline, precision=Precision.fp32, 
         sequence_parallel=tensor > 1,
     )
     parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
-    gpt = build_gpt(load_hf_config(folder), model, parallel, precision=precision)
-    load_hf_weights(gpt, folder, parallel)
-    source = MegatronWeightSource(gpt, parallel)
+    (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=precision)
+    load_hf_weights([gpt], folder, parallel)
+    source = MegatronWeightSource([gpt], parallel)
     passes = []
     for _ in range(2):  # each pass reads the weights as they are
         passes.append([(n, None if t is None else t.clone()) for n, t in source])
