@@ -262,6 +262,9 @@ class ModelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    # Chunks of layers that each pipeline stage holds, interleaved: the more, the smaller the bubble
+    # and the more messages. The teacher, which only runs forward, has one.
+    virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
@@ -285,6 +288,7 @@ class ModelConfig:
             self,
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
             "expert_model_parallel_size",
             "micro_batch_size",
@@ -308,6 +312,12 @@ class ModelConfig:
             f"model.packed_sequence_size is {self.packed_sequence_size} and "
             f"model.micro_batch_size is {self.micro_batch_size}: a packed micro-batch is one row; "
             "set model.micro_batch_size=1",
+        )
+        _require(
+            self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
+            f"model.virtual_pipeline_model_parallel_size is "
+            f"{self.virtual_pipeline_model_parallel_size} with model.pipeline_model_parallel_size "
+            "1: there are no stages to interleave; set it to 1",
         )
         _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
@@ -644,6 +654,13 @@ class PacedConfig:
             f"divide: teacher.tensor_model_parallel_size x teacher.pipeline_model_parallel_size "
             f"needs a multiple of {ranks} ranks (0 takes the student's)",
         )
+        expert_ranks = self.teacher_model.expert_layout_size
+        _require(
+            world % expert_ranks == 0,
+            f"trainer.num_nodes x trainer.devices is {world}, which the teacher's layout does not "
+            f"divide: teacher.expert_model_parallel_size x teacher.pipeline_model_parallel_size "
+            f"needs a multiple of {expert_ranks} ranks (0 takes the student's)",
+        )
         on_policy = any(stage.responses is ResponseSource.rollouts for stage in self.stages)
         _require(
             not (on_policy and self.teacher.placement is TeacherPlacement.cached),
@@ -698,8 +715,9 @@ class PacedConfig:
             expert_model_parallel_size=(
                 own.expert_model_parallel_size or model.expert_model_parallel_size
             ),
+            virtual_pipeline_model_parallel_size=1,
             context_parallel_size=1,
-            sequence_parallel=tensor > 1,  # costs nothing forward, and experts need it
+            sequence_parallel=tensor > 1,  # the same numbers in less memory; experts need it
             micro_batch_size=own.micro_batch_size or model.micro_batch_size,
             packed_sequence_size=(
                 model.packed_sequence_size and max(model.packed_sequence_size, longest)

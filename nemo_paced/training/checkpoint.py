@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -137,7 +137,7 @@ def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
     same_layout = state.layout == (parallel.tp_size, parallel.pp_size)
     wanted = _sharded_state(student, parallel, loading=True, with_rng=same_layout)
     loaded = _load(wanted, directory)
-    student.gpt.load_state_dict(loaded["model"])
+    _load_chunks(student.chunks, loaded["model"])
     _complete_steps(loaded["optimizer"])
     with steps_aside(student.optimizer):
         student.optimizer.load_state_dict(loaded["optimizer"])
@@ -147,13 +147,15 @@ def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
     return state
 
 
-def load_model(directory: Path, gpt: GPTModel) -> None:
+def load_model(directory: Path, chunks: Sequence[GPTModel]) -> None:
     """Restore the weights alone, at whatever layout they were written."""
-    loaded = _load({"model": gpt.sharded_state_dict()}, directory)
-    gpt.load_state_dict(loaded["model"])
+    loaded = _load({"model": _sharded_chunks(chunks)}, directory)
+    _load_chunks(chunks, loaded["model"])
 
 
-def save_model(directory: Path, gpt: GPTModel, hf_dir: Path, parallel: Parallel) -> None:
+def save_model(
+    directory: Path, chunks: Sequence[GPTModel], hf_dir: Path, parallel: Parallel
+) -> None:
     """Write a checkpoint of weights alone (``import-hf``): a start, not a run to resume.
 
     Collective; under a temporary name first, which a later start replaces.
@@ -168,7 +170,7 @@ def save_model(directory: Path, gpt: GPTModel, hf_dir: Path, parallel: Parallel)
             shutil.rmtree(temporary, ignore_errors=True)
             copy_metadata(hf_dir, temporary / HF_FOLDER)
         torch.distributed.barrier()
-        dist_checkpointing.save({"model": gpt.sharded_state_dict()}, str(temporary))
+        dist_checkpointing.save({"model": _sharded_chunks(chunks)}, str(temporary))
         if parallel.rank == 0:
             if directory.exists():
                 directory.rmdir()
@@ -190,7 +192,7 @@ def _write_beside(directory: Path, run_dir: Path, state: RunState, hf_dir: Path)
 def _sharded_state(
     student: Student, parallel: Parallel, *, loading: bool, with_rng: bool = True
 ) -> dict[str, Any]:
-    model = student.gpt.sharded_state_dict()
+    model = _sharded_chunks(student.chunks)
     make_moments(student.optimizer)
     state = {
         "model": model,
@@ -210,6 +212,16 @@ def _sharded_state(
             replica_id=parallel.groups.dp_cp.rank(),
         )
     return state
+
+
+def _sharded_chunks(chunks: Sequence[GPTModel]) -> dict[str, Any]:
+    """By chunk; the keys on disk count layers over the whole model and know no chunks."""
+    return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+
+
+def _load_chunks(chunks: Sequence[GPTModel], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(number)])
 
 
 def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:

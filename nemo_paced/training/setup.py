@@ -14,7 +14,7 @@ from nemo_paced.data.packing import Cut
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.import_weights import load_hf_head, load_hf_weights
-from nemo_paced.hf.model import DTYPES, build_gpt, load_hf_config, padded_vocab_size
+from nemo_paced.hf.model import DTYPES, build_chunks, load_hf_config, padded_vocab_size
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel, beside
 from nemo_paced.rollout.refit import write_weights
@@ -48,7 +48,7 @@ class Models:
     def push_weights(self, driver: Driver | None, step: int) -> None:
         """Send the student's weights to the rollout server; every rank takes part."""
         folder = driver.sampler.transfer_dir if driver is not None else None
-        source = MegatronWeightSource(self.student.gpt, self.parallel)
+        source = MegatronWeightSource(self.student.chunks, self.parallel)
         write_weights(source, folder, version=step)
         if driver is not None:
             driver.sampler.send_weights()
@@ -97,24 +97,30 @@ def check_layouts(config: PacedConfig) -> None:
         Architecture.from_config(load_hf_config(path), f"{path}/config.json")
         for path in (config.student.hf_path, config.teacher_hf_path)
     )
-    model = config.model
+    model, teacher_prefix = config.model, "teacher"
+    if config.teacher_model == model:
+        teacher_prefix = "model"
     for architecture, layout, prefix in (
         (student, model, "model"),
-        (teacher, config.teacher_model, "teacher"),
+        (teacher, config.teacher_model, teacher_prefix),
     ):
         architecture.check_layout(
             layout.tensor_model_parallel_size,
             layout.pipeline_model_parallel_size,
+            virtual=layout.virtual_pipeline_model_parallel_size,
             expert=layout.expert_model_parallel_size,
             sequence_parallel=layout.sequence_parallel,
             prefix=prefix,
         )
-    if model.expert_model_parallel_size > 1 and not (student.experts or teacher.experts):
-        raise ConfigError(
-            f"model.expert_model_parallel_size is {model.expert_model_parallel_size}, and neither "
-            f"the student ({student.name}) nor the teacher ({teacher.name}) has experts: set it "
-            "to 1"
-        )
+    for architecture, size, key in (
+        (student, model.expert_model_parallel_size, "model"),
+        (teacher, config.teacher.expert_model_parallel_size, "teacher"),
+    ):
+        if size > 1 and not architecture.experts:
+            raise ConfigError(
+                f"{key}.expert_model_parallel_size is {size}, and this {architecture.name} has no "
+                "experts: set it to 1 (student and teacher have a key each)"
+            )
     if model.moe_aux_loss_coeff and not student.experts:
         raise ConfigError(
             f"model.moe_aux_loss_coeff is {model.moe_aux_loss_coeff}, and the student "
@@ -128,17 +134,17 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
     vocab_size = tokenizer_vocab_size(student_dir)
     # before the student's large buffers: what is wrong with the teacher shows first
     teacher = build_teacher(config, parallel, vocab_size)
-    gpt = build_gpt(
+    chunks = build_chunks(
         load_hf_config(student_dir),
         config.model,
         parallel,
         precision=config.trainer.compute_precision,
         vocab_size_hint=_common_rows(config),
     )
-    load_hf_weights(gpt, student_dir, parallel)
+    load_hf_weights(chunks, student_dir, parallel)
     if parallel.is_last_stage:
-        DivergenceOutputLayer.install(gpt)
-    student = build_student(gpt, config, parallel)
+        DivergenceOutputLayer.install(chunks[-1])
+    student = build_student(chunks, config, parallel)
     step = Step(
         student=student,
         teacher=teacher,
@@ -170,12 +176,12 @@ def build_teacher(config: PacedConfig, student: Parallel, vocab_size: int) -> Te
     parallel = beside(student, config.teacher_model, timeout_s=config.training.collective_timeout_s)
 
     def load() -> Teacher:
-        gpt = build_gpt(
+        (gpt,) = build_chunks(
             hf_config, config.teacher_model, parallel, precision=config.trainer.compute_precision
         )
         if parallel.is_last_stage:
             HiddenStates.install(gpt, parallel)
-        load_hf_weights(gpt, hf_dir, parallel)
+        load_hf_weights([gpt], hf_dir, parallel)
         return Teacher(gpt, parallel)
 
     head = None
@@ -215,7 +221,12 @@ def _cache(config: PacedConfig, kind: SignalKind, hf_dir: Path) -> SignalCache |
 
 
 def _cut(model: ModelConfig) -> Cut:
-    return Cut(model.micro_batch_size, model.packed_sequence_size)
+    interleaved = model.virtual_pipeline_model_parallel_size > 1
+    return Cut(
+        model.micro_batch_size,
+        model.packed_sequence_size,
+        micro_batches_multiple_of=model.pipeline_model_parallel_size if interleaved else 1,
+    )
 
 
 def _common_rows(config: PacedConfig) -> int:

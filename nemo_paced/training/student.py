@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,15 +23,21 @@ from nemo_paced.training.optimizer import chained, use_backend
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """This rank's stage of the student, with everything that changes while it trains."""
+    """This rank's stage of the student, with everything that changes while it trains.
 
-    gpt: PacedGPTModel
-    ddp: DistributedDataParallel
+    Attributes:
+        chunks: of layers, in their order in the model; one unless the pipeline is interleaved.
+        ddp_chunks: the same, wrapped.
+    """
+
+    chunks: Sequence[PacedGPTModel]
+    ddp_chunks: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     clip_norm: float
 
     def zero_grad(self) -> None:
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp_chunks:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -67,7 +74,7 @@ class Student:
 
 
 def build_student(
-    gpt: PacedGPTModel,
+    chunks: Sequence[PacedGPTModel],
     config: PacedConfig,
     parallel: Parallel,
     *,
@@ -86,12 +93,18 @@ def build_student(
         overlap_param_gather=optim.overlap_param_gather,
     )
     bf16 = config.trainer.compute_precision is Precision.bf16
-    ddp = DistributedDataParallel(
-        config=gpt.config,
-        ddp_config=ddp_config,
-        module=gpt,
-        pg_collection=parallel.groups,
-    )
+    model_config = chunks[0].config  # the chunks share it
+    ddp_chunks = [
+        DistributedDataParallel(
+            config=model_config,
+            ddp_config=ddp_config,
+            module=gpt,
+            # as Megatron does: the later chunks' gradients come while others are computed anyway
+            disable_bucketing=number > 0,
+            pg_collection=parallel.groups,
+        )
+        for number, gpt in enumerate(chunks)
+    ]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -108,15 +121,17 @@ def build_student(
             use_distributed_optimizer=ddp_config.use_distributed_optimizer,
             overlap_param_gather=ddp_config.overlap_param_gather,
         ),
-        [ddp],
+        ddp_chunks,
         use_gloo_process_groups=False,
         pg_collection=parallel.groups,
     )
     use_backend(optimizer, optim)
-    gpt.config.finalize_model_grads_func = partial(
+    model_config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=parallel.groups
     )
-    gpt.config.grad_scale_func = optimizer.scale_loss
-    gpt.config.no_sync_func = ddp.no_sync
-    ddp.broadcast_params()
-    return Student(gpt, ddp, optimizer, config.trainer.gradient_clip_val)
+    model_config.grad_scale_func = optimizer.scale_loss
+    no_sync = [ddp.no_sync for ddp in ddp_chunks]
+    model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    for ddp in ddp_chunks:
+        ddp.broadcast_params()
+    return Student(chunks, ddp_chunks, optimizer, config.trainer.gradient_clip_val)

@@ -26,17 +26,19 @@ def _train_with_nan(rank, world_size, folder, layout, kind):
         def spoil(gradient):
             return torch.full_like(gradient, float("inf")) if rank == world_size - 1 else gradient
 
-        parameter = built.student.gpt.decoder.layers[0].mlp.linear_fc1.weight
+        parameter = built.student.chunks[0].decoder.layers[0].mlp.linear_fc1.weight
         handle = parameter.register_hook(spoil)
     elif rank == world_size - 1:
-        weight = built.student.gpt.decoder.final_layernorm.weight
+        weight = built.student.chunks[0].decoder.final_layernorm.weight
         kept = weight.detach().clone()
         weight.data.fill_(float("nan"))
     before = {
-        n: t.clone() for n, t in iter_hf_tensors(built.student.gpt, parallel) if t is not None
+        n: t.clone() for n, t in iter_hf_tensors(built.student.chunks, parallel) if t is not None
     }
     bad = built.step(make_items(0), STAGES["forward_kl"], LR)
-    after = {n: t.clone() for n, t in iter_hf_tensors(built.student.gpt, parallel) if t is not None}
+    after = {
+        n: t.clone() for n, t in iter_hf_tensors(built.student.chunks, parallel) if t is not None
+    }
     same = all(torch.equal(before[n], after[n]) for n in before if "norm.weight" not in n)
     if kind == "gradient":
         handle.remove()

@@ -154,7 +154,7 @@ def train_steps(
     if save_to:
         models.save(Path(save_to), step=steps, consumed_problems=0, skipped=0)
     weights = {
-        n: t.clone() for n, t in iter_hf_tensors(models.student.gpt, parallel) if t is not None
+        n: t.clone() for n, t in iter_hf_tensors(models.student.chunks, parallel) if t is not None
     }
     return [(r.loss, r.grad_norm) for r in results], weights
 
@@ -233,7 +233,7 @@ def test_steps_are_those_of_the_loss_on_whole_logits(models, kind, layout):
 def _train_with_overlap(rank, world_size, folder, layout, kind, grad_scale):
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    def build_overlapping(gpt, config, parallel):
+    def build_overlapping(chunks, config, parallel):
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
@@ -241,8 +241,8 @@ def _train_with_overlap(rank, world_size, folder, layout, kind, grad_scale):
             overlap_param_gather=True,
             bucket_size=2000,  # several buckets, so that hooks fire one after the other
         )
-        student = student_module.build_student(gpt, config, parallel, ddp_config=ddp_config)
-        gpt.config.grad_scale_func = lambda loss: loss * grad_scale
+        student = student_module.build_student(chunks, config, parallel, ddp_config=ddp_config)
+        chunks[0].config.grad_scale_func = lambda loss: loss * grad_scale
         return student
 
     setup.build_student = build_overlapping
@@ -362,12 +362,14 @@ def _gradient_of_an_auxiliary_loss(rank, world_size, folder, layout):
     """What Megatron makes of 0.3 x mean over positions of sum x w, attached as MoE routers do."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    config = make_config(folder, layout)
+    # the distributed optimizer leaves a rank the reduced gradients of its own share alone
+    optim = OptimConfig(lr=LR, use_distributed_optimizer=False)
+    config = make_config(folder, layout, model={"optim": optim})
     parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     student = models.student
-    student.gpt.config.num_moe_experts = 1  # the schedule sets the auxiliary loss's scale
-    norm = student.gpt.decoder.layers[0].input_layernorm
+    student.chunks[0].config.num_moe_experts = 1  # the schedule sets the auxiliary loss's scale
+    norm = student.chunks[0].decoder.layers[0].input_layernorm
 
     def attach(module, args, output):
         positions = output.shape[0] * output.shape[1]
