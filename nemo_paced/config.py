@@ -55,6 +55,23 @@ class ResponseSource(Enum):
     rollouts = "rollouts"
 
 
+class Recompute(Enum):
+    """``model.recompute_granularity``: what backward computes again instead of keeping it."""
+
+    none = "none"
+    selective = "selective"  # attention itself
+    full = "full"  # whole layers: model.recompute_num_layers at a time
+
+
+class OptimBackend(Enum):
+    """``model.optim.backend``: whose fused Adam runs."""
+
+    auto = "auto"  # Transformer Engine's, else Apex's, else torch's
+    transformer_engine = "transformer_engine"
+    apex = "apex"
+    torch = "torch"
+
+
 class ReferenceSource(Enum):
     """``references.source``: where y_T of a problem comes from."""
 
@@ -146,6 +163,8 @@ class CheckpointCallbackParams:
 
     every_n_train_steps: int = 100
     save_top_k: int = 3  # checkpoints kept, newest first; -1: all
+    save_best_k: int = 0  # and so many more, best by validation/accuracy
+    async_save: bool = False  # write in the background while training goes on
 
     def __post_init__(self) -> None:
         where = "exp_manager.checkpoint_callback_params"
@@ -155,6 +174,7 @@ class CheckpointCallbackParams:
             f"{where}.save_top_k is {self.save_top_k}: it must be -1 (keep all) or at least 1, "
             "a run without a checkpoint cannot be resumed",
         )
+        _require(self.save_best_k >= 0, f"{where}.save_best_k is {self.save_best_k}: 0 or above")
 
 
 @dataclass
@@ -207,6 +227,11 @@ class OptimConfig:
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
+    backend: OptimBackend = OptimBackend.auto
+    # Moments and master weights are split over the data-parallel ranks.
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
+    overlap_param_gather: bool = False  # gather updated weights while forward goes on
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def __post_init__(self) -> None:
@@ -218,6 +243,12 @@ class OptimConfig:
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"model.optim.betas is {self.betas}: two numbers in [0, 1) are needed",
+        )
+        _require(
+            not self.overlap_param_gather
+            or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "model.optim.overlap_param_gather is true: it needs use_distributed_optimizer=true "
+            "and overlap_grad_reduce=true as well",
         )
         _require(
             self.sched.min_lr <= self.lr,
@@ -246,6 +277,8 @@ class ModelConfig:
     packed_sequence_size: int = 0
     global_batch_size: int = 32  # problems an optimizer step
     make_vocab_size_divisible_by: int = 128
+    recompute_granularity: Recompute = Recompute.none
+    recompute_num_layers: int = 1  # with recompute_granularity=full
     seed: int = 1234
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -261,6 +294,13 @@ class ModelConfig:
             "micro_batch_size",
             "global_batch_size",
             "make_vocab_size_divisible_by",
+            "recompute_num_layers",
+        )
+        _require(
+            self.recompute_num_layers == 1 or self.recompute_granularity is Recompute.full,
+            f"model.recompute_num_layers is {self.recompute_num_layers} and "
+            f"model.recompute_granularity is {self.recompute_granularity.value}: it would be "
+            "ignored; set recompute_granularity=full",
         )
         _require(
             self.packed_sequence_size >= 0,
@@ -526,9 +566,16 @@ class TrainingConfig:
     """Guards of the loop."""
 
     max_skipped_steps: int = 5  # steps with NaN or Inf in loss or gradient before the run stops
+    # A loss above this many times the median of the stage's last 50 is logged with the problems of
+    # its batch; 0: never.
+    loss_spike_factor: float = 5.0
     collective_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
+        _require(
+            self.loss_spike_factor == 0 or self.loss_spike_factor > 1,
+            f"training.loss_spike_factor is {self.loss_spike_factor}: above 1, or 0 for never",
+        )
         _require(self.max_skipped_steps >= 0, "training.max_skipped_steps must be 0 or above")
 
 
@@ -625,6 +672,12 @@ class PacedConfig:
             not on_policy or self.rollout.top_p == 1.0,
             f"rollout.top_p is {self.rollout.top_p} with on-policy stages: their samples must come "
             "from the student's whole distribution; set rollout.top_p=1",
+        )
+        keep = self.exp_manager.checkpoint_callback_params
+        _require(
+            not keep.save_best_k or bool(self.trainer.val_check_interval),
+            f"exp_manager.checkpoint_callback_params.save_best_k is {keep.save_best_k} and "
+            "trainer.val_check_interval is 0: nothing says which is best; set the interval",
         )
         _require(
             not self.trainer.val_check_interval or bool(self.data.validation_problems),

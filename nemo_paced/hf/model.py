@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from nemo_paced.config import ModelConfig, Precision
+from nemo_paced.config import ModelConfig, Precision, Recompute
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.attention import CoreAttention
@@ -222,6 +222,7 @@ def _transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision is Precision.bf16,
+        **_recompute(model),
         use_cpu_initialization=True,
         perform_initialization=False,  # every value is loaded
         bias_activation_fusion=False,
@@ -247,6 +248,19 @@ def _interleaving(model: ModelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": count,
         "overlap_p2p_comm": True,
         "batch_p2p_comm": False,
+    }
+
+
+def _recompute(model: ModelConfig) -> dict[str, Any]:
+    """Megatron's names for what backward computes again."""
+    if model.recompute_granularity is Recompute.none:
+        return {}
+    if model.recompute_granularity is Recompute.selective:
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": model.recompute_num_layers,
     }
 
 

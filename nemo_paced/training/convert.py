@@ -20,6 +20,7 @@ from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import PacedGPTModel, build_chunks, load_hf_config
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint
+from nemo_paced.training.checkpoint_files import checkpoints
 from nemo_paced.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def find_checkpoint(source: Path) -> Path:
     """``source`` itself if it is a checkpoint, else the newest one of the run directory."""
     if (source / "metadata.json").exists():  # Megatron's; a run directory may hold an export hf/
         return source
-    found = checkpoint.checkpoints(source)
+    found = checkpoints(source)
     if not found:
         raise CheckpointError(
             f"{source} is no checkpoint and holds none: give RUN/checkpoints/step_... or a run "

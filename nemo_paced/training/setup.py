@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
 from nemo_paced.config import ModelConfig, PacedConfig, TeacherPlacement, to_dict
 from nemo_paced.data.packing import Cut
 from nemo_paced.errors import ConfigError
@@ -23,6 +25,7 @@ from nemo_paced.teacher.placement import HeldTeacher
 from nemo_paced.teacher.signal import SignalKind
 from nemo_paced.teacher.source import TeacherSource
 from nemo_paced.training import checkpoint
+from nemo_paced.training.checkpoint_files import RunState
 from nemo_paced.training.output_layer import DivergenceOutputLayer
 from nemo_paced.training.step import Step
 from nemo_paced.training.student import Student, build_student
@@ -50,21 +53,37 @@ class Models:
         if driver is not None:
             driver.sampler.send_weights()
 
-    def save(self, run_dir: Path, *, step: int, consumed_problems: int, skipped: int) -> None:
-        """Write a checkpoint; collective."""
+    def save(
+        self,
+        run_dir: Path,
+        *,
+        step: int,
+        consumed_problems: int,
+        skipped: int,
+        accuracy: float | None = None,
+        background: AsyncCallsQueue | None = None,
+    ) -> None:
+        """Write a checkpoint; collective.
+
+        Args:
+            accuracy: on the validation problems, where they were sampled after this step.
+            background: write there; this one is whole after ``checkpoint.finish`` only.
+        """
         checkpoint.save(
             run_dir,
             self.student,
-            checkpoint.RunState(
+            RunState(
                 step=step,
                 consumed_problems=consumed_problems,
                 skipped_steps=skipped,
                 config=to_dict(self.config),
                 layout=(self.parallel.tp_size, self.parallel.pp_size),
+                accuracy=accuracy,
             ),
             self.parallel,
             hf_dir=Path(self.config.student.hf_path),
-            keep=self.config.exp_manager.checkpoint_callback_params.save_top_k,
+            keep=self.config.exp_manager.checkpoint_callback_params,
+            background=background,
         )
 
 
