@@ -235,19 +235,6 @@ def _transformer_config(
     )
 
 
-def _recompute(model: ModelConfig) -> dict[str, Any]:
-    """Megatron's names for what backward computes again."""
-    if model.recompute_granularity is Recompute.none:
-        return {}
-    if model.recompute_granularity is Recompute.selective:
-        return {"recompute_granularity": "selective"}
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": model.recompute_num_layers,
-    }
-
-
 def _interleaving(model: ModelConfig) -> dict[str, Any]:
     """What ``TransformerConfig`` says of several chunks a stage.
 
@@ -261,6 +248,19 @@ def _interleaving(model: ModelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": count,
         "overlap_p2p_comm": True,
         "batch_p2p_comm": False,
+    }
+
+
+def _recompute(model: ModelConfig) -> dict[str, Any]:
+    """Megatron's names for what backward computes again."""
+    if model.recompute_granularity is Recompute.none:
+        return {}
+    if model.recompute_granularity is Recompute.selective:
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": model.recompute_num_layers,
     }
 
 

@@ -126,6 +126,9 @@ def build_student(
         pg_collection=parallel.groups,
     )
     use_backend(optimizer, optim)
+    for group in optimizer.param_groups:
+        # norms and biases do not decay; Megatron leaves that to its scheduler, which is not ours
+        group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
     model_config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=parallel.groups
     )

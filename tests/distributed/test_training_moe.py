@@ -227,3 +227,18 @@ def test_keys_for_experts_are_refused_where_there_are_none(models, changes, mess
         setattr(config.model, key, value)
     with pytest.raises(ConfigError, match=message):
         check_layouts(config)
+
+
+def _with_a_balancing_loss(rank, world_size, folder, layout, context=1):
+    more = {"steps": 1, "moe_aux_loss_coeff": 1.0, "context_parallel_size": context}
+    return train_steps(rank, world_size, folder, "student", layout, **more)[0]
+
+
+def test_the_routers_balancing_loss_is_of_the_whole_micro_batch(models, single):
+    """It moves the gradient and not the loss that is told, alike however the sequence is cut."""
+    (((loss, norm),),) = run_ranks(1, _with_a_balancing_loss, str(models), LAYOUTS["single"])
+    without = single["student"][0][0]
+    assert loss == pytest.approx(without[0], rel=1e-6) and abs(norm - without[1]) > 1e-3
+    for layout, context in ((LAYOUTS["tp2"], 1), (LAYOUTS["tp2 ep2"], 1), ((1, 1, 2, 2), 2)):
+        for losses in run_ranks(2, _with_a_balancing_loss, str(models), layout, context):
+            assert losses[0] == pytest.approx((loss, norm), rel=1e-5)
