@@ -192,6 +192,7 @@ def _write_beside(directory: Path, run_dir: Path, state: RunState, hf_dir: Path)
 def _sharded_state(
     student: Student, parallel: Parallel, *, loading: bool, with_rng: bool = True
 ) -> dict[str, Any]:
+    student.sync_parameters()
     model = _sharded_chunks(student.chunks)
     make_moments(student.optimizer)
     state = {

@@ -48,6 +48,7 @@ class Models:
     def push_weights(self, driver: Driver | None, step: int) -> None:
         """Send the student's weights to the rollout server; every rank takes part."""
         folder = driver.sampler.transfer_dir if driver is not None else None
+        self.student.sync_parameters()
         source = MegatronWeightSource(self.student.chunks, self.parallel)
         write_weights(source, folder, version=step)
         if driver is not None:

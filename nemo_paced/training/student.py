@@ -61,6 +61,15 @@ class Student:
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
+    def sync_parameters(self) -> None:
+        """Make the weights whole before they are read outside a forward; collective.
+
+        ``overlap_param_gather`` leaves the gathering of what a step updated to the next forward.
+        """
+        for ddp in self.ddp_chunks:
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.start_param_sync(force_sync=True)
+
     @property
     def has_moments(self) -> bool:
         """Whether the optimizer has taken a step since it was made or reset."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_paced.config import ModelConfig
+from nemo_paced.config import ModelConfig, OptimConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import load_hf_config
@@ -12,7 +12,7 @@ from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training import checkpoint, convert
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_convert import make_config as make_conversion
-from tests.distributed.test_training import LAYOUTS, train_steps
+from tests.distributed.test_training import LAYOUTS, LR, train_steps
 from tests.tiny import make_hf_model
 
 VOCAB = len(VOCABULARY)
@@ -22,6 +22,11 @@ INTERLEAVED = {
     "pp2 vp4": ("deep", (1, 2, 2, 3, False), {"virtual_pipeline_model_parallel_size": 4}),
     "pp4 vp2": ("deep", (1, 4, 4, 1, False), {}),
     "pp2 vp2 dp2": ("tied", (1, 2, 4, 1, False), {}),
+    "pp2 vp2 dp2 overlapped": (
+        "tied",
+        (1, 2, 4, 1, False),
+        {"optim": OptimConfig(lr=LR, overlap_grad_reduce=True, overlap_param_gather=True)},
+    ),
     "pp2 vp2 tp2 sp": ("tied", (2, 2, 4, 2, True), {}),
     "pp2 vp2 cp2": ("tied", (1, 2, 4, 2, False), {"context_parallel_size": 2}),
     "pp2 vp2 packed": ("tied", (1, 2, 2, 1, False), {"packed_sequence_size": 40}),

@@ -153,6 +153,7 @@ def train_steps(
     results = [models.step(make_items(step), STAGES[kind], LR) for step in range(first, steps)]
     if save_to:
         models.save(Path(save_to), step=steps, consumed_problems=0, skipped=0)
+    models.student.sync_parameters()
     weights = {
         n: t.clone() for n, t in iter_hf_tensors(models.student.chunks, parallel) if t is not None
     }
