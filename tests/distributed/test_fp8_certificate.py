@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_paced import parallel as parallel_module
-from nemo_paced.config import Fp8Config, ResponseSource
+from nemo_paced.config import Fp8Config, ResponseSource, TeacherPlacement
 from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.losses.options import Divergence
 from nemo_paced.quickstart.models import write_tokenizer
@@ -37,14 +37,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _join(folder, layout, max_kl=LOOSE, **teacher):
+def _join(folder, layout, max_kl=LOOSE, model=None, **teacher):
     fp8 = Fp8Config(enabled=True, max_kl=max_kl)
-    config = make_config(folder, LAYOUTS[layout], fp8=fp8, **teacher)
+    config = make_config(folder, LAYOUTS[layout], model=model, fp8=fp8, **teacher)
     return config, parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
 
 
-def _certificate(rank, world_size, folder, layout, kind, run_dir):
-    config, parallel = _join(folder, layout)
+def _certificate(rank, world_size, folder, layout, kind, run_dir, model=None, teacher=None):
+    config, parallel = _join(folder, layout, model=model or {}, **(teacher or {}))
     models = build_models(config, parallel, certify_fp8=True)
     certify(models, make_items(0), SOURCE, Divergence(kind), Path(run_dir))
 
@@ -110,6 +110,23 @@ def test_its_figures_are_those_of_the_dense_models(folder, tmp_path, layout, kin
         assert getattr(certificate, name) == pytest.approx(float(value), rel=0.01), name
     assert (certificate.backend, certificate.recipe) == ("torch", "rowwise")
     assert certificate.problems == 7 and certificate.versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("model", "teacher", "tp_size"),
+    [
+        ({"context_parallel_size": 2}, {}, 1),
+        ({}, {"tensor_model_parallel_size": 2}, 2),
+        ({}, {"placement": TeacherPlacement.offloaded}, 1),
+        ({}, {"pipeline_model_parallel_size": 2}, 1),
+    ],
+)
+def test_its_figures_hold_for_layouts_and_placements(folder, tmp_path, model, teacher, tp_size):
+    options = (str(folder), "dp2", "forward_kl", str(tmp_path), model, teacher)
+    run_ranks(2, _certificate, *options)
+    expected = _dense_figures(folder, "forward_kl", tp_size=tp_size)
+    for name, value in expected.items():
+        assert getattr(Certificate.read(tmp_path), name) == pytest.approx(float(value), rel=0.01)
 
 
 def _start(rank, world_size, folder, run_dir, broken, max_kl):
