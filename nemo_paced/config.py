@@ -98,6 +98,24 @@ class TeacherPlacement(Enum):
     cached = "cached"
 
 
+class Fp8Backend(Enum):
+    """``teacher.fp8.backend``: whose FP8 GEMMs run."""
+
+    auto = "auto"  # transformer_engine on a GPU that has it, torch otherwise
+    transformer_engine = "transformer_engine"
+    torch = "torch"  # torch._scaled_mm; the CPU has it too
+
+
+class Fp8Recipe(Enum):
+    """``teacher.fp8.recipe``: which values share a scale. Spelt as Megatron spells them."""
+
+    auto = "auto"  # the finest scales that backend and GPU have
+    rowwise = "rowwise"  # a token, an output feature of a weight (torch)
+    tensorwise = "tensorwise"  # a whole tensor (transformer_engine)
+    blockwise = "blockwise"  # 1 x 128 of a token, 128 x 128 of a weight (transformer_engine)
+    mxfp8 = "mxfp8"  # 32 values, scale a power of 2 (transformer_engine, Blackwell)
+
+
 class WeightScheme(Enum):
     """``weights.scheme``: the function from pass rate to problem weight."""
 
@@ -355,6 +373,58 @@ class StudentConfig:
 
 
 @dataclass
+class Fp8Config:
+    """``teacher.fp8``: the frozen teacher's linear layers in FP8 (E4M3), weights and activations.
+
+    Embedding, LM head, norms and attention itself stay as they are.
+    """
+
+    enabled: bool = False
+    backend: Fp8Backend = Fp8Backend.auto
+    recipe: Fp8Recipe = Fp8Recipe.auto
+    num_layers_at_start_in_bf16: int = 0  # counted over all pipeline stages
+    num_layers_at_end_in_bf16: int = 0
+    # Before the first step: how far does FP8 move the teacher? Written to fp8_certificate.json.
+    certificate: bool = True
+    certificate_problems: int = 16
+    # Mean KL(BF16 || FP8) that is let pass, nats a token. By Pinsker's inequality a token with this
+    # KL has at most 10 % of its probability mass moved (sqrt(max_kl / 2)); a student that starts
+    # 0.2 nats from its teacher is asked to move ten times as far.
+    max_kl: float = 0.02
+
+    def __post_init__(self) -> None:
+        _positive("teacher.fp8", self, "certificate_problems", "max_kl")
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            value = getattr(self, name)
+            _require(value >= 0, f"teacher.fp8.{name} is {value}: it must be 0 or above")
+        if not self.enabled:
+            self._refuse_ignored("enabled", tuple(f.name for f in dataclasses.fields(self)))
+        elif not self.certificate:
+            self._refuse_ignored("certificate", ("certificate_problems", "max_kl"))
+        has_rows = self.backend is Fp8Backend.torch
+        backends = {
+            Fp8Recipe.auto: self.backend,
+            Fp8Recipe.rowwise: Fp8Backend.torch,
+        }
+        wanted = backends.get(self.recipe, Fp8Backend.transformer_engine)
+        _require(
+            self.backend in (Fp8Backend.auto, wanted),
+            f"teacher.fp8.recipe is {self.recipe.value} and teacher.fp8.backend is "
+            f"{self.backend.value}, which does not have it: choose "
+            f"{'rowwise' if has_rows else 'tensorwise, blockwise or mxfp8'}, or leave it at auto",
+        )
+
+    def _refuse_ignored(self, switch: str, names: tuple[str, ...]) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            _require(
+                f.name not in names or value == f.default,
+                f"teacher.fp8.{f.name} is {to_dict(value)} and teacher.fp8.{switch} is false: it "
+                f"would be ignored; set teacher.fp8.{switch}=true, or leave it out",
+            )
+
+
+@dataclass
 class TeacherConfig:
     """The frozen teacher. An empty ``hf_path`` is self-distillation: a copy of the student."""
 
@@ -372,6 +442,7 @@ class TeacherConfig:
     # Keeps the signals of stored responses (forward KL) on disk, for later epochs and runs; with
     # placement=cached it is RUN/teacher_cache unless set.
     cache_dir: str | None = None
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:
         _require(self.top_k >= 0, f"teacher.top_k is {self.top_k}: it must be 0 or above")

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import Results, read_results, read_settings
+from nemo_paced.teacher.certificate import Certificate
 
 Rows = list[dict[str, Any]]
 
@@ -22,6 +23,7 @@ class RunFiles:
     tables: pass-rate tables (pandas) by the student's optimizer step.
     results: accuracies of ``results.json``; empty where nothing was evaluated.
     settings: how they were sampled.
+    certificate: of a teacher in FP8; ``None`` where there is none.
     """
 
     directory: Path
@@ -30,6 +32,7 @@ class RunFiles:
     tables: dict[int, Any]
     results: Results
     settings: dict[str, Any]
+    certificate: Certificate | None
 
     @staticmethod
     def read(directory: Path) -> RunFiles:
@@ -46,6 +49,7 @@ class RunFiles:
             tables=read_tables(directory),
             results=read_results(results) if results.exists() else {},
             settings=read_settings(results) if results.exists() else {},
+            certificate=Certificate.read(directory),
         )
         if not (run.config or run.rows or run.tables or run.results):
             raise ConfigError(

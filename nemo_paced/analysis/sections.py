@@ -10,6 +10,7 @@ from typing import Any
 from nemo_paced.analysis import figures
 from nemo_paced.analysis.figures import Line
 from nemo_paced.analysis.run_files import Rows, RunFiles
+from nemo_paced.teacher.certificate import Certificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ def run_sections(run: RunFiles) -> list[Section]:
     """Pass rates and weights, training, time and configuration of a run."""
     sections = [*_pass_rate_sections(run), *_training_sections(run.rows)]
     sections += _rollout_sections(run.rows)
+    if run.certificate is not None:
+        sections.append(_certificate_section(run.certificate))
     if run.rows:
         sections += [_timing_section(run.rows)]
     if run.config:
@@ -188,6 +191,29 @@ def _rollout_sections(rows: Rows) -> list[Section]:
             "Length of training rollouts", stage_lines(rows, "rollout/mean_length"), "mean tokens"
         ),
     ]
+
+
+def _certificate_section(certificate: Certificate) -> Section:
+    figures_of = [
+        ["KL(BF16 || FP8) of a token, nats", ""],
+        ["mean", f"{certificate.kl_mean:.3g}"],
+        ["median", f"{certificate.kl_median:.3g}"],
+        ["99th percentile", f"{certificate.kl_p99:.3g}"],
+        ["largest", f"{certificate.kl_max:.3g}"],
+        ["same likeliest token", f"{certificate.top1_agreement:.2%}"],
+        ["gradient off by", f"{certificate.gradient_difference:.2%}"],
+        ["cosine of the gradients", f"{certificate.gradient_cosine:.5f}"],
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
+    return Section(
+        "Teacher in FP8",
+        table=figures_of,
+        note=f"Against the same teacher in full precision, before the first step, over "
+        f"{certificate.tokens} tokens of {certificate.problems} {certificate.responses}. It drifts "
+        "most where it is unsure, as on a student's mistakes. The gradient is "
+        f"{certificate.divergence}'s with respect to the student's hidden states. Backend "
+        f"{certificate.backend}, recipe {certificate.recipe}; {versions}.",
+    )
 
 
 def _timing_section(rows: Rows) -> Section:

@@ -91,11 +91,13 @@ class Cut:
         micro_batch_size: rows of a micro-batch, where sequences are padded.
         packed_sequence_size: tokens of a row of packed sequences; 0: padded.
         micro_batches_multiple_of: an interleaved pipeline runs them in groups of its stages.
+        sequence_multiple_of: what the length of a row is padded to (GEMMs in FP8).
     """
 
     micro_batch_size: int
     packed_sequence_size: int = 0
     micro_batches_multiple_of: int = 1
+    sequence_multiple_of: int = 1
 
 
 def rank_items(items: Sequence[TrainItem], *, dp_rank: int, dp_size: int) -> list[TrainItem]:
@@ -121,7 +123,7 @@ def cut_batch(
     ]
     pieces = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
     # sequence parallelism cuts what a rank holds of a row into tensor-parallel parts
-    multiple_of = math.lcm(8, pieces * parallel.tp_size)
+    multiple_of = math.lcm(8, pieces * parallel.tp_size, cut.sequence_multiple_of)
     capacity = _round_up(cut.packed_sequence_size, multiple_of)
 
     def length(item: TrainItem) -> int:

@@ -25,11 +25,13 @@ def load_hf_weights(
     parallel: Parallel,
     *,
     progress: Callable[[int, int], None] | None = None,
+    on_loaded: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> None:
     """Fill a model that ``build_chunks`` made; reads only the slices that this rank keeps.
 
     Args:
         progress: called after each parameter with (parameters read, parameters of this rank).
+        on_loaded: called with each parameter when it is filled; it may replace its module.
 
     Raises:
         CheckpointError: files or tensors missing, unexpected, or of another shape, all named.
@@ -52,6 +54,8 @@ def load_hf_weights(
             )
             with torch.no_grad():
                 parameter.copy_(value)
+            if on_loaded is not None:
+                on_loaded(parameter)
             if progress is not None:
                 progress(done, len(held))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,9 @@ def build_chunks(
     *,
     precision: Precision,
     vocab_size_hint: int | None = None,
+    transformer_engine: bool | None = None,
+    device: torch.device | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> list[PacedGPTModel]:
     """This rank's pipeline stage, with uninitialised values: load weights next.
 
@@ -116,6 +120,9 @@ def build_chunks(
         model: the layout; ``virtual_pipeline_model_parallel_size`` is the number of chunks.
         vocab_size_hint: pad the vocabulary as if it had at least so many rows, so that student and
             teacher are cut alike.
+        transformer_engine: its layers, or Megatron's local ones; ``None``: on a GPU that has it.
+        device: where the values lie; ``None``: this rank's.
+        overrides: fields of Megatron's TransformerConfig that differ from a trained model's.
 
     Returns:
         The chunks of layers that this rank holds, in their order in the model. The last chunk of
@@ -132,14 +139,16 @@ def build_chunks(
         expert=model.expert_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
     )
-    config = _transformer_config(architecture, model, precision)
+    config = replace(_transformer_config(architecture, model, precision), **overrides or {})
+    if transformer_engine is None:
+        transformer_engine = parallel.device.type == "cuda" and has_transformer_engine()
     rows = max(architecture.vocab_size, vocab_size_hint or 0)
     count = model.virtual_pipeline_model_parallel_size
     chunks = []
     for number in range(count):
         gpt = PacedGPTModel(
             config,
-            _block_spec(architecture, config, parallel, number),
+            _block_spec(architecture, config, parallel, number, transformer_engine),
             vocab_size=padded_vocab_size(rows, model),
             max_sequence_length=architecture.max_positions,
             pre_process=parallel.is_first_stage and number == 0,
@@ -154,7 +163,7 @@ def build_chunks(
         _mark_parallel(gpt)
         if architecture.rope_scaling:
             _scale_rope(gpt, architecture.rope_scaling)
-        chunks.append(gpt.to(parallel.device))
+        chunks.append(gpt.to(device or parallel.device))
     return chunks
 
 
@@ -265,11 +274,14 @@ def _recompute(model: ModelConfig) -> dict[str, Any]:
 
 
 def _block_spec(
-    architecture: Architecture, config: TransformerConfig, parallel: Parallel, chunk: int
+    architecture: Architecture,
+    config: TransformerConfig,
+    parallel: Parallel,
+    chunk: int,
+    transformer_engine: bool,
 ) -> TransformerBlockSubmodules:
-    """Transformer Engine's layers on a GPU that has it, Megatron's local ones elsewhere."""
-    on_gpu = parallel.device.type == "cuda" and _has_transformer_engine()
-    make = _transformer_engine_layer if on_gpu else _local_layer
+    """Transformer Engine's layers, or Megatron's local ones."""
+    make = _transformer_engine_layer if transformer_engine else _local_layer
     first = get_transformer_layer_offset(config, vp_stage=chunk, pp_rank=parallel.pp_rank)
     count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=parallel.pp_rank)
     sparse = architecture.experts.layers if architecture.experts else ()
@@ -278,7 +290,7 @@ def _block_spec(
             make(config, config.num_moe_experts if layer in sparse else None)
             for layer in range(first, first + count)
         ],
-        layer_norm=LayerNormImpl if on_gpu else RMSNorm,
+        layer_norm=LayerNormImpl if transformer_engine else RMSNorm,
     )
 
 
@@ -325,7 +337,8 @@ def _mark_parallel(gpt: PacedGPTModel) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def _has_transformer_engine() -> bool:
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's PyTorch modules can be imported."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:

@@ -55,10 +55,17 @@ class HeldTeacher:
     Args:
         load: builds it and reads its weights; called when it is first needed, and again after
             :meth:`release`. Every rank calls it at the same point.
+        load_quantized: loads it in FP8, once :meth:`quantize` has been called.
     """
 
-    def __init__(self, load: Callable[[], Teacher], placement: TeacherPlacement) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Teacher],
+        placement: TeacherPlacement,
+        load_quantized: Callable[[], Teacher] | None = None,
+    ) -> None:
         self._load = load
+        self._load_quantized = load_quantized
         self._offload = placement is TeacherPlacement.offloaded
         self._teacher: Teacher | None = None
         self._host: HostCopy | None = None
@@ -83,6 +90,16 @@ class HeldTeacher:
         """Load it now, so that what is wrong with it shows before training."""
         with self.resident():
             pass
+
+    @property
+    def to_be_quantized(self) -> bool:
+        return self._load_quantized is not None
+
+    def quantize(self) -> None:
+        """Free it; from now on what is held is in FP8: never two in memory."""
+        assert self._load_quantized is not None, "called where it is to be quantised"
+        self.release()
+        self._load, self._load_quantized = self._load_quantized, None
 
     def release(self) -> None:
         """Free it; it is loaded again if it is needed once more."""

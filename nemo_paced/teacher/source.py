@@ -15,6 +15,7 @@ import torch
 from nemo_paced.data.packing import Cut, TrainItem, cut_batch, rank_items
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.cache import SignalCache
+from nemo_paced.teacher.fp8 import Fp8Choice
 from nemo_paced.teacher.placement import HeldTeacher
 from nemo_paced.teacher.reshard import exchange, routes
 from nemo_paced.teacher.signal import ResponseSignal, SignalKind, TeacherSignal, cut_top_k
@@ -33,6 +34,7 @@ class TeacherSource:
         cut: how a batch becomes the teacher's micro-batches.
         cache: of stored responses; ``None``: always computed.
         keep_loaded: whether the teacher stays in memory after a batch.
+        fp8: how the teacher runs in FP8; ``None``: it does not.
     """
 
     held: HeldTeacher
@@ -45,6 +47,7 @@ class TeacherSource:
     cut: Cut
     cache: SignalCache | None = None
     keep_loaded: bool = True
+    fp8: Fp8Choice | None = None
 
     @property
     def bytes_per_token(self) -> int:

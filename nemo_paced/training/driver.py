@@ -54,8 +54,8 @@ class Driver:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def prepare(self, *, resumed_from: Path | None, log: RunLog) -> None:
-        """References, rollout server and pass rates, each only if it is needed and missing."""
+    def prepare(self, log: RunLog) -> None:
+        """References and rollout server, each only if it is needed and missing."""
         config, self.bar = self.config, log.bar
         if any(s.responses is ResponseSource.references for s in config.stages):
             self.references = prepare.load_references(
@@ -66,6 +66,9 @@ class Driver:
                 config, self.run_dir, self.prompts, prepare.server_notes(self.bar)
             )
         )
+
+    def first_pass_rates(self, resumed_from: Path | None) -> None:
+        """The checkpoint's table, a given one, or a first estimate; after :meth:`prepare`."""
         self.table = self._first_table(resumed_from)
 
     def estimate_pass_rates(self, step: int) -> None:
@@ -112,6 +115,24 @@ class Driver:
             for begin in range(0, len(missing), size):
                 yield Batch(missing[begin : begin + size], {})
                 advance(min(begin + size, len(missing)), len(missing))
+
+    def certificate_batch(self, step: int, consumed: int) -> Batch:
+        """The problems that come first with their responses, each of weight 1, to compare on."""
+        count = min(self.config.teacher.fp8.certificate_problems, len(self.problems))
+        problems = [self.problems[position] for position in self.order.take(consumed, count)]
+        weights = [1.0] * count
+        if self.references:
+            responses: list[Response | None] = [self.references[p.id] for p in problems]
+        else:
+            responses, _ = self._sample_batch(problems, weights, step)
+        items = build_items(
+            problems,
+            weights,
+            responses,
+            prompts=self.prompts,
+            reduction=self.config.loss.reduction.value,
+        )
+        return Batch(items, {})
 
     def validate(self, step: int) -> dict[str, float]:
         """mean@k of the served student on the held-out problems."""

@@ -22,9 +22,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
 from nemo_paced.errors import CheckpointError, PacedError
+from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint, schedule
 from nemo_paced.training.batches import Batch
+from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
 from nemo_paced.training.driver import Driver
 from nemo_paced.training.faults import Guard, Watch
@@ -57,7 +59,9 @@ def train(config: PacedConfig, run_dir: Path) -> None:
         resume_from = agreed_checkpoint(config, run_dir, parallel)
         driver_context = Driver(config, run_dir) if parallel.rank == 0 else nullcontext()
         with driver_context as driver:
-            models = build_models(config, parallel)
+            models = build_models(
+                config, parallel, certify_fp8=certificate_due(config, run_dir, parallel)
+            )
             Loop(config, run_dir, all_stages, models, driver, parallel).run(resume_from)
     finally:
         parallel_module.shutdown()
@@ -145,7 +149,11 @@ class Loop:
             RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log,
         ):
             if self.driver is not None:
-                self.driver.prepare(resumed_from=resume_from, log=log)
+                self.driver.prepare(log)
+            if self.models.step.teacher.held.to_be_quantized:
+                self._certify_teacher()
+            if self.driver is not None:
+                self.driver.first_pass_rates(resume_from)
             self._fill_teacher_cache()
             while self.step < max_steps:
                 log.step(self._one_step())
@@ -204,6 +212,25 @@ class Loop:
             if self.driver is not None:
                 self.driver.estimate_pass_rates(self.step)
             self._fill_teacher_cache()
+
+    def _certify_teacher(self) -> None:
+        """Measure what FP8 does to the teacher before anything is trained on it; leave it in FP8.
+
+        On stored responses, or in a run that has none on what the student samples first.
+        """
+        responses = ResponseSource.references
+        if all(stage.config.responses is ResponseSource.rollouts for stage in self.stages):
+            responses = ResponseSource.rollouts
+            self._refit()
+
+        def make() -> Batch:
+            assert self.driver is not None, "rank 0 has one"
+            return self.driver.certificate_batch(self.step, self.consumed)
+
+        batch = self._exchange("fp8_certificate", make)
+        stage = schedule.stage_at(self.stages, self.step)
+        kind = Divergence(stage.config.divergence.value)
+        certify(self.models, batch.items, responses, kind, self.run_dir)
 
     def _fill_teacher_cache(self) -> None:
         """``teacher.placement=cached``: all signals that are missing, then no teacher any more."""

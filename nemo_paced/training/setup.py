@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -14,12 +15,24 @@ from nemo_paced.data.packing import Cut
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.import_weights import load_hf_head, load_hf_weights
-from nemo_paced.hf.model import DTYPES, build_chunks, load_hf_config, padded_vocab_size
+from nemo_paced.hf.model import (
+    DTYPES,
+    PacedGPTModel,
+    build_chunks,
+    load_hf_config,
+    padded_vocab_size,
+)
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel, beside
 from nemo_paced.rollout.refit import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.teacher.cache import SignalCache, model_identity
+from nemo_paced.teacher.fp8 import (
+    Fp8Choice,
+    choose_fp8,
+    load_teacher_gpt,
+    sequence_multiple,
+)
 from nemo_paced.teacher.model import HiddenStates, Teacher
 from nemo_paced.teacher.placement import HeldTeacher
 from nemo_paced.teacher.signal import SignalKind
@@ -129,12 +142,16 @@ def check_layouts(config: PacedConfig) -> None:
         )
 
 
-def build_models(config: PacedConfig, parallel: Parallel) -> Models:
-    """Load both Hugging Face checkpoints into this rank's shards."""
+def build_models(config: PacedConfig, parallel: Parallel, *, certify_fp8: bool = False) -> Models:
+    """Load both Hugging Face checkpoints into this rank's shards.
+
+    Args:
+        certify_fp8: load a teacher that is to run in FP8 as it is first, to be compared.
+    """
     student_dir = Path(config.student.hf_path)
     vocab_size = tokenizer_vocab_size(student_dir)
     # before the student's large buffers: what is wrong with the teacher shows first
-    teacher = build_teacher(config, parallel, vocab_size)
+    teacher = build_teacher(config, parallel, vocab_size, certify_fp8=certify_fp8)
     chunks = build_chunks(
         load_hf_config(student_dir),
         config.model,
@@ -157,7 +174,9 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
     return Models(config, parallel, student, step)
 
 
-def build_teacher(config: PacedConfig, student: Parallel, vocab_size: int) -> TeacherSource:
+def build_teacher(
+    config: PacedConfig, student: Parallel, vocab_size: int, *, certify_fp8: bool = False
+) -> TeacherSource:
     """The teacher in its own layout, and its LM head in the student's.
 
     Args:
@@ -174,16 +193,23 @@ def build_teacher(config: PacedConfig, student: Parallel, vocab_size: int) -> Te
     hf_config = load_hf_config(hf_dir)
     architecture = Architecture.from_config(hf_config, f"{hf_dir}/config.json")
     dtype = DTYPES[config.trainer.compute_precision]
+    fp8 = _fp8_choice(config, student, architecture.num_layers)
     parallel = beside(student, config.teacher_model, timeout_s=config.training.collective_timeout_s)
 
-    def load() -> Teacher:
+    def build(**options: Any) -> list[PacedGPTModel]:
+        precision = config.trainer.compute_precision
         (gpt,) = build_chunks(
-            hf_config, config.teacher_model, parallel, precision=config.trainer.compute_precision
+            hf_config, config.teacher_model, parallel, precision=precision, **options
         )
         if parallel.is_last_stage:
             HiddenStates.install(gpt, parallel)
-        load_hf_weights([gpt], hf_dir, parallel)
+        return [gpt]
+
+    def load(quantized: bool) -> Teacher:
+        gpt = load_teacher_gpt(build, hf_dir, parallel, fp8, quantized=quantized)
         return Teacher(gpt, parallel)
+
+    certify_fp8 = certify_fp8 and fp8 is not None
 
     head = None
     if student.is_last_stage:
@@ -192,15 +218,25 @@ def build_teacher(config: PacedConfig, student: Parallel, vocab_size: int) -> Te
         head = load_hf_head(architecture, hf_dir, student, padded_vocab=padded, dtype=dtype)
     placement = config.teacher.placement
     source = TeacherSource(
-        held=HeldTeacher(load, placement),
+        held=HeldTeacher(
+            partial(load, not certify_fp8), placement, partial(load, True) if certify_fp8 else None
+        ),
         parallel=parallel,
         student=student,
         kind=kind,
         head_weight=head,
         hidden_size=architecture.hidden_size,
         dtype=dtype,
-        cut=_cut(config.teacher_model),
-        cache=_cache(config, kind, hf_dir),
+        cut=replace(
+            _cut(config.teacher_model),
+            sequence_multiple_of=sequence_multiple(
+                fp8,
+                tp_size=parallel.tp_size,
+                sequence_parallel=config.teacher_model.sequence_parallel,
+            ),
+        ),
+        cache=_cache(config, kind, hf_dir, fp8),
+        fp8=fp8,
         keep_loaded=placement is not TeacherPlacement.cached,
     )
     if source.keep_loaded:
@@ -209,7 +245,26 @@ def build_teacher(config: PacedConfig, student: Parallel, vocab_size: int) -> Te
     return source
 
 
-def _cache(config: PacedConfig, kind: SignalKind, hf_dir: Path) -> SignalCache | None:
+def _fp8_choice(config: PacedConfig, student: Parallel, num_layers: int) -> Fp8Choice | None:
+    choice = choose_fp8(
+        config.teacher.fp8,
+        precision=config.trainer.compute_precision,
+        device=student.device,
+        num_layers=num_layers,
+        pp_size=config.teacher_model.pipeline_model_parallel_size,
+    )
+    offloaded = config.teacher.placement is TeacherPlacement.offloaded
+    if offloaded and choice is not None and choice.uses_transformer_engine:
+        raise ConfigError(
+            "teacher.placement is offloaded and teacher.fp8.backend is transformer_engine, whose "
+            "FP8 weights cannot be moved: set teacher.fp8.backend=torch, or another placement"
+        )
+    return choice
+
+
+def _cache(
+    config: PacedConfig, kind: SignalKind, hf_dir: Path, fp8: Fp8Choice | None
+) -> SignalCache | None:
     folder = config.teacher.cache_dir
     if folder is None:
         return None
@@ -217,6 +272,7 @@ def _cache(config: PacedConfig, kind: SignalKind, hf_dir: Path) -> SignalCache |
         **kind.identity(),
         "teacher": model_identity(hf_dir),
         "precision": config.trainer.compute_precision.value,
+        "fp8": to_dict(fp8),
     }
     return SignalCache(Path(folder), identity)
 

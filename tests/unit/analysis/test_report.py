@@ -10,6 +10,7 @@ from nemo_paced.analysis.comparison import compare_runs, write_comparison
 from nemo_paced.analysis.report import write_report
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import write_results
+from nemo_paced.teacher.certificate import Certificate
 from tests.runs import PROBLEMS, accuracy, results, write_run
 
 SETTINGS = {"temperature": 0.6, "top_p": 0.95}
@@ -82,6 +83,22 @@ def test_a_missing_part_is_said_to_be_missing(tmp_path, removed, said):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = write_report(run).read_text()
     assert said in page and page.count('class="missing"') == 1
+
+
+def test_the_certificate_of_an_fp8_teacher_is_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "Teacher in FP8" not in write_report(run).read_text()
+    Certificate(
+        identity={}, backend="torch", recipe="rowwise", versions={"torch": "2.13.0"},
+        responses="rollouts", problems=16,
+        tokens=812, kl_mean=0.00123, kl_median=0.0004, kl_p99=0.02, kl_max=0.31,
+        top1_agreement=0.9877, divergence="reverse_kl", gradient_difference=0.0456,
+        gradient_cosine=0.99891,
+    ).write(run)  # fmt: skip
+    shown = section(write_report(run).read_text(), "Teacher in FP8")
+    for figure in ("0.00123", "0.0004", "0.02", "0.31", "98.77%", "4.56%", "0.99891"):
+        assert f">{figure}<" in shown
+    assert "812 tokens of 16 rollouts" in shown and "recipe rowwise; torch 2.13.0" in shown
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
