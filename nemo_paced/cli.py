@@ -80,6 +80,28 @@ examples:
 
 {RUN_HELP}""",
     ),
+    "preflight": Command(
+        "nemo_paced.entry.commands:preflight",
+        "what would stop a run, all of it at once and before a weight is read",
+        f"""\
+usage: nemo-paced preflight --config-name NAME [key=value ...]
+
+Takes seconds; reads configurations, tokenizers and problem files, no weights; writes nothing.
+  models       layout against heads, MLP columns and layers; vocabulary padding; sequence limits
+  tokenizers   the same ids, special tokens, end of text and chat template for both models
+  files        problems, every prompt within its limit, references, pass rates, room on the disk
+  run          stages, an earlier run in the same directory, vLLM for the rollout server
+  ranks        each answers, one set of library versions, clocks, a GPU each, one small all-reduce
+Exit status 2 with an error; warnings do not stop a run. `train` makes the same checks first. Under
+torchrun or srun every rank joins; else trainer.devices ranks are started on this node. A rank that
+has not answered after training.rank_timeout_s seconds is named.
+
+examples:
+  nemo-paced preflight --config-name quickstart
+  srun --nodes=2 --ntasks-per-node=8 nemo-paced preflight --config-name RECIPE
+
+{RUN_HELP}""",
+    ),
     "import-hf": Command(
         "nemo_paced.entry.commands:import_hf",
         "a Hugging Face directory as a Megatron checkpoint",

@@ -470,8 +470,10 @@ class TrainingConfig:
 
     max_skipped_steps: int = 5  # steps with NaN or Inf in loss or gradient before the run stops
     collective_timeout_s: float = 1800.0
+    rank_timeout_s: float = 60.0  # preflight: a rank that has not answered by then is named
 
     def __post_init__(self) -> None:
+        _positive("training", self, "collective_timeout_s", "rank_timeout_s")
         _require(self.max_skipped_steps >= 0, "training.max_skipped_steps must be 0 or above")
 
 

@@ -25,33 +25,37 @@ def train_with(config: PacedConfig) -> None:
 
     run_dir = run_directory(config)
     if launcher_rank() == 0:  # under torchrun or srun every rank comes here
-        preflight(config, run_dir)
+        _check_inputs(config, run_dir, notes=False)
         save_config(config, run_dir)
     launch(config, run_dir)
     logger.info("run directory: %s", run_dir)
 
 
-def preflight(config: PacedConfig, run_dir: Path) -> None:
-    """What can be refused before ranks or servers start.
+def preflight(arguments: list[str]) -> None:
+    """The checks of ``train`` and nothing else: all findings at once, exit status 2 with errors."""
+
+    def action(config: PacedConfig) -> None:
+        from nemo_paced.entry.launch import launch
+
+        run_dir = run_directory(config)
+        if launcher_rank() == 0:
+            _check_inputs(config, run_dir, notes=True)
+        launch(config, run_dir, only_check=True)
+        logger.info("preflight: nothing that would stop the run was found")
+
+    with_config(arguments, action)
+
+
+def _check_inputs(config: PacedConfig, run_dir: Path, *, notes: bool) -> None:
+    """What one process can find before ranks or servers start.
 
     Raises:
-        PacedError: inputs that do not fit, or a run directory of another run.
+        PreflightFailed: an error was found; all findings are on standard error.
     """
-    from nemo_paced.hf.architectures import Architecture
-    from nemo_paced.hf.model import load_hf_config
-    from nemo_paced.training import schedule
-    from nemo_paced.training.driver import Driver
-    from nemo_paced.training.loop import newest_checkpoint
+    from nemo_paced.preflight.checks import check_inputs
+    from nemo_paced.preflight.findings import refuse
 
-    schedule.stages(config.stages, config.trainer.max_steps)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    Driver(config, run_dir)
-    for path in (config.student.hf_path, config.teacher_hf_path):
-        architecture = Architecture.from_config(load_hf_config(path), f"{path}/config.json")
-        architecture.check_layout(
-            config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-        )
-    newest_checkpoint(config, run_dir)
+    refuse(check_inputs(config, run_dir), notes=notes)
 
 
 def pass_rates(arguments: list[str]) -> None:

@@ -7,29 +7,56 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError, PacedError
+from nemo_paced.logs import launcher_rank
+from nemo_paced.training.prepare import save_config
+
+CHECK_ONLY_FLAG = "--check-only"
 
 
-def launch(config: PacedConfig, run_dir: Path) -> None:
+def launch(config: PacedConfig, run_dir: Path, *, only_check: bool = False) -> None:
     """Train on ``trainer.devices`` ranks of this node; under torchrun or srun, as one rank.
+
+    Args:
+        only_check: end after the checks that ranks make together.
 
     Raises:
         PacedError: a rank failed; what it said is on standard error already.
     """
     if _join_launcher():
-        from nemo_paced.training.loop import train
-
-        train(config, run_dir)
+        run_rank(config, run_dir, only_check=only_check)
         return
     if config.trainer.num_nodes > 1:
         raise ConfigError(
             f"trainer.num_nodes is {config.trainer.num_nodes}: start the command on every node "
             "with torchrun or srun, which set the ranks"
         )
-    _start_ranks(config.trainer.devices, run_dir)
+    if not only_check:
+        _start_ranks(config.trainer.devices, run_dir / "config.yaml", run_dir)
+        return
+    with tempfile.TemporaryDirectory() as folder:  # nothing is left of a check
+        save_config(config, Path(folder))
+        _start_ranks(config.trainer.devices, Path(folder) / "config.yaml", run_dir, CHECK_ONLY_FLAG)
+
+
+def run_rank(config: PacedConfig, run_dir: Path, *, only_check: bool) -> None:
+    """One rank: the checks that all make together, then training.
+
+    Raises:
+        PacedError: without a message where rank 0 has said it.
+    """
+    from nemo_paced.preflight.findings import refuse
+    from nemo_paced.preflight.ranks import check_ranks
+
+    refuse(check_ranks(config), shown=launcher_rank() == 0)
+    if not only_check:
+        from nemo_paced.training.loop import train
+
+        train(config, run_dir)
 
 
 def _join_launcher() -> bool:
@@ -50,7 +77,7 @@ def _join_launcher() -> bool:
     return True
 
 
-def _start_ranks(count: int, run_dir: Path) -> None:
+def _start_ranks(count: int, config_file: Path, run_dir: Path, *flags: str) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -69,7 +96,7 @@ def _start_ranks(count: int, run_dir: Path) -> None:
     )
     try:
         elastic_launch(agent, sys.executable)(
-            "-m", "nemo_paced.entry.worker", str(run_dir / "config.yaml"), str(run_dir)
+            "-m", "nemo_paced.entry.worker", str(config_file), str(run_dir), *flags
         )
     except ChildFailedError as error:
         for failure in error.failures.values():

@@ -18,12 +18,14 @@ def main() -> int:
     _end_group_with_parent()
     set_up_logging(int(os.environ["RANK"]))
     from nemo_paced.compose import load_config
-    from nemo_paced.training.loop import train
+    from nemo_paced.entry.launch import CHECK_ONLY_FLAG, run_rank
 
+    config_file, run_dir, *flags = sys.argv[1:]
     try:
-        train(load_config(Path(sys.argv[1])), Path(sys.argv[2]))
+        run_rank(load_config(Path(config_file)), Path(run_dir), only_check=CHECK_ONLY_FLAG in flags)
     except PacedError as error:
-        print(f"nemo-paced: error: {error}", file=sys.stderr, flush=True)
+        if str(error):
+            print(f"nemo-paced: error: {error}", file=sys.stderr, flush=True)
         # the other ranks may wait in a collective: leave without saying goodbye to them
         os._exit(2)
     return 0

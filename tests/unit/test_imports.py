@@ -13,7 +13,7 @@ LAYERS = (
     {"data", "rollout"},
     {"teacher"},
     {"training"},
-    {"evaluation"},
+    {"evaluation", "preflight"},
     {"analysis"},
     {"quickstart", "entry"},
     {"cli"},

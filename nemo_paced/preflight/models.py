@@ -1,0 +1,117 @@
+"""Do the two models fit the layout, each other's vocabulary and the sequence limits?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_paced.errors import ConfigError
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.model import padded_vocab_size
+from nemo_paced.preflight.findings import Finding, error, note, warning
+from nemo_paced.preflight.inputs import Inputs
+
+
+def layouts(inputs: Inputs) -> Iterator[Finding]:
+    """Heads, key-value heads, MLP columns and layers by the ranks they are cut over."""
+    model = inputs.config.model
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    models = {"student": inputs.student}
+    if not inputs.is_self_teacher:
+        models["teacher"] = inputs.teacher
+    for who, architecture in models.items():
+        if architecture is None:
+            continue
+        # one dimension at a time, so that each is found
+        for sizes in ((tensor, 1), (1, pipeline)):
+            try:
+                architecture.check_layout(*sizes)
+            except ConfigError as told:
+                yield error(f"layout of the {who}", str(told))
+
+
+def vocabularies(inputs: Inputs) -> Iterator[Finding]:
+    """Rows of both embeddings, what they are padded to, and the tokenizer's highest id."""
+    models = [("student", inputs.student), ("teacher", inputs.teacher)]
+    rows = {who: a.vocab_size for who, a in models if a is not None}
+    if len(rows) < 2:
+        return
+    model = inputs.config.model
+    padded = padded_vocab_size(max(rows.values()), model)
+    told = " and ".join(f"{count} rows of the {who}" for who, count in rows.items())
+    multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
+    yield note(
+        "vocabulary",
+        f"{told} are both padded to {padded}, the next multiple of {multiple} "
+        "(model.make_vocab_size_divisible_by x model.tensor_model_parallel_size); rows above the "
+        f"tokenizer's {inputs.tokenizer_rows} tokens carry no mass in the loss",
+    )
+    for who, count in rows.items():
+        if inputs.tokenizer_rows is not None and inputs.tokenizer_rows > count:
+            yield error(
+                f"{who}.hf_path",
+                f"the tokenizer has ids up to {inputs.tokenizer_rows - 1} and the embedding of the "
+                f"{who} only {count} rows",
+                "resize its embedding to the tokenizer, or take the tokenizer that it was "
+                "trained with",
+            )
+    if inputs.tokenizer_rows is not None and inputs.config.teacher.top_k > inputs.tokenizer_rows:
+        yield error(
+            "teacher.top_k",
+            f"is {inputs.config.teacher.top_k} and the vocabulary has {inputs.tokenizer_rows} "
+            "tokens",
+            "set it to 64, or to 0 for the exact loss",
+        )
+
+
+def sequence_limits(inputs: Inputs) -> Iterator[Finding]:
+    """Prompt + response against the positions that a model was made for.
+
+    ``max_position_embeddings`` is the length after rope scaling; vLLM refuses to serve more.
+    """
+    data = inputs.config.data
+    evaluated = inputs.config.evaluation.max_response_length or 0
+    longest = max(data.max_response_length, evaluated)
+    for who, architecture, key in (
+        ("student", inputs.student, "max_prompt_length"),
+        ("teacher", inputs.teacher, "max_teacher_prompt_length"),
+    ):
+        if architecture is not None:
+            yield from _limit(architecture, who, key, getattr(data, key), longest)
+
+
+def _limit(
+    architecture: Architecture, who: str, key: str, prompt: int, response: int
+) -> Iterator[Finding]:
+    if prompt + response > architecture.max_positions:
+        yield error(
+            f"data.{key}",
+            f"{prompt} + response {response} = {prompt + response} tokens, above the "
+            f"{architecture.max_positions} positions of the {who} ({architecture.name}, rope "
+            "scaling included)",
+            f"lower data.{key} or data.max_response_length (or "
+            "evaluation.max_response_length, where that is the longer)",
+        )
+
+
+def batch(inputs: Inputs) -> Iterator[Finding]:
+    """What a global batch leaves idle. Nothing has to divide: uneven shares are padded."""
+    model, ranks = inputs.config.model, inputs.config.data_parallel_size
+    share = -(-model.global_batch_size // ranks)
+    count = -(-share // model.micro_batch_size)
+    rows = ranks * count * model.micro_batch_size
+    if (empty := 1 - model.global_batch_size / rows) >= 0.25:
+        yield warning(
+            "model.global_batch_size",
+            f"{model.global_batch_size} problems fill {rows} sequences ({ranks} data-parallel "
+            f"ranks x {count} micro-batches of {model.micro_batch_size}) and leave {empty:.0%} of "
+            "them empty",
+            "make it a multiple of model.micro_batch_size x data-parallel ranks, or lower "
+            "model.micro_batch_size",
+        )
+    stages = model.pipeline_model_parallel_size
+    if (idle := (stages - 1) / (count + stages - 1)) >= 0.5:
+        yield warning(
+            "model.pipeline_model_parallel_size",
+            f"{stages} stages with {count} micro-batches a rank are idle {idle:.0%} of the time",
+            "lower model.micro_batch_size, raise model.global_batch_size or use fewer stages",
+        )
