@@ -102,6 +102,27 @@ examples:
 
 {RUN_HELP}""",
     ),
+    "plan": Command(
+        "nemo_paced.entry.plan:main",
+        "memory, time and the cheapest layout that fits, from two config.json files",
+        f"""\
+usage: nemo-paced plan --config-name NAME [--gpu h100|h200|a100|b200] [--nodes N]
+           [--gpus-per-node 8] [--prompt-tokens N] [--response-tokens N] [--teacher-fp8]
+           [--separate-teacher] [--recompute none|selective|full] [--mfu 0.4] [key=value ...]
+
+Needs no GPU and no weights. Prints, for the layout of the configuration, the memory of a GPU by
+pipeline stage and what it is for, FLOPs and projected seconds of a step and hours of the run; then
+the layouts that fit, cheapest first, and the settings of the best one. With --nodes over so many
+GPUs, without over the fewest that do. --prompt-tokens and --response-tokens are means of a problem
+(default: half of data.max_*). Every rate is a data sheet's times an assumed share, printed below;
+replace them by what you measure.
+
+examples:
+  nemo-paced plan --config-name RECIPE --gpu h100 --nodes 2
+  nemo-paced plan student.hf_path=Qwen3-1.7B teacher.hf_path=Qwen3-32B --response-tokens 2000
+
+{RUN_HELP}""",
+    ),
     "import-hf": Command(
         "nemo_paced.entry.commands:import_hf",
         "a Hugging Face directory as a Megatron checkpoint",

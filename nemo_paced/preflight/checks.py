@@ -15,6 +15,7 @@ CHECKS: tuple[Callable[[Inputs], Iterator[Finding]], ...] = (
     models.vocabularies,
     models.sequence_limits,
     models.batch,
+    models.gpu_memory,
     tokens.token_ids,
     tokens.end_of_text,
     tokens.chat_templates,

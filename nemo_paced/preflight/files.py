@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ import torch
 
 from nemo_paced.config import Precision, PrivilegedContext, ReferenceSource
 from nemo_paced.errors import ConfigError, PacedError
-from nemo_paced.hf.architectures import Architecture
 from nemo_paced.losses.topk import TopKTeacher
 from nemo_paced.preflight.findings import Finding, error, warning
 from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.sizing.parameters import model_parameters
+from nemo_paced.sizing.shapes import ModelShape
 from nemo_paced.training import checkpoint, schedule
 from nemo_paced.training.fingerprint import DATA_FILE, check_data
 from nemo_paced.training.loop import newest_checkpoint
@@ -121,11 +121,11 @@ def rollout_server(inputs: Inputs) -> Iterator[Finding]:
 def disk(inputs: Inputs) -> Iterator[Finding]:
     """Room for the checkpoints that are kept and the one being written, and for the cache."""
     config, run_dir = inputs.config, inputs.run_dir
-    if inputs.student is not None:
+    if inputs.student_shape is not None:
         params = config.exp_manager.checkpoint_callback_params
         saves = -(-config.trainer.max_steps // params.every_n_train_steps)
         kept = saves if params.save_top_k == -1 else min(params.save_top_k, saves)
-        each = checkpoint_bytes(inputs.student, config.trainer.compute_precision)
+        each = checkpoint_bytes(inputs.student_shape, config.trainer.compute_precision)
         there = sum(
             path.stat().st_size
             for folder in checkpoint.checkpoints(run_dir)
@@ -154,11 +154,9 @@ def disk(inputs: Inputs) -> Iterator[Finding]:
             )
 
 
-def checkpoint_bytes(architecture: Architecture, precision: Precision) -> int:
+def checkpoint_bytes(shape: ModelShape, precision: Precision) -> int:
     """Weights, float32 master weights (in bf16) and two moments, of all ranks together."""
-    shapes = (shape for row, _ in architecture.rows() for shape in architecture.hf_shapes(row))
-    parameters = sum(math.prod(shape) for shape in shapes)
-    return parameters * (2 + 4 + 8 if precision is Precision.bf16 else 4 + 8)
+    return model_parameters(shape) * (2 + 4 + 8 if precision is Precision.bf16 else 4 + 8)
 
 
 def _free(path: Path) -> int:

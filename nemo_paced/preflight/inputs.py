@@ -15,6 +15,7 @@ from nemo_paced.hf.model import load_hf_config
 from nemo_paced.hf.tokenizer import Prompts, load_tokenizer
 from nemo_paced.preflight.findings import Finding, error
 from nemo_paced.records import Problem
+from nemo_paced.sizing.shapes import ModelShape
 
 T = TypeVar("T")
 
@@ -46,6 +47,14 @@ class Inputs:
         if self.is_self_teacher:
             return self.student
         return self._architecture("teacher.hf_path", self.config.teacher.hf_path)
+
+    @cached_property
+    def student_shape(self) -> ModelShape | None:
+        return None if self.student is None else _shape(self.config.student.hf_path)
+
+    @cached_property
+    def teacher_shape(self) -> ModelShape | None:
+        return None if self.teacher is None else _shape(self.config.teacher_hf_path)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -103,3 +112,7 @@ class Inputs:
         except PacedError as told:
             self.unreadable.append(error(key, str(told)))
             return None
+
+
+def _shape(hf_dir: str) -> ModelShape:
+    return ModelShape.from_hf(load_hf_config(hf_dir), f"{hf_dir}/config.json")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import padded_vocab_size
 from nemo_paced.preflight.findings import Finding, error, note, warning
 from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.sizing.memory import stages_memory
+from nemo_paced.sizing.search import divides
+from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, work_of
 
 
 def layouts(inputs: Inputs) -> Iterator[Finding]:
@@ -115,3 +120,32 @@ def batch(inputs: Inputs) -> Iterator[Finding]:
             f"{stages} stages with {count} micro-batches a rank are idle {idle:.0%} of the time",
             "lower model.micro_batch_size, raise model.global_batch_size or use fewer stages",
         )
+
+
+def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
+    """The plan's estimate against the GPU that this process sees."""
+    total = _gpu_bytes() if inputs.config.trainer.accelerator != "cpu" else None
+    if total is None or inputs.student_shape is None or inputs.teacher_shape is None:
+        return
+    work = work_of(
+        inputs.config, mean_prompt=1, mean_response=1, accelerator=Accelerator.gpu
+    )  # means are of no account for memory
+    layout, teacher = student_layout(inputs.config), teacher_plan(inputs.config)
+    for shape, cut in ((inputs.student_shape, layout), (inputs.teacher_shape, teacher.layout)):
+        if not divides(shape, cut.tensor, cut.pipeline):
+            return
+    stages = stages_memory(inputs.student_shape, inputs.teacher_shape, layout, teacher, work)
+    rollout = inputs.config.rollout
+    served = 0.0 if rollout.endpoints else rollout.gpu_memory_utilization
+    needed = max(m.peak + (stage == 0) * served * total for stage, m in enumerate(stages))
+    if needed > total:
+        yield warning(
+            "memory",
+            f"the fullest GPU is estimated to need {needed / 2**30:.0f} GiB (longest sequences, "
+            f"rollout server included) of {total / 2**30:.0f}",
+            "see `nemo-paced plan` with the same arguments for what fits",
+        )
+
+
+def _gpu_bytes() -> int | None:
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None

@@ -10,6 +10,7 @@ LAYERS = (
     {"cpu_megatron", "parallel", "pipeline"},
     {"losses", "weights"},
     {"hf"},
+    {"sizing"},
     {"data", "rollout"},
     {"teacher"},
     {"training"},

@@ -19,9 +19,8 @@ from nemo_paced.config import (
     TrainerConfig,
     WeightsConfig,
 )
-from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.model import load_hf_config
 from nemo_paced.preflight import files
+from nemo_paced.preflight import models as model_checks
 from nemo_paced.preflight.checks import check_inputs
 from nemo_paced.preflight.findings import (
     Finding,
@@ -33,6 +32,7 @@ from nemo_paced.preflight.findings import (
     warning,
 )
 from nemo_paced.quickstart.models import write_tokenizer
+from nemo_paced.sizing.shapes import ModelShape
 from tests.tiny import make_hf_model
 
 ROWS = 60  # of the embeddings; the tokenizer has 55 tokens
@@ -222,8 +222,8 @@ def test_uneven_batches_pass_and_mostly_empty_ones_are_told(config, tmp_path):
 
 
 def test_room_for_the_checkpoints_that_are_kept_and_one_more(config, tmp_path, monkeypatch):
-    architecture = Architecture.from_config(load_hf_config(config.student.hf_path))
-    each = files.checkpoint_bytes(architecture, Precision.bf16)
+    shape = ModelShape.read(config.student.hf_path, "student.hf_path")
+    each = files.checkpoint_bytes(shape, Precision.bf16)
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(config.student.hf_path)
@@ -250,6 +250,15 @@ def test_a_server_of_our_own_needs_vllm(config, tmp_path, monkeypatch):
     config.rollout = RolloutConfig(endpoints=["http://elsewhere:8000"])
     config.exp_manager = ExpManagerSettings()
     assert found(config, tmp_path) == []
+
+
+def test_a_gpu_that_is_too_small_is_a_warning(config, tmp_path, monkeypatch):
+    config.trainer.accelerator = "auto"
+    monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 80 * 2**30)
+    assert found(config, tmp_path) == []
+    monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 2**20)
+    (finding,) = found(config, tmp_path)
+    assert finding.where == "memory" and "nemo-paced plan" in finding.remedy
 
 
 def test_errors_refuse_and_warnings_do_not(capsys):

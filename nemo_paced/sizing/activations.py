@@ -1,0 +1,125 @@
+"""What a layer keeps for backward, tensor by tensor.
+
+Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", eq. 2)
+count 34 s b h + 5 a s^2 b bytes for a layer of GPT in 16 bits. Here the layers differ (grouped
+queries, SwiGLU, RMSNorm, no dropout, no biases) and so does what runs, in two ways:
+
+    gpu   Transformer Engine: norms fused with the linear layer behind them, flash attention
+          (no s^2 term); SwiGLU and rotary embedding unfused. Not measured.
+    cpu   Megatron's local spec: RMSNorm in float32 and PyTorch's softmax on whole score matrices.
+          Checked against a tracker of tensors (tests/distributed/test_sizing.py).
+
+All counts are bytes a token of the rank (s b / CP tokens), with e bytes an activation. What is h
+wide is divided by TP under sequence parallelism, what belongs to heads or MLP columns always.
+"""
+
+from __future__ import annotations
+
+from nemo_paced.sizing.shapes import Accelerator, Layout, ModelShape, Recompute, Work
+
+
+def layer_bytes(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+    """Kept by one layer for backward, bytes a token."""
+    if layout.recompute is Recompute.full:
+        return boundary_bytes(shape, layout, work)
+    return (
+        _norms(shape, layout, work)
+        + _attention(shape, layout, work, sequence)
+        + (_mlp(shape, layout, work))
+    )
+
+
+def recomputed_bytes(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+    """What a layer holds for a moment while it is computed again, bytes a token."""
+    if layout.recompute is Recompute.none:
+        return 0.0
+    if layout.recompute is Recompute.selective:
+        return _core(shape, layout, work, sequence)
+    return (
+        _norms(shape, layout, work)
+        + _qkv(shape, layout, work)
+        + _core(shape, layout, work, sequence)
+        + _mlp(shape, layout, work)
+    )
+
+
+def boundary_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
+    """Of the hidden states between layers, bytes a token."""
+    return work.precision_bytes * shape.hidden_size / _sequence_cut(layout)
+
+
+def final_norm_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
+    """Kept by the norm behind the last layer, bytes a token."""
+    return _norms(shape, layout, work) / 2
+
+
+def backward_bytes(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+    """Gradients of activations at the widest place of a layer's backward, bytes a token."""
+    e = work.precision_bytes
+    mlp = 3 * e * _mlp_width(shape, layout)
+    if work.accelerator is Accelerator.gpu:
+        return max(mlp, 4 * e * shape.q_width / layout.tensor)
+    # gradients of probabilities and of scores, after the MLP's activations are gone
+    scores = 2 * 4 * shape.num_heads / layout.tensor * sequence
+    return max(mlp, scores - _mlp(shape, layout, work))
+
+
+def _norms(shape: ModelShape, layout: Layout, work: Work) -> float:
+    """Input and output of both norms; unfused: the float32 input and the normed value too."""
+    e, h = work.precision_bytes, shape.hidden_size
+    kept = 2 * e if work.accelerator is Accelerator.gpu else 4 + 2 * e
+    return 2 * kept * h / _sequence_cut(layout)
+
+
+def _attention(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+    core = 0.0
+    if layout.recompute is Recompute.none:
+        core = _core(shape, layout, work, sequence)
+    return _qkv(shape, layout, work) + core
+
+
+def _qkv(shape: ModelShape, layout: Layout, work: Work) -> float:
+    """Queries, keys and values as the core takes them, and what their norms keep."""
+    e = work.precision_bytes
+    q, kv = shape.q_width / layout.tensor, shape.kv_width / layout.tensor
+    if work.accelerator is Accelerator.gpu:
+        # the projection's output (values are a view of it), rotated queries and keys, the queries
+        # that their norm has read
+        return e * ((q + 2 * kv) + (q + kv) + shape.qk_norm * q)
+    grouped = shape.num_heads != shape.num_kv_heads
+    kept = e * (3 * q if grouped else q + kv)  # keys and values repeated for every query head
+    if shape.qk_norm:
+        # float32 input and normed value; in float32 the keys' input is the projection's output
+        keys_input = e * (q + 2 * kv) if e == 4 else 4 * kv
+        kept += 4 * q + keys_input + e * (q + kv)
+    elif not grouped:
+        kept += e * (q + 2 * kv)  # the values are a view of the projection's output
+    return kept
+
+
+def _core(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+    """Between the scores and the output projection."""
+    e, heads = work.precision_bytes, shape.num_heads / layout.tensor
+    output = e * shape.q_width / layout.tensor
+    if work.accelerator is Accelerator.gpu:
+        return output + 4 * heads  # log-sum-exp of each row
+    probabilities = 4 if e == 4 else 4 + e  # softmax in float32, then a copy in e bytes
+    return output + probabilities * heads * sequence
+
+
+def _mlp(shape: ModelShape, layout: Layout, work: Work) -> float:
+    """Gate and up, silu(gate), up + 0 (Megatron adds an offset), their product."""
+    kept = 5 * work.precision_bytes * _mlp_width(shape, layout)
+    if shape.num_experts:  # the permuted input and output of the experts, router probabilities
+        rows = shape.experts_per_token
+        kept += 2 * rows * work.precision_bytes * shape.hidden_size + 8 * shape.num_experts
+    return kept
+
+
+def _mlp_width(shape: ModelShape, layout: Layout) -> float:
+    per_token = shape.experts_per_token if shape.num_experts else 1
+    return per_token * shape.ffn_hidden_size / layout.tensor
+
+
+def _sequence_cut(layout: Layout) -> int:
+    return layout.tensor if layout.sequence_parallel else 1

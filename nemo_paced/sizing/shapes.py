@@ -1,0 +1,252 @@
+"""What a plan is made from: shapes of two models, a layout, the work of a step. Numbers only.
+
+No torch here or anywhere in this folder: a plan takes two ``config.json`` files and no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.config import PacedConfig, Precision, ResponseSource
+from nemo_paced.errors import ConfigError
+from nemo_paced.hf.architectures import Architecture
+
+
+class Recompute(Enum):
+    """Which activations are computed again in backward."""
+
+    none = "none"
+    selective = "selective"  # the attention core
+    full = "full"  # whole layers: their inputs alone are kept
+
+
+class Placement(Enum):
+    """Where the teacher's weights are while the student trains."""
+
+    colocated = "colocated"  # beside the student
+    offloaded = "offloaded"  # in host memory, on the GPUs for its phase of a step
+    cached = "cached"  # nowhere: its signals of stored responses lie on disk
+    separate = "separate"  # on GPUs of its own
+
+
+class Accelerator(Enum):
+    """What is kept for backward differs: see ``activations.py``."""
+
+    gpu = "gpu"
+    cpu = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A model's sizes; ``num_experts`` 0: dense, else every layer has that many.
+
+    Attributes:
+        ffn_hidden_size: of the MLP, or of one expert.
+        experts_per_token: experts that a token goes through.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of keys, or of values."""
+        return self.num_kv_heads * self.head_dim
+
+    @staticmethod
+    def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
+        """Of a Hugging Face configuration.
+
+        Raises:
+            ConfigError: an architecture that is not supported.
+        """
+        of = Architecture.from_config(dict(config), where)
+        experts = int(config.get("num_experts") or 0)
+        return ModelShape(
+            num_layers=of.num_layers,
+            hidden_size=of.hidden_size,
+            ffn_hidden_size=config["moe_intermediate_size"] if experts else of.ffn_hidden_size,
+            num_heads=of.num_heads,
+            num_kv_heads=of.num_kv_heads,
+            head_dim=of.head_dim,
+            vocab_size=of.vocab_size,
+            tied=of.tied,
+            qkv_bias=of.qkv_bias,
+            qk_norm=of.qk_norm,
+            num_experts=experts,
+            experts_per_token=int(config.get("num_experts_per_tok") or 0) if experts else 0,
+        )
+
+    @staticmethod
+    def read(hf_dir: str, key: str) -> ModelShape:
+        """Of a directory with a ``config.json``; its weights are not needed.
+
+        Raises:
+            ConfigError: no such file, no JSON, or not supported.
+        """
+        path = Path(hf_dir) / "config.json"
+        if not hf_dir or not path.is_file():
+            raise ConfigError(
+                f"{key} is {hf_dir!r}: give a directory with the model's config.json (a plan needs "
+                "nothing else of it)"
+            )
+        try:
+            return ModelShape.from_hf(json.loads(path.read_text()), str(path))
+        except ValueError as told:
+            if isinstance(told, ConfigError):
+                raise
+            raise ConfigError(f"{path} is no JSON: {told}") from told
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one model is cut over ``world_size`` ranks.
+
+    Attributes:
+        data: data-parallel replicas.
+        distributed_optimizer: master weights and moments are divided over data x context ranks.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    recompute: Recompute = Recompute.none
+    distributed_optimizer: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts (their tensor parallelism is the model's)."""
+        return self.world_size // (self.tensor * self.expert * self.pipeline)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlan:
+    """Attributes: fp8, the linear layers' weights are held in 8 bits."""
+
+    layout: Layout
+    placement: Placement = Placement.colocated
+    fp8: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step does. Longest lengths decide memory, mean ones decide time.
+
+    Attributes:
+        response, prompt, teacher_prompt: longest, tokens.
+        mean_response, mean_prompt: tokens of a problem, as assumed or measured.
+        precision_bytes: of weights and activations: 2 for bf16, 4 for fp32.
+        top_k: of the teacher's signal; 0: hidden states.
+        vocab_multiple: ``model.make_vocab_size_divisible_by``.
+        chunk_size: ``loss.chunk_size``; ``None``: the loss's own choice.
+        on_policy: share of the steps that train on fresh rollouts.
+    """
+
+    micro_batch_size: int
+    global_batch_size: int
+    teacher_micro_batch_size: int
+    prompt: int
+    teacher_prompt: int
+    response: int
+    mean_prompt: float
+    mean_response: float
+    precision_bytes: int = 2
+    top_k: int = 0
+    vocab_multiple: int = 128
+    chunk_size: int | None = None
+    on_policy: float = 0.0
+    num_rollouts: int = 8
+    max_steps: int = 1
+    accelerator: Accelerator = Accelerator.gpu
+
+    def sequence(self, layout: Layout, *, teacher: bool = False) -> int:
+        """Longest padded sequence, tokens, as ``data/packing.py`` pads it."""
+        multiple = math.lcm(8, layout.tensor) * layout.context
+        longest = (self.teacher_prompt if teacher else self.prompt) + self.response
+        return -(-longest // multiple) * multiple
+
+    def micro_batches(self, layout: Layout, *, teacher: bool = False) -> int:
+        """Of each data-parallel rank in a step."""
+        size = self.teacher_micro_batch_size if teacher else self.micro_batch_size
+        return max(1, -(-self.share(layout) // size))
+
+    def share(self, layout: Layout) -> int:
+        """Problems of a data-parallel rank in a step; the largest share."""
+        return -(-self.global_batch_size // layout.data)
+
+
+def padded_vocab(student: ModelShape, teacher: ModelShape, work: Work, tensor: int) -> int:
+    """Rows of both LM heads over all ranks of the student's layout."""
+    multiple = work.vocab_multiple * tensor
+    return -(-max(student.vocab_size, teacher.vocab_size) // multiple) * multiple
+
+
+def student_layout(config: PacedConfig) -> Layout:
+    """As the configuration asks for it."""
+    model = config.model
+    return Layout(
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+        context=model.context_parallel_size,
+        expert=model.expert_model_parallel_size,
+        data=config.data_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+    )
+
+
+def teacher_plan(config: PacedConfig) -> TeacherPlan:
+    """As the configuration asks for it: today always beside the student, in its layout."""
+    return TeacherPlan(student_layout(config))
+
+
+def work_of(
+    config: PacedConfig, *, mean_prompt: float, mean_response: float, accelerator: Accelerator
+) -> Work:
+    """A configuration's step, with the tokens of a problem that are assumed."""
+    data, model = config.data, config.model
+    on_policy = sum(s.fraction for s in config.stages if s.responses is ResponseSource.rollouts)
+    return Work(
+        micro_batch_size=model.micro_batch_size,
+        global_batch_size=model.global_batch_size,
+        teacher_micro_batch_size=config.teacher.micro_batch_size or model.micro_batch_size,
+        prompt=data.max_prompt_length,
+        teacher_prompt=data.max_teacher_prompt_length,
+        response=data.max_response_length,
+        mean_prompt=mean_prompt,
+        mean_response=mean_response,
+        precision_bytes=2 if config.trainer.compute_precision is Precision.bf16 else 4,
+        top_k=config.teacher.top_k,
+        vocab_multiple=model.make_vocab_size_divisible_by,
+        chunk_size=config.loss.chunk_size,
+        on_policy=on_policy,
+        num_rollouts=config.weights.num_rollouts,
+        max_steps=config.trainer.max_steps,
+        accelerator=accelerator,
+    )

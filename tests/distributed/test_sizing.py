@@ -1,0 +1,145 @@
+"""The memory model against what a real training step holds, on the CPU."""
+
+import pytest
+import torch
+
+from benchmarks.memory import track_peak
+from nemo_paced import parallel as parallel_module
+from nemo_paced.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PacedConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainerConfig,
+)
+from nemo_paced.data.packing import TrainItem
+from nemo_paced.quickstart.models import write_tokenizer
+from nemo_paced.sizing.memory import stage_memory
+from nemo_paced.sizing.shapes import (
+    Accelerator,
+    ModelShape,
+    student_layout,
+    teacher_plan,
+    work_of,
+)
+from nemo_paced.training.setup import build_models
+from tests.distributed.harness import run_ranks
+from tests.tiny import make_hf_model
+
+SHAPE = {
+    "vocab_size": 2000,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+# ranks, tensor, pipeline, sequence parallel, precision
+LAYOUTS = {
+    "1 rank": (1, 1, 1, False, "fp32"),
+    "1 rank bf16": (1, 1, 1, False, "bf16"),
+    "tp2": (2, 2, 1, False, "fp32"),
+    "tp2 sp": (2, 2, 1, True, "fp32"),
+    "pp2": (2, 1, 2, False, "fp32"),
+}
+
+
+def make_config(folder, layout, **changes):
+    ranks, tensor, pipeline, sequence_parallel, precision = layout
+    return PacedConfig(
+        trainer=TrainerConfig(devices=ranks, accelerator="cpu", precision=precision),
+        model=ModelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            sequence_parallel=sequence_parallel,
+            micro_batch_size=4,
+            global_batch_size=12,
+            optim=OptimConfig(lr=1e-4),
+        ),
+        student=StudentConfig(hf_path=f"{folder}/student"),
+        teacher=TeacherConfig(hf_path=f"{folder}/teacher"),
+        data=DataConfig(max_prompt_length=32, max_teacher_prompt_length=32, max_response_length=96),
+    )
+
+
+def make_items(config):
+    data = config.data
+    return [
+        TrainItem(
+            response_id=f"r{i}",
+            problem_id=f"p{i}",
+            student_prompt_ids=(2,) * data.max_prompt_length,
+            teacher_prompt_ids=(3,) * data.max_teacher_prompt_length,
+            response_ids=(4,) * data.max_response_length,
+            token_weight=0.1,
+        )
+        for i in range(config.model.global_batch_size)
+    ]
+
+
+def expected(config, rank):
+    """The plan's figures for this rank."""
+    student = ModelShape.read(config.student.hf_path, "student.hf_path")
+    teacher = ModelShape.read(config.teacher.hf_path, "teacher.hf_path")
+    work = work_of(config, mean_prompt=32, mean_response=96, accelerator=Accelerator.cpu)
+    layout = student_layout(config)
+    stage = rank // (layout.world_size // layout.pipeline)
+    return stage_memory(student, teacher, layout, teacher_plan(config), work, stage)
+
+
+def held(rank, world_size, folder, layout):
+    """(bytes by kind, peak of a step, the plan's figures)."""
+    config = make_config(folder, layout)
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    models = build_models(config, parallel)
+    items = make_items(config)
+    models.step(items, StageConfig(), 1e-4)  # moments and lasting buffers exist from here on
+    student = models.student
+    bf16 = config.trainer.precision == "bf16"
+    optimizer = sum(
+        value.nbytes
+        for each in getattr(student.optimizer, "chained_optimizers", [student.optimizer])
+        for group in each.optimizer.state.values()
+        for value in group.values()
+        if torch.is_tensor(value) and value.ndim
+    )
+    if bf16:
+        masters = student.optimizer.get_parameters()
+        optimizer += sum(master.nbytes for master in masters if master.dtype == torch.float32)
+    counted = {
+        "weights": sum(p.nbytes for p in student.gpt.parameters()),
+        "gradients": sum(b.grad_data.nbytes for b in student.ddp.buffers),
+        "optimizer": optimizer,
+        "teacher": sum(p.nbytes for p in models.step.teacher.gpt.parameters()),
+    }
+    with track_peak() as peak:
+        models.step(items, StageConfig(), 1e-4)
+    return counted, peak.bytes, expected(config, rank)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_hf_model("qwen3", folder / "student", **SHAPE)
+    make_hf_model("qwen3", folder / "teacher", seed=1, **{**SHAPE, "num_hidden_layers": 2})
+    for name in ("student", "teacher"):
+        write_tokenizer(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_holds_what_the_plan_says(models, layout):
+    for counted, peak, plan in run_ranks(LAYOUTS[layout][0], held, str(models), LAYOUTS[layout]):
+        for part in ("weights", "gradients", "optimizer"):
+            assert counted[part] == getattr(plan, part), part
+        assert counted["teacher"] == plan.teacher, "its head is not among them"
+        dynamic = plan.activations + plan.loss + plan.signal
+        print(
+            f"\n{layout}: measured {peak / 1e6:.2f} MB, planned {dynamic / 1e6:.2f}",
+            {k: round(v / 1e6, 2) for k, v in plan.parts().items()},
+        )
+        assert dynamic == pytest.approx(peak, rel=0.1)
