@@ -67,16 +67,22 @@ and writes references.jsonl into the run directory. `train` does this itself whe
         "nemo_paced.entry.commands:train",
         "pass-rate-weighted distillation; goes on where an earlier start stopped",
         f"""\
-usage: nemo-paced train --config-name NAME [key=value ...]
+usage: nemo-paced train --config-name NAME [--dry-run] [key=value ...]
 
 Starts trainer.devices ranks on this node; under torchrun or srun it is one rank. The run directory
 holds config.yaml, metrics.jsonl, pass_rates.parquet, rollouts/ and checkpoints/.
+
+--dry-run takes a recipe of any number of ranks and no GPU: this one process builds every process
+group and, with two layers a pipeline stage and random weights, runs one step as a rank of the
+first, a middle and the last stage. It writes nothing. (`preflight` asks whether the ranks reach
+each other, `plan` what they need.)
 
 examples:
   nemo-paced train --config-name quickstart
   nemo-paced train --config-name quickstart model.tensor_model_parallel_size=1 \\
       model.pipeline_model_parallel_size=2
   nemo-paced train --config-name quickstart weights.scheme=unweighted exp_manager.name=unweighted
+  nemo-paced train --config-name RECIPE --dry-run
 
 {RUN_HELP}""",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,39 @@ from nemo_paced.logs import launcher_rank
 logger = logging.getLogger(__name__)
 
 
+DRY_RUN_FLAG = "--dry-run"
+
+
 def train(arguments: list[str]) -> None:
-    with_config(arguments, train_with)
+    if DRY_RUN_FLAG in arguments:
+        with_config([a for a in arguments if a != DRY_RUN_FLAG], dry_run)
+    else:
+        with_config(arguments, train_with)
+
+
+def dry_run(config: PacedConfig) -> None:
+    """One step of the whole layout in this process, with models of few layers; writes nothing."""
+    from nemo_paced.preflight.checks import OF_MODELS, check_inputs
+    from nemo_paced.preflight.findings import refuse
+    from nemo_paced.training.dry_run import dry_run as run
+
+    refuse(check_inputs(config, run_directory(config), OF_MODELS))
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # every parameter by name
+    with tempfile.TemporaryDirectory() as folder:
+        for done in run(config, Path(folder)):
+            logger.info(
+                "rank %d of %d (stage %d): %d layers, %.1f M parameters, %d micro-batches, "
+                "%.1f s, %.1f GiB at most",
+                done.rank,
+                config.world_size,
+                done.stage,
+                done.layers,
+                done.parameters / 1e6,
+                done.micro_batches,
+                done.seconds,
+                done.peak_bytes / 2**30,
+            )
+    logger.info("dry run: groups, shapes and one step of every stage went through")
 
 
 def train_with(config: PacedConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nemo_paced.config import PacedConfig
@@ -10,12 +10,17 @@ from nemo_paced.preflight import files, models, tokens
 from nemo_paced.preflight.findings import Finding
 from nemo_paced.preflight.inputs import Inputs
 
-CHECKS: tuple[Callable[[Inputs], Iterator[Finding]], ...] = (
+Check = Callable[[Inputs], Iterator[Finding]]
+
+OF_MODELS: tuple[Check, ...] = (
     models.layouts,
     models.vocabularies,
     models.sequence_limits,
     models.batch,
     models.gpu_memory,
+)
+CHECKS: tuple[Check, ...] = (
+    *OF_MODELS,
     tokens.token_ids,
     tokens.end_of_text,
     tokens.chat_templates,
@@ -27,11 +32,13 @@ CHECKS: tuple[Callable[[Inputs], Iterator[Finding]], ...] = (
 )
 
 
-def check_inputs(config: PacedConfig, run_dir: Path) -> list[Finding]:
+def check_inputs(
+    config: PacedConfig, run_dir: Path, checks: Sequence[Check] = CHECKS
+) -> list[Finding]:
     """Everything that one process can find: models, tokenizers, files, disk. Takes seconds.
 
     What ranks have to find together is in ``ranks.py``.
     """
     inputs = Inputs(config, run_dir)
-    found = [finding for check in CHECKS for finding in check(inputs)]
+    found = [finding for check in checks for finding in check(inputs)]
     return inputs.unreadable + found

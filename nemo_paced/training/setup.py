@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_gpt, load_hf_config
+from nemo_paced.hf.model import PacedGPTModel, build_gpt, load_hf_config
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel
 from nemo_paced.rollout.refit import write_weights
@@ -63,8 +64,17 @@ class Models:
         )
 
 
-def build_models(config: PacedConfig, parallel: Parallel) -> Models:
-    """Load both Hugging Face checkpoints into this rank's shards."""
+def build_models(
+    config: PacedConfig,
+    parallel: Parallel,
+    *,
+    load_weights: Callable[[PacedGPTModel, Path, Parallel], None] = load_hf_weights,
+) -> Models:
+    """Load both Hugging Face checkpoints into this rank's shards.
+
+    Args:
+        load_weights: fills a model from its directory; a dry run has no weights to read.
+    """
     student_dir, teacher_dir = Path(config.student.hf_path), Path(config.teacher_hf_path)
     student_hf, teacher_hf = load_hf_config(student_dir), load_hf_config(teacher_dir)
     # both heads are cut alike, so that student and teacher shards hold the same columns
@@ -78,7 +88,7 @@ def build_models(config: PacedConfig, parallel: Parallel) -> Models:
             precision=config.trainer.compute_precision,
             vocab_size_hint=rows,
         )
-        load_hf_weights(gpt, directory, parallel)
+        load_weights(gpt, directory, parallel)
         return gpt
 
     student_gpt = gpt_of(student_hf, student_dir)
