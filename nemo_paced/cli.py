@@ -135,19 +135,29 @@ examples:
         """\
 usage: nemo-paced import-hf HF_DIR CHECKPOINT_DIR [key=value ...]
 
-Supported: Qwen3, Qwen2 / 2.5 and Llama architectures. The checkpoint can be read at any layout.
+Supported: Qwen3, Qwen3-MoE, Qwen2 / 2.5 and Llama architectures. The checkpoint can be read at any
+layout. A model that does not fit one process is converted by several ranks, each of which reads
+its own part: name the layout and as many ranks, or start the command with torchrun.
 
-example: nemo-paced import-hf Qwen3-1.7B-Base qwen3-1.7b trainer.precision=bf16""",
+examples:
+  nemo-paced import-hf Qwen3-1.7B-Base qwen3-1.7b trainer.precision=bf16
+  nemo-paced import-hf Llama-3.3-70B llama-70b trainer.devices=8 \\
+      model.tensor_model_parallel_size=4 model.pipeline_model_parallel_size=2
+  nemo-paced import-hf Qwen3-30B-A3B qwen3-30b trainer.devices=8 \\
+      model.expert_model_parallel_size=8""",
     ),
     "export-hf": Command(
         "nemo_paced.entry.commands:export_hf",
         "a checkpoint, from whatever layout, as a Hugging Face directory",
         """\
-usage: nemo-paced export-hf CHECKPOINT_DIR HF_DIR
+usage: nemo-paced export-hf CHECKPOINT_DIR HF_DIR [key=value ...]
 
 CHECKPOINT_DIR is one of a run (RUN/checkpoints/step_00000080), the run directory itself (its
 newest checkpoint), or what import-hf wrote. Tokenizer, chat template and generation config are
-carried along.""",
+carried along. The layout may be another than the run's: one process by default, several ranks for
+a model that does not fit one, as for import-hf.
+
+example: nemo-paced export-hf RUN HF_DIR trainer.devices=2 model.pipeline_model_parallel_size=2""",
     ),
     "evaluate": Command(
         "nemo_paced.evaluation.run:main",

@@ -71,6 +71,16 @@ class PrivilegedContext(Enum):
     none = "none"
 
 
+class TeacherPlacement(Enum):
+    """``teacher.placement``: where the teacher's weights are while the student trains."""
+
+    colocated = "colocated"  # on the student's devices, beside it
+    offloaded = "offloaded"  # in pinned host memory; on the devices for the teacher's phase only
+    # Signals of all stored responses are computed before the first step and kept on disk; the
+    # teacher is freed then. Forward KL only: fresh samples cannot be known before.
+    cached = "cached"
+
+
 class WeightScheme(Enum):
     """``weights.scheme``: the function from pass rate to problem weight."""
 
@@ -224,7 +234,13 @@ class ModelConfig:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
+    # Router's load-balancing loss. 0 for distillation: the teacher says where the student should
+    # go, and the balance that pre-training reached is kept.
+    moe_aux_loss_coeff: float = 0.0
     micro_batch_size: int = 2  # sequences
+    # Tokens of a row in which sequences are packed, without padding to the longest and without
+    # seeing each other; 0: padded. The teacher's rows hold at least its longest sequence.
+    packed_sequence_size: int = 0
     global_batch_size: int = 32  # problems an optimizer step
     make_vocab_size_divisible_by: int = 128
     seed: int = 1234
@@ -243,10 +259,35 @@ class ModelConfig:
             "make_vocab_size_divisible_by",
         )
         _require(
+            self.packed_sequence_size >= 0,
+            f"model.packed_sequence_size is {self.packed_sequence_size}: it must be above 0, or 0 "
+            "for padded sequences",
+        )
+        _require(
+            not self.packed_sequence_size or self.micro_batch_size == 1,
+            f"model.packed_sequence_size is {self.packed_sequence_size} and "
+            f"model.micro_batch_size is {self.micro_batch_size}: a packed micro-batch is one row; "
+            "set model.micro_batch_size=1",
+        )
+        _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "model.sequence_parallel is true with model.tensor_model_parallel_size 1: "
             "it splits activations over the tensor-parallel group, so that must be above 1",
         )
+
+        _require(
+            self.moe_aux_loss_coeff >= 0,
+            f"model.moe_aux_loss_coeff is {self.moe_aux_loss_coeff}: it must be 0 (off) or above",
+        )
+
+    @property
+    def expert_layout_size(self) -> int:
+        """Ranks that hold one copy of all experts, which are spread over tensor, context and data.
+
+        The experts of a stage lie on ``expert_model_parallel_size`` of its ranks, whatever those
+        ranks are to the other layers.
+        """
+        return self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
@@ -269,25 +310,31 @@ class TeacherConfig:
 
     hf_path: str = ""
     privileged_context: PrivilegedContext = PrivilegedContext.expert_solution
+    # Its own layout over the same ranks; 0: the student's. Context parallelism is never used.
+    tensor_model_parallel_size: int = 0
+    pipeline_model_parallel_size: int = 0
+    expert_model_parallel_size: int = 0
+    placement: TeacherPlacement = TeacherPlacement.colocated
     micro_batch_size: int = 0  # sequences; 0: model.micro_batch_size
     # 0: hidden states, from which the loss is exact; above: its k likeliest tokens and the mass of
     # the rest, from which it is a lower bound.
     top_k: int = 0
-    # Keeps the top-k of stored responses (forward KL) on disk, for later epochs and runs.
+    # Keeps the signals of stored responses (forward KL) on disk, for later epochs and runs; with
+    # placement=cached it is RUN/teacher_cache unless set.
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.top_k >= 0, f"teacher.top_k is {self.top_k}: it must be 0 or above")
-        _require(
-            self.cache_dir is None or self.top_k > 0,
-            f"teacher.cache_dir is {self.cache_dir!r} and teacher.top_k is 0: hidden states are "
-            "not kept on disk; set teacher.top_k=64, or leave cache_dir out",
-        )
-        _require(
-            self.micro_batch_size >= 0,
-            f"teacher.micro_batch_size is {self.micro_batch_size}: it must be above 0, or 0 for "
-            "model.micro_batch_size",
-        )
+        for name in (
+            "micro_batch_size",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+        ):
+            value = getattr(self, name)
+            _require(
+                value >= 0, f"teacher.{name} is {value}: it must be above 0, or 0 for model.{name}"
+            )
 
 
 @dataclass
@@ -526,7 +573,39 @@ class PacedConfig:
             f"{self.model.context_parallel_size} needs a multiple of {ranks} ranks; set "
             f"trainer.devices={ranks}",
         )
+        expert_ranks = self.model.expert_layout_size
+        _require(
+            world % expert_ranks == 0,
+            f"trainer.num_nodes x trainer.devices is {world}, which "
+            f"model.expert_model_parallel_size {self.model.expert_model_parallel_size} x pipeline "
+            f"{self.model.pipeline_model_parallel_size} does not divide; set trainer.devices to a "
+            f"multiple of {expert_ranks}",
+        )
+        longest = self.data.max_prompt_length + self.data.max_response_length
+        _require(
+            not self.model.packed_sequence_size or self.model.packed_sequence_size >= longest,
+            f"model.packed_sequence_size is {self.model.packed_sequence_size}, below "
+            f"data.max_prompt_length + data.max_response_length {longest}: raise it, or lower them",
+        )
+        _require(
+            not self.model.packed_sequence_size or self.teacher.micro_batch_size in (0, 1),
+            f"teacher.micro_batch_size is {self.teacher.micro_batch_size} and "
+            "model.packed_sequence_size is set: a packed micro-batch is one row; set it to 1",
+        )
+        ranks = self.teacher_model.model_parallel_size
+        _require(
+            world % ranks == 0,
+            f"trainer.num_nodes x trainer.devices is {world}, which the teacher's layout does not "
+            f"divide: teacher.tensor_model_parallel_size x teacher.pipeline_model_parallel_size "
+            f"needs a multiple of {ranks} ranks (0 takes the student's)",
+        )
         on_policy = any(stage.responses is ResponseSource.rollouts for stage in self.stages)
+        _require(
+            not (on_policy and self.teacher.placement is TeacherPlacement.cached),
+            "teacher.placement is cached and a stage trains on rollouts: signals of fresh samples "
+            "cannot be computed beforehand; set teacher.placement=offloaded, or keep to stages "
+            "with responses=references",
+        )
         _require(
             not on_policy or self.rollout.top_p == 1.0,
             f"rollout.top_p is {self.rollout.top_p} with on-policy stages: their samples must come "
@@ -552,6 +631,29 @@ class PacedConfig:
     @property
     def data_parallel_size(self) -> int:
         return self.world_size // self.model.model_parallel_size
+
+    @property
+    def teacher_model(self) -> ModelConfig:
+        """The ``model`` block with the teacher's layout in place of the student's."""
+        model, own = self.model, self.teacher
+        tensor = own.tensor_model_parallel_size or model.tensor_model_parallel_size
+        longest = self.data.max_teacher_prompt_length + self.data.max_response_length
+        return dataclasses.replace(
+            model,
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=(
+                own.pipeline_model_parallel_size or model.pipeline_model_parallel_size
+            ),
+            expert_model_parallel_size=(
+                own.expert_model_parallel_size or model.expert_model_parallel_size
+            ),
+            context_parallel_size=1,
+            sequence_parallel=tensor > 1,  # costs nothing forward, and experts need it
+            micro_batch_size=own.micro_batch_size or model.micro_batch_size,
+            packed_sequence_size=(
+                model.packed_sequence_size and max(model.packed_sequence_size, longest)
+            ),
+        )
 
     @property
     def teacher_hf_path(self) -> str:

@@ -26,6 +26,7 @@ def enable() -> None:
     assert not torch.cuda.is_initialized(), "this process has used a GPU already"
     _patch_torch_cuda()
     _patch_rng_tracker()
+    _patch_experts()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
 
@@ -40,6 +41,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.")
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
@@ -56,6 +59,9 @@ class _NoStream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _NoStream()
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
@@ -88,3 +94,19 @@ def _patch_rng_tracker() -> None:
 
     random._get_cuda_rng_state = get_state  # type: ignore[assignment]
     random._set_cuda_rng_state = set_state  # type: ignore[assignment]
+
+
+def _patch_experts() -> None:
+    """What experts do without Transformer Engine and without a copy from a GPU to mend it.
+
+    The router asks whether Transformer Engine's GEMM is there by a name that only its import makes;
+    the token dispatcher turns split sizes into numpy arrays as part of that copy.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]

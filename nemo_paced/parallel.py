@@ -1,5 +1,9 @@
 """Process groups of a run: built once from the configuration, then passed down as arguments.
 
+Student and teacher have a :class:`Parallel` each. The student's groups are Megatron's global ones,
+since some of its code falls back to those; the teacher's are made beside them when its layout
+differs.
+
 Also the way rank 0 tells the others something without a collective: JSON through the key-value
 store that torch.distributed starts with, so that a wait of hours times out nothing.
 """
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -25,10 +30,34 @@ from nemo_paced.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# Experts are whole: the narrow ones of today's models (768 columns) gain nothing from being cut,
+# and the tensor-parallel ranks serve as expert-parallel or expert-data-parallel ones instead.
+EXPERT_TENSOR_PARALLEL_SIZE = 1
+
+
+# Megatron's order of ranks: tensor-parallel neighbours are next to each other, stages far apart
+_ORDER = "tp-cp-ep-dp-pp"
+
+
+@dataclass(frozen=True, slots=True)
+class RankGrid:
+    """Which rank stands where in a layout: arithmetic that every rank can do for all others."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+    def last_stage(self, dp_rank: int) -> list[int]:
+        """Ranks of a data-parallel replica's last pipeline stage: [tp + tensor * cp]."""
+        replica = dp_rank + self.data * (self.pipeline - 1)
+        first = self.tensor * self.context * replica
+        return list(range(first, first + self.tensor * self.context))
+
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    """This rank's place in the layout.
+    """This rank's place in a layout.
 
     Attributes:
         groups: Megatron's collection, for its models, schedules and optimizers.
@@ -46,6 +75,10 @@ class Parallel:
     @property
     def pp_group(self) -> ProcessGroup:
         return self.groups.pp
+
+    @property
+    def cp_group(self) -> ProcessGroup:
+        return self.groups.cp
 
     @property
     def dp_group(self) -> ProcessGroup:
@@ -68,6 +101,14 @@ class Parallel:
         return self.groups.pp.size()
 
     @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        return self.groups.cp.size()
+
+    @property
     def dp_rank(self) -> int:
         return self.groups.dp.rank()
 
@@ -76,12 +117,24 @@ class Parallel:
         return self.groups.dp.size()
 
     @property
+    def ep_rank(self) -> int:
+        return self.groups.ep.rank()
+
+    @property
+    def ep_size(self) -> int:
+        return self.groups.ep.size()
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def grid(self) -> RankGrid:
+        return RankGrid(self.tp_size, self.cp_size, self.dp_size, self.pp_size)
 
 
 def initialize(
@@ -100,12 +153,13 @@ def initialize(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     _join(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
-    _check_layout(model, torch.distributed.get_world_size(), on_gpu=on_gpu)
+    _check_layout(model, torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=EXPERT_TENSOR_PARALLEL_SIZE,
         distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # fractions work
         create_gloo_process_groups=False,
     )
@@ -115,6 +169,90 @@ def initialize(
         world_size=torch.distributed.get_world_size(),
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def beside(student: Parallel, layout: ModelConfig, *, timeout_s: float = 1800) -> Parallel:
+    """Groups of another layout over the same ranks: those of the teacher. Collective.
+
+    Returns:
+        ``student`` itself when the layout is the same.
+
+    Raises:
+        ConfigError: the ranks do not fit the layout.
+    """
+    grid = student.grid
+    sizes = (
+        layout.tensor_model_parallel_size,
+        layout.context_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.expert_model_parallel_size,
+    )
+    if sizes == (grid.tensor, grid.context, grid.pipeline, student.groups.ep.size()):
+        return student
+    if student.world_size % math.lcm(layout.model_parallel_size, layout.expert_layout_size):
+        raise ConfigError(
+            f"teacher.tensor_model_parallel_size x pipeline_model_parallel_size is "
+            f"{layout.model_parallel_size} and expert x pipeline {layout.expert_layout_size}: both "
+            f"must divide the {student.world_size} ranks"
+        )
+    groups = _make_groups(layout, student.world_size, timedelta(seconds=timeout_s))
+    return Parallel(student.rank, student.world_size, student.device, groups)
+
+
+def _make_groups(
+    layout: ModelConfig, world_size: int, timeout: timedelta
+) -> ProcessGroupCollection:
+    """What a frozen model and Megatron's forward schedule ask for; none for an optimizer."""
+    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    context, expert = layout.context_parallel_size, layout.expert_model_parallel_size
+    dense = parallel_state.RankGenerator(
+        tp=tensor,
+        ep=1,
+        dp=world_size // layout.model_parallel_size,
+        pp=pipeline,
+        cp=context,
+        order=_ORDER,
+    )
+    experts = parallel_state.RankGenerator(
+        tp=EXPERT_TENSOR_PARALLEL_SIZE,
+        ep=expert,
+        dp=world_size // layout.expert_layout_size,
+        pp=pipeline,
+        cp=1,
+        order=_ORDER,
+    )
+
+    def group(enumeration: list[list[int]]) -> ProcessGroup:
+        own, _ = torch.distributed.new_subgroups_by_enumeration(enumeration, timeout=timeout)
+        return own
+
+    def some_of(enumeration: list[list[int]]) -> ProcessGroup | None:
+        """Groups that leave ranks out."""
+        mine = None
+        for ranks in enumeration:
+            made = torch.distributed.new_group(ranks, timeout=timeout)
+            if torch.distributed.get_rank() in ranks:
+                mine = made
+        return mine
+
+    stages = dense.get_ranks("pp")
+    return ProcessGroupCollection(
+        tp=group(dense.get_ranks("tp")),
+        pp=group(stages),
+        mp=group(dense.get_ranks("tp-pp")),
+        cp=group(dense.get_ranks("cp")),
+        tp_cp=group(dense.get_ranks("tp-cp")),
+        dp=group(dense.get_ranks("dp")),
+        dp_cp=group(dense.get_ranks("dp-cp")),
+        tp_dp_cp=group(dense.get_ranks("tp-dp-cp")),
+        embd=some_of([parallel_state.default_embedding_ranks(ranks) for ranks in stages]),
+        pos_embd=some_of([[ranks[0]] for ranks in stages]),
+        ep=group(experts.get_ranks("ep")),
+        expt_tp=group(experts.get_ranks("tp")),
+        tp_ep=group(experts.get_ranks("tp-ep")),
+        tp_ep_pp=group(experts.get_ranks("tp-ep-pp")),
+        expt_dp=group(experts.get_ranks("dp")),
     )
 
 
@@ -169,7 +307,7 @@ def _join(backend: str, timeout: timedelta) -> None:
         )
 
 
-def _check_layout(model: ModelConfig, world_size: int, *, on_gpu: bool) -> None:
+def _check_layout(model: ModelConfig, world_size: int) -> None:
     ranks = model.model_parallel_size
     if world_size % ranks:
         raise ConfigError(
@@ -177,13 +315,12 @@ def _check_layout(model: ModelConfig, world_size: int, *, on_gpu: bool) -> None:
             f"pipeline_model_parallel_size x context_parallel_size is {ranks}, which does not "
             "divide them"
         )
-    for key in ("context_parallel_size", "expert_model_parallel_size"):
-        size = getattr(model, key)
-        if size > 1:
-            raise ConfigError(
-                f"model.{key} is {size}: only 1 is supported so far; use tensor, pipeline or data "
-                "parallelism"
-            )
+    if world_size % model.expert_layout_size:
+        raise ConfigError(
+            f"{world_size} ranks were started, and model.expert_model_parallel_size x "
+            f"pipeline_model_parallel_size is {model.expert_layout_size}, which does not divide "
+            "them"
+        )
 
 
 def _store() -> torch.distributed.Store:

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
 from nemo_paced.parallel import Parallel
+
+
+def call_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """The model on a micro-batch with ``tokens_BS``, ``position_ids_BS`` and ``sequences``."""
+    packed = _packed_seq_params(batch.sequences, batch.tokens_BS.device)
+    return model(
+        batch.tokens_BS, batch.position_ids_BS, attention_mask=None, packed_seq_params=packed
+    )
+
+
+def _packed_seq_params(sequences: Sequence[int], device: torch.device) -> PackedSeqParams | None:
+    """Megatron's description of a packed row; ``None``: one sequence a row.
+
+    Padding counts to the sequence before it: under causal attention nothing reads it.
+    """
+    if not sequences:
+        return None
+    ends = torch.tensor([0, *itertools.accumulate(sequences)], dtype=torch.int32, device=device)
+    longest = max(sequences)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def run_schedule(
@@ -32,13 +60,13 @@ def run_schedule(
     Returns:
         What the loss function reported, one entry a micro-batch; empty on all but the last stage.
     """
-    rows, length = micro_batches[0].tokens_BS.shape
+    rows, held = micro_batches[0].tokens_BS.shape
     return get_forward_backward_func(pp_size=parallel.pp_size, vp_size=None)(
         forward_step_func=forward_step,
         data_iterator=iter(micro_batches),
         model=[model],
         num_microbatches=len(micro_batches),
-        seq_length=length,
+        seq_length=held * parallel.cp_size,  # Megatron divides it again
         micro_batch_size=rows,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,

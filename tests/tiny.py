@@ -15,6 +15,12 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+MOE_SHAPE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+}
 FAMILIES = (
     "qwen3",
     "qwen3_tied",
@@ -24,15 +30,25 @@ FAMILIES = (
     "llama_tied",
     "llama3_rope",
 )
+MOE_FAMILIES = {
+    "qwen3_moe": {},
+    "qwen3_moe_tied": {},
+    "qwen3_moe_unnormalised": {"norm_topk_prob": False},
+    "qwen3_moe_mixed": {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+}
 
 
 def make_hf_model(family: str, folder: Path, *, seed: int = 0, **changes: object) -> Path:
     """Write a random model of the family and return its directory."""
     import transformers
 
-    shape = {**SHAPE, **changes}
+    shape = {**SHAPE, **MOE_FAMILIES.get(family, {}), **changes}
     tied = family.endswith("_tied")
-    if family.startswith("qwen3"):
+    if family.startswith("qwen3_moe"):
+        config = transformers.Qwen3MoeConfig(
+            **{**MOE_SHAPE, **shape}, head_dim=32, tie_word_embeddings=tied
+        )
+    elif family.startswith("qwen3"):
         config = transformers.Qwen3Config(**shape, head_dim=32, tie_word_embeddings=tied)
     elif family.startswith("qwen2"):
         config = transformers.Qwen2Config(**shape, tie_word_embeddings=tied)

@@ -36,14 +36,14 @@ def dry_run(config: PacedConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for done in run(config, Path(folder)):
             logger.info(
-                "rank %d of %d (stage %d): %d layers, %.1f M parameters, %d micro-batches, "
+                "rank %d of %d (stage %d): %d layers, %.1f M parameters, %d problems, "
                 "%.1f s, %.1f GiB at most",
                 done.rank,
                 config.world_size,
                 done.stage,
                 done.layers,
                 done.parameters / 1e6,
-                done.micro_batches,
+                done.problems,
                 done.seconds,
                 done.peak_bytes / 2**30,
             )
@@ -59,7 +59,7 @@ def train_with(config: PacedConfig) -> None:
     if launcher_rank() == 0:  # under torchrun or srun every rank comes here
         _check_inputs(config, run_dir, notes=False)
         save_config(config, run_dir)
-    launch(config, run_dir)
+    launch("train", config, run_dir / "config.yaml", run_dir)
     logger.info("run directory: %s", run_dir)
 
 
@@ -68,11 +68,13 @@ def preflight(arguments: list[str]) -> None:
 
     def action(config: PacedConfig) -> None:
         from nemo_paced.entry.launch import launch
+        from nemo_paced.training.prepare import save_config
 
-        run_dir = run_directory(config)
         if launcher_rank() == 0:
-            _check_inputs(config, run_dir, notes=True)
-        launch(config, run_dir, only_check=True)
+            _check_inputs(config, run_directory(config), notes=True)
+        with tempfile.TemporaryDirectory() as folder:  # a check leaves nothing behind
+            save_config(config, Path(folder))
+            launch("preflight", config, Path(folder) / "config.yaml")
         logger.info("preflight: nothing that would stop the run was found")
 
     with_config(arguments, action)
@@ -112,22 +114,33 @@ def _prepare(config: PacedConfig, make: Callable[[PacedConfig, Path], Path]) -> 
 
 def import_hf(arguments: list[str]) -> None:
     paths, overrides = _two_paths(arguments, "import-hf HF_DIR CHECKPOINT_DIR")
-
-    def action(config: PacedConfig) -> None:
-        from nemo_paced.training.convert import import_hf as convert
-
-        convert(config, *paths)
-
-    with_config(overrides, action)
+    with_config(overrides, lambda config: _convert("import-hf", config, *paths))
 
 
 def export_hf(arguments: list[str]) -> None:
-    paths, extra = _two_paths(arguments, "export-hf CHECKPOINT_DIR HF_DIR")
-    if extra:
-        raise ConfigError(f"export-hf takes two directories and no {extra[0]!r}")
-    from nemo_paced.training.convert import export_hf as convert
+    (source, out_dir), overrides = _two_paths(arguments, "export-hf CHECKPOINT_DIR HF_DIR")
+    from nemo_paced.training.convert import find_checkpoint
 
-    convert(*paths)
+    checkpoint = find_checkpoint(source)
+    if not overrides:  # composing would import NeMo
+        _convert("export-hf", PacedConfig(), checkpoint, out_dir)
+        return
+    with_config(overrides, lambda config: _convert("export-hf", config, checkpoint, out_dir))
+
+
+def _convert(task: str, config: PacedConfig, *paths: Path) -> None:
+    """In this process where the layout is one rank, else on ranks of their own."""
+    from nemo_paced.entry.launch import launch, run_task
+    from nemo_paced.training.convert import check_ranks
+    from nemo_paced.training.prepare import save_config
+
+    check_ranks(config)
+    if config.world_size == 1:
+        run_task(task, config, *paths)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_config(config, Path(folder))
+        launch(task, config, Path(folder) / "config.yaml", *(path.absolute() for path in paths))
 
 
 def _two_paths(arguments: list[str], usage: str) -> tuple[tuple[Path, Path], list[str]]:

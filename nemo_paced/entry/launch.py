@@ -1,62 +1,55 @@
-"""Starts the ranks of a training run on this node, or joins those that a launcher started."""
+"""Starts the ranks of a command on this node, or joins those that a launcher started."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError, PacedError
-from nemo_paced.logs import launcher_rank
-from nemo_paced.training.prepare import save_config
 
-CHECK_ONLY_FLAG = "--check-only"
+# what runs on every rank, as module:function of the configuration and paths
+TASKS = {
+    "preflight": "nemo_paced.preflight.ranks:refuse_ranks",
+    "train": "nemo_paced.training.loop:train",
+    "import-hf": "nemo_paced.training.convert:import_hf",
+    "export-hf": "nemo_paced.training.convert:export_hf",
+}
 
 
-def launch(config: PacedConfig, run_dir: Path, *, only_check: bool = False) -> None:
-    """Train on ``trainer.devices`` ranks of this node; under torchrun or srun, as one rank.
+def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> None:
+    """Run a task on ``trainer.devices`` ranks of this node; under torchrun or srun, as one rank.
 
     Args:
-        only_check: end after the checks that ranks make together.
+        task: a key of ``TASKS``.
+        config_file: where the configuration was saved: the ranks that are started read it.
+        paths: the task's other arguments.
 
     Raises:
         PacedError: a rank failed; what it said is on standard error already.
     """
     if _join_launcher():
-        run_rank(config, run_dir, only_check=only_check)
+        run_task(task, config, *paths)
         return
     if config.trainer.num_nodes > 1:
         raise ConfigError(
             f"trainer.num_nodes is {config.trainer.num_nodes}: start the command on every node "
             "with torchrun or srun, which set the ranks"
         )
-    if not only_check:
-        _start_ranks(config.trainer.devices, run_dir / "config.yaml", run_dir)
-        return
-    with tempfile.TemporaryDirectory() as folder:  # nothing is left of a check
-        save_config(config, Path(folder))
-        _start_ranks(config.trainer.devices, Path(folder) / "config.yaml", run_dir, CHECK_ONLY_FLAG)
+    _start_ranks(config.trainer.devices, task, config_file, *paths)
 
 
-def run_rank(config: PacedConfig, run_dir: Path, *, only_check: bool) -> None:
-    """One rank: the checks that all make together, then training.
-
-    Raises:
-        PacedError: without a message where rank 0 has said it.
-    """
-    from nemo_paced.preflight.findings import refuse
-    from nemo_paced.preflight.ranks import check_ranks
-
-    refuse(check_ranks(config), shown=launcher_rank() == 0)
-    if not only_check:
-        from nemo_paced.training.loop import train
-
-        train(config, run_dir)
+def run_task(task: str, config: PacedConfig, *paths: Path) -> None:
+    """This rank's part; training begins with the checks that ranks make together."""
+    if task == "train":
+        run_task("preflight", config)
+    module, _, function = TASKS[task].partition(":")
+    getattr(importlib.import_module(module), function)(config, *paths)
 
 
 def _join_launcher() -> bool:
@@ -77,7 +70,7 @@ def _join_launcher() -> bool:
     return True
 
 
-def _start_ranks(count: int, config_file: Path, run_dir: Path, *flags: str) -> None:
+def _start_ranks(count: int, task: str, *paths: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -88,7 +81,7 @@ def _start_ranks(count: int, config_file: Path, run_dir: Path, *flags: str) -> N
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=run_dir.name,
+        run_id=paths[-1].name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -96,7 +89,7 @@ def _start_ranks(count: int, config_file: Path, run_dir: Path, *flags: str) -> N
     )
     try:
         elastic_launch(agent, sys.executable)(
-            "-m", "nemo_paced.entry.worker", str(config_file), str(run_dir), *flags
+            "-m", "nemo_paced.entry.worker", task, *map(str, paths)
         )
     except ChildFailedError as error:
         for failure in error.failures.values():

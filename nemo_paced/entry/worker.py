@@ -1,4 +1,4 @@
-"""One rank of a training run that ``launch`` started."""
+"""One rank that ``launch`` started: ``TASK CONFIG_FILE PATH...``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def main() -> int:
     _end_group_with_parent()
     set_up_logging(int(os.environ["RANK"]))
     from nemo_paced.compose import load_config
-    from nemo_paced.entry.launch import CHECK_ONLY_FLAG, run_rank
+    from nemo_paced.entry.launch import run_task
 
-    config_file, run_dir, *flags = sys.argv[1:]
     try:
-        run_rank(load_config(Path(config_file)), Path(run_dir), only_check=CHECK_ONLY_FLAG in flags)
+        task, config_file, *paths = sys.argv[1:]
+        run_task(task, load_config(Path(config_file)), *map(Path, paths))
     except PacedError as error:
         if str(error):
             print(f"nemo-paced: error: {error}", file=sys.stderr, flush=True)

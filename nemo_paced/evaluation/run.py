@@ -160,7 +160,7 @@ def _as_hf(path: Path, scratch: Path) -> Path:
         return path
     from nemo_paced.training.convert import export_hf
 
-    export_hf(path, scratch)
+    export_hf(PacedConfig(), path, scratch)
     return scratch
 
 

@@ -1,93 +1,18 @@
-"""Hugging Face families as one declarative table: names, shapes and how tensor parallelism cuts.
+"""The shape of a Hugging Face model, read from its ``config.json``.
 
-Import, export and weight refit all walk it, and no other file knows a Hugging Face parameter name.
-A family differs from another only in a few switches (bias on q, k and v; norms on q and k), so one
-table of rows serves all.
+A family differs from another only in a few switches (bias on q, k and v; norms on q and k; experts
+in place of MLPs), so one table of rows (``rows.py``) serves all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from nemo_paced.errors import ConfigError
-
-
-class Layout(Enum):
-    """How a Megatron parameter is made of Hugging Face tensors and cut over ranks."""
-
-    replicated = "replicated"
-    row = "row"  # columns of the weight (input features) are split
-    vocabulary = "vocabulary"  # rows are split after padding to the layout's multiple
-    qkv = "qkv"  # [query heads, key, value] a key-value group, groups are split
-    gate_up = "gate_up"  # each rank holds its part of gate above its part of up
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One Megatron parameter; ``{layer}`` stands for the layer's number, counted over all stages.
-
-    Attributes:
-        megatron: its name in the local layer spec.
-        transformer_engine: its name in the Transformer Engine spec, where that differs.
-        hf: the Hugging Face tensors that it is made of.
-    """
-
-    megatron: str
-    hf: tuple[str, ...]
-    layout: Layout
-    transformer_engine: str | None = None
-
-    @property
-    def per_layer(self) -> bool:
-        return "{layer}" in self.megatron
-
-
-_ATTENTION = "decoder.layers.{layer}.self_attention"
-_MLP = "decoder.layers.{layer}.mlp"
-_HF = "model.layers.{layer}"
-_QKV_HF = tuple(f"{_HF}.self_attn.{part}_proj" for part in "qkv")
-
-_EMBEDDING = Row(
-    "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Layout.vocabulary
-)
-_FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), Layout.replicated)
-_OUTPUT = Row("output_layer.weight", ("lm_head.weight",), Layout.vocabulary)
-_QKV_BIAS = Row(
-    f"{_ATTENTION}.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV_HF), Layout.qkv
-)
-_QK_NORMS = tuple(
-    Row(
-        f"{_ATTENTION}.{part}_layernorm.weight",
-        (f"{_HF}.self_attn.{part}_norm.weight",),
-        Layout.replicated,
-    )
-    for part in "qk"
-)
-_LAYER = (
-    Row(
-        "decoder.layers.{layer}.input_layernorm.weight",
-        (f"{_HF}.input_layernorm.weight",),
-        Layout.replicated,
-        transformer_engine=f"{_ATTENTION}.linear_qkv.layer_norm_weight",
-    ),
-    Row(f"{_ATTENTION}.linear_qkv.weight", tuple(f"{n}.weight" for n in _QKV_HF), Layout.qkv),
-    Row(f"{_ATTENTION}.linear_proj.weight", (f"{_HF}.self_attn.o_proj.weight",), Layout.row),
-    Row(
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-        (f"{_HF}.post_attention_layernorm.weight",),
-        Layout.replicated,
-        transformer_engine=f"{_MLP}.linear_fc1.layer_norm_weight",
-    ),
-    Row(
-        f"{_MLP}.linear_fc1.weight",
-        (f"{_HF}.mlp.gate_proj.weight", f"{_HF}.mlp.up_proj.weight"),
-        Layout.gate_up,
-    ),
-    Row(f"{_MLP}.linear_fc2.weight", (f"{_HF}.mlp.down_proj.weight",), Layout.row),
-)
+from nemo_paced.hf import rows
+from nemo_paced.hf.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +21,12 @@ class Family:
 
     qkv_bias: bool = False  # default where config.json does not say (`attention_bias`)
     qk_norm: bool = False
+    experts: bool = False
 
 
 FAMILIES = {
     "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
     "Qwen2ForCausalLM": Family(qkv_bias=True),
     "LlamaForCausalLM": Family(),
 }
@@ -114,7 +41,27 @@ _REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
+_REQUIRED_OF_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture-of-experts layers of a model.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: how many of them a token is sent to.
+        ffn_hidden_size: columns of one expert.
+        normalize: whether the weights of a token's experts are made to sum to 1.
+        layers: which layers have experts, from 0; the others have an MLP.
+    """
+
+    count: int
+    per_token: int
+    ffn_hidden_size: int
+    normalize: bool
+    layers: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +71,7 @@ class Architecture:
     Attributes:
         vocab_size: rows of its embedding (which may exceed the tokenizer's highest id).
         rope_scaling: ``None`` or the ``llama3`` parameters.
+        experts: ``None``: every layer has an MLP.
     """
 
     name: str
@@ -141,6 +89,7 @@ class Architecture:
     tied: bool
     qkv_bias: bool
     qk_norm: bool
+    experts: Experts | None = None
 
     @staticmethod
     def from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
@@ -183,15 +132,32 @@ class Architecture:
             tied=config.get("tie_word_embeddings", False),
             qkv_bias=_qkv_bias(config, family, where),
             qk_norm=family.qk_norm,
+            experts=_experts(config, where) if family.experts else None,
         )
 
-    def check_layout(self, tensor: int, pipeline: int, *, prefix: str = "model") -> None:
-        """Refuse a layout that does not divide the model, naming key, value and model."""
-        for size, of in (
-            (self.num_heads, "attention heads"),
-            (self.num_kv_heads, "key-value heads"),
-            (self.ffn_hidden_size, "MLP columns"),
-        ):
+    def check_layout(
+        self,
+        tensor: int,
+        pipeline: int,
+        *,
+        expert: int = 1,
+        sequence_parallel: bool = False,
+        prefix: str = "model",
+    ) -> None:
+        """Refuse a layout that does not divide the model, naming key, value and model.
+
+        Args:
+            expert: of a model without experts it is not looked at.
+            sequence_parallel: needed by experts beside tensor parallelism: each rank routes its own
+                part of the sequence, else all of them would route and train on all of it.
+
+        Raises:
+            ConfigError: names the key under ``prefix``.
+        """
+        divided = [(self.num_heads, "attention heads"), (self.num_kv_heads, "key-value heads")]
+        if self.has_mlp:
+            divided.append((self.ffn_hidden_size, "MLP columns"))
+        for size, of in divided:
             if size % tensor:
                 raise ConfigError(
                     f"{prefix}.tensor_model_parallel_size is {tensor}, which does not divide the "
@@ -203,39 +169,79 @@ class Architecture:
                 f"{prefix}.pipeline_model_parallel_size is {pipeline}, which does not divide the "
                 f"{self.num_layers} layers of this {self.name}"
             )
+        if self.experts is None:
+            return
+        if self.experts.count % expert:
+            raise ConfigError(
+                f"{prefix}.expert_model_parallel_size is {expert}, which does not divide the "
+                f"{self.experts.count} experts of this {self.name}"
+            )
+        if tensor > 1 and not sequence_parallel:
+            raise ConfigError(
+                f"{prefix}.sequence_parallel is false with {prefix}.tensor_model_parallel_size "
+                f"{tensor}, and this {self.name} has experts: set {prefix}.sequence_parallel=true"
+            )
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether any layer has an MLP and no experts."""
+        return self.experts is None or len(self.experts.layers) < self.num_layers
 
     def rows(self) -> Iterator[tuple[Row, int | None]]:
         """Every Megatron parameter of the whole model with its layer, in one fixed order."""
-        yield _EMBEDDING, None
-        layer_rows: tuple[Row, ...] = _LAYER
+        yield rows.EMBEDDING, None
+        attention: tuple[Row, ...] = rows.ATTENTION
         if self.qkv_bias:
-            layer_rows += (_QKV_BIAS,)
+            attention += rows.QKV_BIAS
         if self.qk_norm:
-            layer_rows += _QK_NORMS
+            attention += rows.QK_NORMS
+        sparse: tuple[Row, ...] = rows.ROUTER
+        for expert in range(self.experts.count if self.experts else 0):
+            sparse += tuple(row.of_expert(expert) for row in rows.EXPERT)
         for layer in range(self.num_layers):
-            for row in layer_rows:
+            has_experts = self.experts is not None and layer in self.experts.layers
+            for row in attention + (sparse if has_experts else rows.MLP):
                 yield row, layer
-        yield _FINAL_NORM, None
+        yield rows.FINAL_NORM, None
         if not self.tied:
-            yield _OUTPUT, None
+            yield rows.OUTPUT, None
+
+    def sizes(self) -> dict[str, int]:
+        """The letters of ``Row.shapes``."""
+        return {
+            "v": self.vocab_size,
+            "h": self.hidden_size,
+            "q": self.num_heads * self.head_dim,
+            "k": self.num_kv_heads * self.head_dim,
+            "d": self.head_dim,
+            "f": self.ffn_hidden_size,
+            "e": self.experts.count if self.experts else 0,
+            "m": self.experts.ffn_hidden_size if self.experts else 0,
+        }
 
     def hf_shapes(self, row: Row) -> list[tuple[int, ...]]:
         """Shapes of the Hugging Face tensors of a row."""
-        h, q, kv = (
-            self.hidden_size,
-            self.num_heads * self.head_dim,
-            self.num_kv_heads * self.head_dim,
-        )
-        if row.layout is Layout.vocabulary:
-            return [(self.vocab_size, h)]
-        if row.layout is Layout.qkv:
-            tail = () if row is _QKV_BIAS else (h,)
-            return [(size, *tail) for size in (q, kv, kv)]
-        if row.layout is Layout.gate_up:
-            return [(self.ffn_hidden_size, h)] * 2
-        if row.layout is Layout.row:
-            return [(h, q if "linear_proj" in row.megatron else self.ffn_hidden_size)]
-        return [(self.head_dim,) if row in _QK_NORMS else (h,)]
+        sizes = self.sizes()
+        return [tuple(sizes[letter] for letter in shape.split()) for shape in row.shapes]
+
+
+def _experts(config: dict[str, Any], where: str) -> Experts:
+    """``num_experts`` is called ``num_local_experts`` in what some releases write."""
+    _require(config, _REQUIRED_OF_EXPERTS, where)
+    count = config.get("num_experts", config.get("num_local_experts"))
+    if not count:
+        raise ConfigError(f"{where}: num_experts is missing")
+    dense, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+    if every < 1:
+        raise ConfigError(f"{where}: decoder_sparse_step is {every}: it must be at least 1")
+    layers = range(config["num_hidden_layers"])
+    return Experts(
+        count=count,
+        per_token=config["num_experts_per_tok"],
+        ffn_hidden_size=config["moe_intermediate_size"],
+        normalize=config.get("norm_topk_prob", False),
+        layers=frozenset(i for i in layers if i not in dense and (i + 1) % every == 0),
+    )
 
 
 def _require(config: dict[str, Any], keys: tuple[str, ...], where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.model import PacedGPTModel, load_hf_config, local_parameters
+from nemo_paced.hf.rows import EMBEDDING, Row
 from nemo_paced.hf.shards import join
 from nemo_paced.parallel import Parallel
 
@@ -35,31 +36,41 @@ def iter_hf_tensors(
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(Hugging Face name, whole tensor) of every parameter in the table's order.
 
-    Collective over the first data-parallel replica: its tensor-parallel ranks gather, and the
-    stage that holds a parameter sends it to the first stage. Rank 0 gets the tensors, the others
-    ``None``; other replicas take no part.
+    Collective over one copy of the model: its tensor-parallel ranks gather, and the rank that then
+    has a parameter whole (an expert's is whole where it lies) sends it to rank 0. Rank 0 gets the
+    tensors, the others ``None``; other replicas take no part. No rank holds more than one parameter
+    beside its own shards.
     """
-    held: dict[tuple[str, int | None], torch.Tensor] = {}
-    if parallel.dp_rank == 0:
-        for parameter, row, layer in local_parameters(gpt):
-            held.setdefault((row.megatron, layer), parameter.detach())
+    held = {(row, layer): p.detach() for p, row, layer in local_parameters(gpt)}
     for row, layer in gpt.architecture.rows():
         names = [name.format(layer=layer) for name in row.hf]
-        tensors: list[torch.Tensor | None] = [None] * len(names)
-        if parallel.dp_rank == 0:
-            owner = _owner(gpt, row.megatron, layer, parallel)
-            shards = None
-            if parallel.pp_rank == owner:
-                shards = _gather(held[row.megatron, layer], parallel)
-            if parallel.tp_rank == 0 and parallel.pp_rank in (0, owner):
-                joined = join(row, shards, gpt.architecture) if shards else None
-                shapes = gpt.architecture.hf_shapes(row)
-                moved = [
-                    _to_first_stage(joined[i] if joined else None, shape, gpt, owner, parallel)
-                    for i, shape in enumerate(shapes)
-                ]
-                tensors = list(moved) if parallel.pp_rank == 0 else tensors
-        yield from zip(names, tensors, strict=True)
+        yield from zip(names, _collect(gpt, row, layer, held, parallel), strict=True)
+
+
+def _collect(
+    gpt: PacedGPTModel,
+    row: Row,
+    layer: int | None,
+    held: dict[tuple[Row, int | None], torch.Tensor],
+    parallel: Parallel,
+) -> Sequence[torch.Tensor | None]:
+    """The Hugging Face tensors of one parameter on rank 0, ``None`` each elsewhere."""
+    nothing = [None] * len(row.hf)
+    stage = _stage(gpt, row, layer, parallel)
+    joined = None
+    if parallel.pp_rank == stage and _has_part(gpt, row, parallel):
+        joined = join(row, _gather(row, held[row, layer], parallel), gpt.architecture)
+    source = _source(gpt, row, stage, parallel)
+    if parallel.rank == 0:
+        if source == 0:
+            assert joined is not None, "rank 0 has it whole"
+            return joined
+        return [_receive(shape, source, gpt, parallel) for shape in gpt.architecture.hf_shapes(row)]
+    if parallel.rank == source:
+        assert joined is not None, "the source has it whole"
+        for tensor in joined:
+            torch.distributed.send(tensor.contiguous(), dst=0)
+    return nothing
 
 
 def export_hf(
@@ -67,20 +78,29 @@ def export_hf(
     source_hf_dir: str | Path,
     out_dir: str | Path,
     parallel: Parallel,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a Hugging Face directory; collective. Rank 0 writes, under a temporary name first.
 
     Configuration, tokenizer, generation config and chat template are those of ``source_hf_dir``;
-    padding rows of the vocabulary are not written.
+    padding rows of the vocabulary are not written. What an interrupted export leaves under the
+    temporary name, the next one replaces.
+
+    Args:
+        progress: called after each tensor with (tensors done, tensors in all).
 
     Raises:
         CheckpointError: ``out_dir`` exists and is not empty; on every rank.
     """
     source, final = Path(source_hf_dir), Path(out_dir).resolve()
-    _check_empty(final, parallel)
+    check_new_directory(final, parallel)
     temporary = final.with_name(f".{final.name}.tmp")
     writer = _ShardWriter(temporary) if parallel.rank == 0 else None
-    for name, tensor in iter_hf_tensors(gpt, parallel):
+    total = sum(len(row.hf) for row, _ in gpt.architecture.rows())
+    for done, (name, tensor) in enumerate(iter_hf_tensors(gpt, parallel), 1):
+        if progress is not None:
+            progress(done, total)
         if writer is not None:
             assert tensor is not None, "rank 0 gets every tensor"
             writer.add(name, tensor)
@@ -95,8 +115,14 @@ def export_hf(
         torch.distributed.barrier()
 
 
-def _check_empty(folder: Path, parallel: Parallel) -> None:
-    """Rank 0 looks for all: a rank that comes late would find what rank 0 has written by then."""
+def check_new_directory(folder: Path, parallel: Parallel) -> None:
+    """Refuse to write where something is; collective.
+
+    Rank 0 looks for all: a rank that comes late would find what rank 0 has written by then.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
     taken = [False]
     if parallel.rank == 0:
         taken = [folder.exists() and (not folder.is_dir() or any(folder.iterdir()))]
@@ -164,34 +190,42 @@ def _set_dtype(folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _owner(gpt: PacedGPTModel, megatron: str, layer: int | None, parallel: Parallel) -> int:
+def _stage(gpt: PacedGPTModel, row: Row, layer: int | None, parallel: Parallel) -> int:
     """The pipeline stage that holds a parameter (equal numbers of layers a stage)."""
     if layer is not None:
         return layer // len(gpt.decoder.layers)
-    return 0 if megatron.startswith("embedding.") else parallel.pp_size - 1
+    return 0 if row is EMBEDDING else parallel.pp_size - 1
 
 
-def _gather(shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor]:
-    if parallel.tp_size == 1:
+def _has_part(gpt: PacedGPTModel, row: Row, parallel: Parallel) -> bool:
+    """Whether this rank of the stage helps to put the parameter together."""
+    if row.expert is None:
+        return parallel.groups.dp_cp.rank() == 0
+    return parallel.groups.expt_dp.rank() == 0 and gpt.expert_owner(row.expert) == parallel.ep_rank
+
+
+def _source(gpt: PacedGPTModel, row: Row, stage: int, parallel: Parallel) -> int:
+    """The rank that has the parameter whole.
+
+    Ranks of a stage are neighbours, and the first ones are its first expert-parallel group; the
+    first of all is the first tensor-parallel rank of the first replica.
+    """
+    ranks_of_stage = parallel.world_size // parallel.pp_size
+    first = stage * ranks_of_stage
+    return first if row.expert is None else first + gpt.expert_owner(row.expert)
+
+
+def _gather(row: Row, shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor]:
+    if parallel.tp_size == 1 or row.expert is not None:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
     torch.distributed.all_gather(shards, shard.contiguous(), group=parallel.tp_group)
     return shards
 
 
-def _to_first_stage(
-    tensor: torch.Tensor | None,
-    shape: tuple[int, ...],
-    gpt: PacedGPTModel,
-    owner: int,
-    parallel: Parallel,
-) -> torch.Tensor | None:
-    if owner == 0:
-        return tensor
-    if parallel.pp_rank == owner:
-        assert tensor is not None, "the owner has gathered it"
-        torch.distributed.send(tensor.contiguous(), group=parallel.pp_group, group_dst=0)
-        return None
+def _receive(
+    shape: tuple[int, ...], source: int, gpt: PacedGPTModel, parallel: Parallel
+) -> torch.Tensor:
     received = torch.empty(shape, dtype=next(gpt.parameters()).dtype, device=parallel.device)
-    torch.distributed.recv(received, group=parallel.pp_group, group_src=owner)
+    torch.distributed.recv(received, src=source)
     return received

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_paced.errors import CheckpointError
-from nemo_paced.hf.architectures import Architecture, Row
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import PacedGPTModel, local_parameters
+from nemo_paced.hf.rows import Row
 from nemo_paced.hf.shards import cut
 from nemo_paced.parallel import Parallel
 
 
-def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) -> None:
+def load_hf_weights(
+    gpt: PacedGPTModel,
+    hf_dir: str | Path,
+    parallel: Parallel,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Fill a model that ``build_gpt`` made; reads only the slices that this rank keeps.
+
+    Args:
+        progress: called after each parameter with (parameters read, parameters of this rank).
 
     Raises:
         CheckpointError: files or tensors missing, unexpected, or of another shape, all named.
@@ -27,19 +38,53 @@ def load_hf_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) 
     with ExitStack() as stack:
         files = _open(Path(hf_dir), stack)
         _check_names(files, architecture, Path(hf_dir))
-        for parameter, row, layer in local_parameters(gpt):
+        held = list(local_parameters(gpt))
+        for done, (parameter, row, layer) in enumerate(held, 1):
             names = [name.format(layer=layer) for name in row.hf]
             slices = [_slice(files, name, architecture, row, i) for i, name in enumerate(names)]
             value = cut(
                 row,
                 slices,
                 architecture,
-                rank=parallel.tp_rank,
-                size=parallel.tp_size,
+                rank=parallel.tp_rank if row.expert is None else 0,
+                size=parallel.tp_size if row.expert is None else 1,
                 padded_vocab=gpt.vocab_size,
             )
             with torch.no_grad():
                 parameter.copy_(value)
+            if progress is not None:
+                progress(done, len(held))
+
+
+def load_hf_head(
+    architecture: Architecture,
+    hf_dir: str | Path,
+    parallel: Parallel,
+    *,
+    padded_vocab: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The LM head (the embedding where they are tied) alone, cut in the layout of ``parallel``.
+
+    Args:
+        padded_vocab: rows over all tensor-parallel ranks; rows beyond the model's are 0.
+
+    Returns:
+        [padded_vocab/tp, h], on the rank's device.
+    """
+    row, _ = list(architecture.rows())[0 if architecture.tied else -1]
+    with ExitStack() as stack:
+        files = _open(Path(hf_dir), stack)
+        _check_names(files, architecture, Path(hf_dir))
+        value = cut(
+            row,
+            [_slice(files, row.hf[0], architecture, row, 0)],
+            architecture,
+            rank=parallel.tp_rank,
+            size=parallel.tp_size,
+            padded_vocab=padded_vocab,
+        )
+        return value.to(device=parallel.device, dtype=dtype, copy=True)
 
 
 def _open(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:

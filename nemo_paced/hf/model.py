@@ -17,17 +17,24 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
 
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture, Layout, Row
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.attention import CoreAttention
+from nemo_paced.hf.experts import experts_config
+from nemo_paced.hf.rows import Layout, Row
 from nemo_paced.parallel import Parallel
 
-_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
@@ -58,6 +65,20 @@ class PacedGPTModel(GPTModel):
     def first_layer(self) -> int:
         """Number of this stage's first layer, counted from 0 over all stages."""
         return self.decoder.layers[0].layer_number - 1
+
+    @property
+    def ep_group(self) -> torch.distributed.ProcessGroup:
+        return self.pg_collection.ep
+
+    @property
+    def experts_per_rank(self) -> int:
+        """Experts of a layer that each rank of the expert-parallel group holds."""
+        assert self.architecture.experts is not None, "asked of a model without experts"
+        return self.architecture.experts.count // self.ep_group.size()
+
+    def expert_owner(self, expert: int) -> int:
+        """The rank of the expert-parallel group that holds an expert."""
+        return expert // self.experts_per_rank
 
 
 def load_hf_config(hf_dir: str | Path) -> dict[str, Any]:
@@ -102,12 +123,17 @@ def build_gpt(
         ConfigError: an unsupported architecture, or a layout that does not divide it.
     """
     architecture = Architecture.from_config(hf_config)
-    architecture.check_layout(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    architecture.check_layout(
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        expert=model.expert_model_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+    )
     config = _transformer_config(architecture, model, precision)
     rows = max(architecture.vocab_size, vocab_size_hint or 0)
     gpt = PacedGPTModel(
         config,
-        _block_spec(config, parallel),
+        _block_spec(architecture, config, parallel),
         vocab_size=padded_vocab_size(rows, model),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel.is_first_stage,
@@ -118,7 +144,7 @@ def build_gpt(
         pg_collection=parallel.groups,
     )
     gpt.architecture = architecture
-    _mark_tensor_parallel(gpt)
+    _mark_parallel(gpt)
     if architecture.rope_scaling:
         _scale_rope(gpt, architecture.rope_scaling)
     return gpt.to(parallel.device)
@@ -137,9 +163,11 @@ def local_parameters(
     for row, layer in gpt.architecture.rows():
         if layer is not None and not first <= layer < first + count:
             continue
-        local = None if layer is None else layer - first
-        for candidate in (row.megatron, row.transformer_engine):
-            name = candidate.format(layer=local) if candidate else ""
+        if row.expert is not None and gpt.expert_owner(row.expert) != gpt.ep_group.rank():
+            continue
+        local_layer = None if layer is None else layer - first
+        local_expert = None if row.expert is None else row.expert % gpt.experts_per_rank
+        for name in row.local_names(local_layer, local_expert):
             if name in named:
                 seen.add(name)
                 yield named[name], row, layer
@@ -153,7 +181,7 @@ def local_parameters(
 def _transformer_config(
     architecture: Architecture, model: ModelConfig, precision: Precision
 ) -> TransformerConfig:
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -170,8 +198,10 @@ def _transformer_config(
         add_qkv_bias=architecture.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        calculate_per_token_loss=True,  # losses are sums; divided once, globally
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -184,31 +214,58 @@ def _transformer_config(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **experts_config(architecture, model),
     )
 
 
-def _block_spec(config: TransformerConfig, parallel: Parallel) -> TransformerBlockSubmodules:
+def _block_spec(
+    architecture: Architecture, config: TransformerConfig, parallel: Parallel
+) -> TransformerBlockSubmodules:
     """Transformer Engine's layers on a GPU that has it, Megatron's local ones elsewhere."""
-    if parallel.device.type == "cuda" and _has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    on_gpu = parallel.device.type == "cuda" and _has_transformer_engine()
+    make = _transformer_engine_layer if on_gpu else _local_layer
+    first = get_transformer_layer_offset(config, pp_rank=parallel.pp_rank)
+    count = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
+    sparse = architecture.experts.layers if architecture.experts else ()
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            make(config, config.num_moe_experts if layer in sparse else None)
+            for layer in range(first, first + count)
+        ],
+        layer_norm=LayerNormImpl if on_gpu else RMSNorm,
     )
+
+
+def _transformer_engine_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts, moe_grouped_gemm=True, qk_layernorm=config.qk_layernorm
+    )
+
+
+def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    assert layer.module is TransformerLayer, "the spec of another Megatron-Core than the pinned one"
     submodules = layer.submodules
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    attention = submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
     if config.qk_layernorm:
-        attention = submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    assert layer.module is TransformerLayer, "the spec of another Megatron-Core than the pinned one"
-    count = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    if num_experts is not None:
+        # checkpoints have Transformer Engine's keys, where this norm is a layer of its own
+        del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return layer
 
 
-def _mark_tensor_parallel(gpt: PacedGPTModel) -> None:
+def _mark_parallel(gpt: PacedGPTModel) -> None:
     """Tell Megatron which parameters are parts and which are copies.
 
     It marks them while initialising, which is left out here as every value is loaded; unmarked, the
-    gradient norm (hence the clipping) would count one rank's parts alone.
+    gradient norm (hence the clipping) would count one rank's parts alone. Experts are marked as
+    reduced over their own data-parallel group even at expert-parallel size 1: Megatron does so only
+    above 1, and beside tensor parallelism the ranks have seen different parts of the sequence.
     """
     for parameter, row, _ in local_parameters(gpt):
         if row.layout is not Layout.replicated:
@@ -218,6 +275,8 @@ def _mark_tensor_parallel(gpt: PacedGPTModel) -> None:
                 ("partition_stride", 1),
             ):
                 setattr(parameter, name, value)
+        if row.expert is not None:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _has_transformer_engine() -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from nemo_paced.hf.architectures import Architecture, Layout, Row
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.rows import Layout, Row
 
 
 def cut(

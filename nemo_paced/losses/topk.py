@@ -45,7 +45,7 @@ class TopKTeacher:
     ids: torch.Tensor
     tail_log_prob: torch.Tensor
 
-    def __getitem__(self, rows: slice) -> TopKTeacher:
+    def __getitem__(self, rows: slice | torch.Tensor) -> TopKTeacher:
         return TopKTeacher(self.log_probs[rows], self.ids[rows], self.tail_log_prob[rows])
 
     @property

@@ -8,16 +8,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from nemo_paced.config import Precision, PrivilegedContext, ReferenceSource
+from nemo_paced.config import Precision, PrivilegedContext, ReferenceSource, TeacherPlacement
 from nemo_paced.errors import ConfigError, PacedError
-from nemo_paced.losses.topk import TopKTeacher
+from nemo_paced.hf.model import DTYPES
 from nemo_paced.preflight.findings import Finding, error, warning
 from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.sizing.shapes import ModelShape
+from nemo_paced.teacher.signal import SignalKind
 from nemo_paced.training import checkpoint, schedule
 from nemo_paced.training.fingerprint import DATA_FILE, check_data
 from nemo_paced.training.loop import newest_checkpoint
@@ -142,15 +141,19 @@ def disk(inputs: Inputs) -> Iterator[Finding]:
                 "exp_manager.checkpoint_callback_params.save_top_k",
             )
     problems = inputs.problems.get("data.problems")
-    if config.teacher.cache_dir is not None and problems is not None:
-        token = TopKTeacher.empty(config.teacher.top_k, torch.device("cpu")).bytes_per_token
+    cached = config.teacher.placement is TeacherPlacement.cached
+    folder = config.teacher.cache_dir or (str(run_dir) if cached else None)
+    if folder is not None and problems is not None and inputs.teacher is not None:
+        kind = SignalKind(config.teacher.top_k, config.loss.temperature, inputs.tokenizer_rows or 0)
+        dtype = DTYPES[config.trainer.compute_precision]
+        token = kind.bytes_per_token(inputs.teacher.hidden_size, dtype)
         needed = len(problems) * config.data.max_response_length * token
-        if (free := _free(Path(config.teacher.cache_dir))) < needed:
+        if (free := _free(Path(folder))) < needed:
             yield warning(
                 "teacher.cache_dir",
                 f"{free / GIB:.1f} GiB are free and the cache may grow to {needed / GIB:.1f} "
                 f"({len(problems)} responses of at most {config.data.max_response_length} tokens)",
-                "free space, lower teacher.top_k, or leave the cache out",
+                "free space, choose another disk, or set teacher.top_k to 64 or less",
             )
 
 

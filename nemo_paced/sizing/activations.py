@@ -2,11 +2,11 @@
 
 Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", eq. 2)
 count 34 s b h + 5 a s^2 b bytes for a layer of GPT in 16 bits. Here the layers differ (grouped
-queries, SwiGLU, RMSNorm, no dropout, no biases) and so does what runs, in two ways:
+queries, SwiGLU, RMSNorm, no dropout, no biases), no score matrix is kept, and what runs is one of:
 
-    gpu   Transformer Engine: norms fused with the linear layer behind them, flash attention
-          (no s^2 term); SwiGLU and rotary embedding unfused. Not measured.
-    cpu   Megatron's local spec: RMSNorm in float32 and PyTorch's softmax on whole score matrices.
+    gpu   Transformer Engine: norms fused with the linear layer behind them, flash attention;
+          SwiGLU and rotary embedding unfused. Not measured.
+    cpu   Megatron's local spec: RMSNorm in float32, PyTorch's scaled_dot_product_attention.
           Checked against a tracker of tensors (tests/distributed/test_sizing.py).
 
 All counts are bytes a token of the rank (s b / CP tokens), with e bytes an activation. What is h
@@ -18,27 +18,25 @@ from __future__ import annotations
 from nemo_paced.sizing.shapes import Accelerator, Layout, ModelShape, Recompute, Work
 
 
-def layer_bytes(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+def layer_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
     """Kept by one layer for backward, bytes a token."""
     if layout.recompute is Recompute.full:
         return boundary_bytes(shape, layout, work)
     return (
-        _norms(shape, layout, work)
-        + _attention(shape, layout, work, sequence)
-        + (_mlp(shape, layout, work))
+        _norms(shape, layout, work) + _attention(shape, layout, work) + (_mlp(shape, layout, work))
     )
 
 
-def recomputed_bytes(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+def recomputed_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
     """What a layer holds for a moment while it is computed again, bytes a token."""
     if layout.recompute is Recompute.none:
         return 0.0
     if layout.recompute is Recompute.selective:
-        return _core(shape, layout, work, sequence)
+        return _core(shape, layout, work)
     return (
         _norms(shape, layout, work)
         + _qkv(shape, layout, work)
-        + _core(shape, layout, work, sequence)
+        + _core(shape, layout, work)
         + _mlp(shape, layout, work)
     )
 
@@ -53,15 +51,10 @@ def final_norm_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
     return _norms(shape, layout, work) / 2
 
 
-def backward_bytes(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+def backward_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
     """Gradients of activations at the widest place of a layer's backward, bytes a token."""
-    e = work.precision_bytes
-    mlp = 3 * e * _mlp_width(shape, layout)
-    if work.accelerator is Accelerator.gpu:
-        return max(mlp, 4 * e * shape.q_width / layout.tensor)
-    # gradients of probabilities and of scores, after the MLP's activations are gone
-    scores = 2 * 4 * shape.num_heads / layout.tensor * sequence
-    return max(mlp, scores - _mlp(shape, layout, work))
+    widest = max(3 * _mlp_width(shape, layout), 4 * shape.q_width / layout.tensor)
+    return work.precision_bytes * widest
 
 
 def _norms(shape: ModelShape, layout: Layout, work: Work) -> float:
@@ -71,10 +64,10 @@ def _norms(shape: ModelShape, layout: Layout, work: Work) -> float:
     return 2 * kept * h / _sequence_cut(layout)
 
 
-def _attention(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+def _attention(shape: ModelShape, layout: Layout, work: Work) -> float:
     core = 0.0
     if layout.recompute is Recompute.none:
-        core = _core(shape, layout, work, sequence)
+        core = _core(shape, layout, work)
     return _qkv(shape, layout, work) + core
 
 
@@ -86,39 +79,36 @@ def _qkv(shape: ModelShape, layout: Layout, work: Work) -> float:
         # the projection's output (values are a view of it), rotated queries and keys, the queries
         # that their norm has read
         return e * ((q + 2 * kv) + (q + kv) + shape.qk_norm * q)
-    grouped = shape.num_heads != shape.num_kv_heads
-    kept = e * (3 * q if grouped else q + kv)  # keys and values repeated for every query head
+    # the same, and what the norms of queries and keys keep: float32 input and normed value
+    kept = e * ((q + 2 * kv) + (q + kv))
     if shape.qk_norm:
-        # float32 input and normed value; in float32 the keys' input is the projection's output
-        keys_input = e * (q + 2 * kv) if e == 4 else 4 * kv
+        keys_input = 0 if e == 4 else 4 * kv  # in float32 a view of the projection's output
         kept += 4 * q + keys_input + e * (q + kv)
-    elif not grouped:
-        kept += e * (q + 2 * kv)  # the values are a view of the projection's output
     return kept
 
 
-def _core(shape: ModelShape, layout: Layout, work: Work, sequence: int) -> float:
+def _core(shape: ModelShape, layout: Layout, work: Work) -> float:
     """Between the scores and the output projection."""
-    e, heads = work.precision_bytes, shape.num_heads / layout.tensor
-    output = e * shape.q_width / layout.tensor
-    if work.accelerator is Accelerator.gpu:
-        return output + 4 * heads  # log-sum-exp of each row
-    probabilities = 4 if e == 4 else 4 + e  # softmax in float32, then a copy in e bytes
-    return output + probabilities * heads * sequence
+    heads, output = shape.num_heads / layout.tensor, shape.q_width / layout.tensor
+    # log-sum-exp of each row; on the CPU the output once more, with its axes in another order
+    copies = 1 if work.accelerator is Accelerator.gpu else 2
+    return copies * work.precision_bytes * output + 4 * heads
 
 
 def _mlp(shape: ModelShape, layout: Layout, work: Work) -> float:
     """Gate and up, silu(gate), up + 0 (Megatron adds an offset), their product."""
     kept = 5 * work.precision_bytes * _mlp_width(shape, layout)
-    if shape.num_experts:  # the permuted input and output of the experts, router probabilities
-        rows = shape.experts_per_token
-        kept += 2 * rows * work.precision_bytes * shape.hidden_size + 8 * shape.num_experts
+    if shape.experts:  # the permuted input and output of the experts, router probabilities
+        e, rows = work.precision_bytes, shape.experts.per_token
+        kept += (2 * rows * e * shape.hidden_size + 8 * shape.experts.count) / layout.tensor
     return kept
 
 
 def _mlp_width(shape: ModelShape, layout: Layout) -> float:
-    per_token = shape.experts_per_token if shape.num_experts else 1
-    return per_token * shape.ffn_hidden_size / layout.tensor
+    """Columns that a token of a rank goes through; experts take evenly of all ranks' tokens."""
+    if shape.experts:
+        return shape.experts.per_token * shape.experts.ffn_hidden_size / layout.tensor
+    return shape.ffn_hidden_size / layout.tensor
 
 
 def _sequence_cut(layout: Layout) -> int:

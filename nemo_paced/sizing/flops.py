@@ -63,7 +63,7 @@ class StepTime:
         return sum(getattr(self, f.name) for f in fields(self))
 
 
-def forward_flops(shape: ModelShape, tokens: float, sequence: int) -> float:
+def forward_flops(shape: ModelShape, tokens: float, sequence: float) -> float:
     """Of the layers, without embedding and LM head."""
     attention = 2 * shape.q_width * sequence * shape.num_layers
     return tokens * (2 * active_parameters(shape) + attention)
@@ -73,12 +73,12 @@ def step_flops(
     student: ModelShape, teacher: ModelShape, layout: Layout, plan: TeacherPlan, work: Work
 ) -> StepFlops:
     """Of one global batch. Sequences count with their padding (to the longest of the batch)."""
-    sequence = work.sequence(layout)
+    sequence = work.attended(layout)
     tokens = work.global_batch_size * sequence
     forward = forward_flops(student, tokens, sequence)
     core = tokens * 2 * student.q_width * sequence * student.num_layers
     again = {Recompute.none: 0.0, Recompute.selective: core, Recompute.full: forward}
-    teacher_sequence = work.sequence(plan.layout, teacher=True)
+    teacher_sequence = work.attended(plan.layout, teacher=True)
     runs = plan.placement is not Placement.cached
     responses = work.global_batch_size * work.mean_response
     # logits of both models, two gradients
@@ -169,8 +169,8 @@ def _idle(layout: Layout, work: Work, *, teacher: bool = False) -> float:
     """How much longer a step takes by the pipeline's bubble and empty rows of micro-batches."""
     count = work.micro_batches(layout, teacher=teacher)
     size = work.teacher_micro_batch_size if teacher else work.micro_batch_size
-    rows = layout.data * count * size
-    return (count + layout.pipeline - 1) / count * rows / work.global_batch_size
+    filled = 1.0 if work.packed else layout.data * count * size / work.global_batch_size
+    return (count + layout.pipeline - 1) / count * filled
 
 
 def _communication(
@@ -189,7 +189,7 @@ def _communication(
     if plan.placement is not Placement.cached:
         tensor += 2 * _all_reduces(teacher, plan.layout, work, teacher=True)
     # keys and values go round, and their gradients come back
-    tokens = work.share(layout) * work.sequence(layout) / layout.context
+    tokens = work.share(layout) * work.attended(layout) / layout.context
     layers = student.num_layers // layout.pipeline
     ring = layers * (layout.context - 1) * tokens * 2 * student.kv_width / layout.tensor * e * 3
     inside = layout.tensor * layout.context <= cluster.gpus_per_node
@@ -207,7 +207,7 @@ def _communication(
 
 def _all_reduces(shape: ModelShape, layout: Layout, work: Work, *, teacher: bool) -> float:
     """Bytes that a rank sends in one all-reduce of hidden states in each of its layers."""
-    tokens = work.share(layout) * work.sequence(layout, teacher=teacher) / layout.context
+    tokens = work.share(layout) * work.attended(layout, teacher=teacher) / layout.context
     layers = shape.num_layers // layout.pipeline
     part = 2 * (layout.tensor - 1) / layout.tensor
     return layers * part * tokens * shape.hidden_size * work.precision_bytes

@@ -140,8 +140,7 @@ def activation_bytes(shape: ModelShape, layout: Layout, work: Work, stage: int) 
     tokens = work.micro_batch_size * sequence / layout.context
     in_flight = min(work.micro_batches(layout), layout.pipeline - stage)
     layers = shape.num_layers // layout.pipeline
-    # attention sees the whole sequence
-    a_token = layers * activations.layer_bytes(shape, layout, work, sequence)
+    a_token = layers * activations.layer_bytes(shape, layout, work)
     if stage == layout.pipeline - 1:
         a_token += activations.final_norm_bytes(shape, layout, work)
     if layout.pipeline > 1:  # what was sent on is kept until its gradient comes
@@ -153,9 +152,12 @@ def transient_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
     """Of a layer's backward, with what it has computed again, and one weight's gradient."""
     sequence = work.sequence(layout)
     tokens = work.micro_batch_size * sequence / layout.context
-    a_token = activations.backward_bytes(shape, layout, work, sequence)
-    a_token += activations.recomputed_bytes(shape, layout, work, sequence)
-    weight = 2 * shape.ffn_hidden_size // layout.tensor * shape.hidden_size
+    a_token = activations.backward_bytes(shape, layout, work)
+    a_token += activations.recomputed_bytes(shape, layout, work)
+    columns = shape.experts.ffn_hidden_size if shape.experts else (
+        shape.ffn_hidden_size // layout.tensor
+    )  # fmt: skip
+    weight = 2 * columns * shape.hidden_size
     return tokens * a_token + work.precision_bytes * weight
 
 
@@ -165,7 +167,7 @@ def loss_bytes(
     """Peak of ``linear_loss`` beyond weights: hidden states, their gradient, a chunk's logits, the
     head's gradient in float32 (and, in 16 bits, its copy)."""
     e, width = work.precision_bytes, rows // layout.tensor
-    tokens = work.micro_batch_size * work.response // layout.context
+    tokens = work.micro_batch_size * work.responses_of_a_row(layout) // layout.context
     chunk = work.chunk_size or max(1, CHUNK_ELEMENTS[work.accelerator] // width)
     begun = min(1 + (layout.tensor > 1), -(-tokens // chunk))  # chunks at a time
     models = 1 if work.top_k else 2
@@ -211,4 +213,4 @@ def teacher_forward(teacher: ModelShape, layout: Layout, work: Work) -> float:
     whole = Layout(
         layout.tensor, sequence_parallel=layout.sequence_parallel, recompute=Recompute.full
     )
-    return tokens * activations.recomputed_bytes(teacher, whole, work, sequence)
+    return tokens * activations.recomputed_bytes(teacher, whole, work)

@@ -28,13 +28,17 @@ class Parameters:
 
 def stage_parameters(shape: ModelShape, layout: Layout, stage: int, padded: int) -> Parameters:
     """Of a rank of pipeline stage ``stage``; ``padded``: rows of the vocabulary over all ranks."""
-    layers = shape.num_layers // layout.pipeline
+    a_stage = shape.num_layers // layout.pipeline
+    layers = range(stage * a_stage, (stage + 1) * a_stage)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     # a tied head is the embedding, but where that lies on another stage
     heads = int(is_first) + int(is_last and not (shape.tied and is_first))
+    sparse = _sparse_layers(shape, layers)
+    of_layers = len(layers) * _attention(shape, layout.tensor)
+    of_layers += (len(layers) - sparse) * _mlp(shape, layout.tensor) + sparse * _router(shape)
     return Parameters(
-        dense=layers * _layer(shape, layout.tensor) + is_last * shape.hidden_size,
-        experts=layers * _experts(shape, layout),
+        dense=of_layers + is_last * shape.hidden_size,
+        experts=sparse * (_experts(shape) // layout.expert),
         vocabulary=heads * padded // layout.tensor * shape.hidden_size,
     )
 
@@ -46,23 +50,36 @@ def model_parameters(shape: ModelShape) -> int:
 
 def active_parameters(shape: ModelShape) -> int:
     """Of the layers that one token goes through: no embedding, no LM head."""
-    per_expert = 3 * shape.ffn_hidden_size * shape.hidden_size
-    return shape.num_layers * (_layer(shape, 1) + shape.experts_per_token * per_expert)
+    sparse = _sparse_layers(shape, range(shape.num_layers))
+    used = 0
+    if shape.experts is not None:
+        used = _experts(shape) // shape.experts.count * shape.experts.per_token + _router(shape)
+    dense = (shape.num_layers - sparse) * _mlp(shape, 1)
+    return shape.num_layers * _attention(shape, 1) + dense + sparse * used
 
 
-def _layer(shape: ModelShape, tensor: int) -> int:
-    """One layer without its experts."""
+def _attention(shape: ModelShape, tensor: int) -> int:
+    """Of one layer, with both its norms."""
     h, q, kv = shape.hidden_size, shape.q_width, shape.kv_width
-    attention = (q + 2 * kv) // tensor * h + q // tensor * h
+    weights = (q + 2 * kv) // tensor * h + q // tensor * h
     bias = shape.qkv_bias * (q + 2 * kv) // tensor
-    norms = 2 * h + shape.qk_norm * 2 * shape.head_dim
-    if shape.num_experts:
-        mlp = shape.num_experts * h  # the router
-    else:
-        mlp = 3 * shape.ffn_hidden_size // tensor * h
-    return attention + bias + norms + mlp
+    return weights + bias + 2 * h + shape.qk_norm * 2 * shape.head_dim
 
 
-def _experts(shape: ModelShape, layout: Layout) -> int:
-    per_expert = 3 * shape.ffn_hidden_size // layout.tensor * shape.hidden_size
-    return shape.num_experts // layout.expert * per_expert
+def _mlp(shape: ModelShape, tensor: int) -> int:
+    return 3 * shape.ffn_hidden_size // tensor * shape.hidden_size
+
+
+def _router(shape: ModelShape) -> int:
+    return shape.experts.count * shape.hidden_size if shape.experts else 0
+
+
+def _experts(shape: ModelShape) -> int:
+    """Of one layer, all of them; none is cut by tensor parallelism."""
+    if shape.experts is None:
+        return 0
+    return shape.experts.count * 3 * shape.experts.ffn_hidden_size * shape.hidden_size
+
+
+def _sparse_layers(shape: ModelShape, layers: range) -> int:
+    return sum(layer in shape.experts.layers for layer in layers) if shape.experts else 0

@@ -97,9 +97,9 @@ def assumption_lines(problem: Problem, work: Work) -> Iterator[str]:
     yield from problem.assume.lines()
     yield (
         f"tokens of a problem: memory for the longest, {work.prompt} (teacher "
-        f"{work.teacher_prompt}) + {work.response}; time for sequences padded to that, and for "
-        f"{work.mean_prompt:.0f} + {work.mean_response:.0f} where padding is left out (loss, "
-        "rollouts)"
+        f"{work.teacher_prompt}) + {work.response}; time for "
+        f"{work.mean_prompt:.0f} + {work.mean_response:.0f}"
+        + (", packed" if work.packed else " in loss and rollouts, elsewhere padded to the longest")
     )
     yield (
         f"rollouts in {work.on_policy:.0%} of the steps; the one pass of a cached teacher over all "

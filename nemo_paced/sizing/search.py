@@ -141,7 +141,7 @@ def _cost(candidate: Candidate) -> tuple[float, ...]:
 
 def _micro_batches(work: Work) -> Iterator[Work]:
     follows = work.teacher_micro_batch_size == work.micro_batch_size
-    for size in sorted({1, work.micro_batch_size}):
+    for size in sorted({1, work.micro_batch_size}):  # of packed rows always 1
         of_teacher = size if follows else work.teacher_micro_batch_size
         yield replace(work, micro_batch_size=size, teacher_micro_batch_size=of_teacher)
 
@@ -177,8 +177,8 @@ def cuts(shape: ModelShape, cluster: Cluster, gpus: int, *, trained: bool) -> It
         if tensor > cluster.gpus_per_node or gpus % ranks or not divides(shape, tensor, pipeline):
             continue
         data = gpus // ranks
-        for expert in POWERS if shape.num_experts else (1,):
-            if expert > 1 and (shape.num_experts % expert or (data * context) % expert):
+        for expert in POWERS if shape.experts else (1,):
+            if shape.experts and (shape.experts.count % expert or gpus % (expert * pipeline)):
                 continue
             for recompute in recomputes:
                 yield Layout(
@@ -195,7 +195,8 @@ def cuts(shape: ModelShape, cluster: Cluster, gpus: int, *, trained: bool) -> It
 
 def divides(shape: ModelShape, tensor: int, pipeline: int) -> bool:
     """Whether heads, key-value heads, MLP columns and layers can be cut so."""
-    columns = (shape.num_heads, shape.num_kv_heads, shape.ffn_hidden_size)
+    dense = shape.experts is None or len(shape.experts.layers) < shape.num_layers
+    columns = (shape.num_heads, shape.num_kv_heads, *([shape.ffn_hidden_size] if dense else []))
     return not any(size % tensor for size in columns) and shape.num_layers % pipeline == 0
 
 

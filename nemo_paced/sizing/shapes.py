@@ -13,9 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nemo_paced.config import PacedConfig, Precision, ResponseSource
+from nemo_paced.config import ModelConfig, PacedConfig, Precision, ResponseSource
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.architectures import Architecture, Experts
 
 
 class Recompute(Enum):
@@ -27,12 +27,12 @@ class Recompute(Enum):
 
 
 class Placement(Enum):
-    """Where the teacher's weights are while the student trains."""
+    """``teacher.placement``, and ``separate``: on GPUs of its own."""
 
-    colocated = "colocated"  # beside the student
-    offloaded = "offloaded"  # in host memory, on the GPUs for its phase of a step
-    cached = "cached"  # nowhere: its signals of stored responses lie on disk
-    separate = "separate"  # on GPUs of its own
+    colocated = "colocated"
+    offloaded = "offloaded"
+    cached = "cached"
+    separate = "separate"
 
 
 class Accelerator(Enum):
@@ -44,11 +44,11 @@ class Accelerator(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A model's sizes; ``num_experts`` 0: dense, else every layer has that many.
+    """A model's sizes.
 
     Attributes:
-        ffn_hidden_size: of the MLP, or of one expert.
-        experts_per_token: experts that a token goes through.
+        ffn_hidden_size: of the MLP of the layers without experts.
+        experts: ``None``: no layer has any.
     """
 
     num_layers: int
@@ -61,8 +61,7 @@ class ModelShape:
     tied: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
-    num_experts: int = 0
-    experts_per_token: int = 0
+    experts: Experts | None = None
 
     @property
     def q_width(self) -> int:
@@ -81,11 +80,10 @@ class ModelShape:
             ConfigError: an architecture that is not supported.
         """
         of = Architecture.from_config(dict(config), where)
-        experts = int(config.get("num_experts") or 0)
         return ModelShape(
             num_layers=of.num_layers,
             hidden_size=of.hidden_size,
-            ffn_hidden_size=config["moe_intermediate_size"] if experts else of.ffn_hidden_size,
+            ffn_hidden_size=of.ffn_hidden_size,
             num_heads=of.num_heads,
             num_kv_heads=of.num_kv_heads,
             head_dim=of.head_dim,
@@ -93,8 +91,7 @@ class ModelShape:
             tied=of.tied,
             qkv_bias=of.qkv_bias,
             qk_norm=of.qk_norm,
-            num_experts=experts,
-            experts_per_token=int(config.get("num_experts_per_tok") or 0) if experts else 0,
+            experts=of.experts,
         )
 
     @staticmethod
@@ -142,8 +139,8 @@ class Layout:
 
     @property
     def expert_data(self) -> int:
-        """Ranks that hold the same experts (their tensor parallelism is the model's)."""
-        return self.world_size // (self.tensor * self.expert * self.pipeline)
+        """Ranks that hold the same experts, which tensor parallelism does not cut."""
+        return self.world_size // (self.expert * self.pipeline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +162,7 @@ class Work:
         precision_bytes: of weights and activations: 2 for bf16, 4 for fp32.
         top_k: of the teacher's signal; 0: hidden states.
         vocab_multiple: ``model.make_vocab_size_divisible_by``.
+        packed: ``model.packed_sequence_size``: tokens of a row; 0: sequences are padded.
         chunk_size: ``loss.chunk_size``; ``None``: the loss's own choice.
         on_policy: share of the steps that train on fresh rollouts.
     """
@@ -180,6 +178,7 @@ class Work:
     precision_bytes: int = 2
     top_k: int = 0
     vocab_multiple: int = 128
+    packed: int = 0
     chunk_size: int | None = None
     on_policy: float = 0.0
     num_rollouts: int = 8
@@ -187,13 +186,28 @@ class Work:
     accelerator: Accelerator = Accelerator.gpu
 
     def sequence(self, layout: Layout, *, teacher: bool = False) -> int:
-        """Longest padded sequence, tokens, as ``data/packing.py`` pads it."""
-        multiple = math.lcm(8, layout.tensor) * layout.context
+        """Tokens of a row, over all context-parallel ranks, as ``data/packing.py`` cuts it."""
+        pieces = 2 * layout.context if layout.context > 1 else 1
+        multiple = math.lcm(8, pieces * layout.tensor)
         longest = (self.teacher_prompt if teacher else self.prompt) + self.response
-        return -(-longest // multiple) * multiple
+        row = max(self.packed, longest) if self.packed else longest
+        return -(-row // multiple) * multiple
+
+    def attended(self, layout: Layout, *, teacher: bool = False) -> float:
+        """Tokens that see each other: packed sequences do not."""
+        if self.packed:
+            return self.mean_prompt + self.mean_response
+        return self.sequence(layout, teacher=teacher)
+
+    def responses_of_a_row(self, layout: Layout) -> int:
+        """Most response tokens of a row."""
+        return self.sequence(layout) if self.packed else self.response
 
     def micro_batches(self, layout: Layout, *, teacher: bool = False) -> int:
         """Of each data-parallel rank in a step."""
+        if self.packed:
+            tokens = self.share(layout) * (self.mean_prompt + self.mean_response)
+            return max(1, math.ceil(tokens / self.sequence(layout, teacher=teacher)))
         size = self.teacher_micro_batch_size if teacher else self.micro_batch_size
         return max(1, -(-self.share(layout) // size))
 
@@ -210,20 +224,24 @@ def padded_vocab(student: ModelShape, teacher: ModelShape, work: Work, tensor: i
 
 def student_layout(config: PacedConfig) -> Layout:
     """As the configuration asks for it."""
-    model = config.model
+    return _layout(config.model, config.world_size)
+
+
+def teacher_plan(config: PacedConfig) -> TeacherPlan:
+    """As the configuration asks for it."""
+    layout = _layout(config.teacher_model, config.world_size)
+    return TeacherPlan(layout, Placement(config.teacher.placement.value))
+
+
+def _layout(model: ModelConfig, world_size: int) -> Layout:
     return Layout(
         tensor=model.tensor_model_parallel_size,
         pipeline=model.pipeline_model_parallel_size,
         context=model.context_parallel_size,
         expert=model.expert_model_parallel_size,
-        data=config.data_parallel_size,
+        data=world_size // model.model_parallel_size,
         sequence_parallel=model.sequence_parallel,
     )
-
-
-def teacher_plan(config: PacedConfig) -> TeacherPlan:
-    """As the configuration asks for it: today always beside the student, in its layout."""
-    return TeacherPlan(student_layout(config))
 
 
 def work_of(
@@ -244,6 +262,7 @@ def work_of(
         precision_bytes=2 if config.trainer.compute_precision is Precision.bf16 else 4,
         top_k=config.teacher.top_k,
         vocab_multiple=model.make_vocab_size_divisible_by,
+        packed=model.packed_sequence_size,
         chunk_size=config.loss.chunk_size,
         on_policy=on_policy,
         num_rollouts=config.weights.num_rollouts,

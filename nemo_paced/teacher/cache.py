@@ -1,12 +1,12 @@
-"""A teacher's top-k signal of stored responses on disk: computed once, used in every epoch.
+"""A teacher's signal of stored responses on disk: computed once, used in every epoch.
 
-Content-addressed: an entry's name is a hash of the teacher, of what was cut from it (k,
-temperature, vocabulary) and of the token ids it saw. A changed teacher, prompt or tokenizer finds
-no entry and is computed anew; nothing stale is ever read, and runs may share a folder. An entry is
-written under another name and renamed, so that a killed run leaves none half-written; one that is
-damaged all the same is named, and computed again.
+Content-addressed: an entry's name is a hash of the teacher, of what was taken from it (hidden
+states, or a top-k with k, temperature and vocabulary) and of the token ids it saw. A changed
+teacher, prompt or tokenizer finds no entry and is computed anew; nothing stale is ever read, and
+runs may share a folder. An entry is written under another name and renamed, so that a killed run
+leaves none half-written; one that is damaged all the same is named, and computed again.
 
-Not covered: hidden states (16 times larger at h = 4,096 and k = 64), eviction.
+Not covered: eviction.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.losses.topk import TopKTeacher
+from nemo_paced.teacher.signal import ResponseSignal
 
 logger = logging.getLogger(__name__)
 
-_FIELDS = ("log_probs", "ids", "tail_log_prob")
+_TOP_K = ("log_probs", "ids", "tail_log_prob")
+_HIDDEN = "hidden"
 
 
 def model_identity(hf_dir: Path) -> str:
@@ -43,7 +45,7 @@ def model_identity(hf_dir: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class TopKCache:
+class SignalCache:
     """Entries of one teacher and one way to cut its signal.
 
     Attributes:
@@ -53,7 +55,7 @@ class TopKCache:
     folder: Path
     identity: dict[str, Any]
 
-    def get(self, item: TrainItem, device: torch.device) -> TopKTeacher | None:
+    def get(self, item: TrainItem, device: torch.device) -> ResponseSignal | None:
         """The entry of the item's response, on the device; ``None`` without a whole one."""
         path = self._path(item)
         try:
@@ -65,14 +67,28 @@ class TopKCache:
             if hashlib.sha256(content).digest() != checksum:
                 raise SafetensorError("checksum differs")
             tensors = safetensors.torch.load(content)
-            return TopKTeacher(*(tensors[name].to(device) for name in _FIELDS))
+            if _HIDDEN in tensors:
+                return tensors[_HIDDEN].to(device)
+            return TopKTeacher(*(tensors[name].to(device) for name in _TOP_K))
         except (SafetensorError, KeyError) as error:
             logger.warning("teacher cache: %s is damaged (%s): computed again", path, error)
             return None
 
-    def put(self, item: TrainItem, signal: TopKTeacher) -> None:
+    def has(self, item: TrainItem) -> bool:
+        """Whether there is an entry, without reading it."""
+        return self._path(item).exists()
+
+    def put(self, item: TrainItem, signal: ResponseSignal) -> None:
         """Keep a signal; one of the ranks that hold it calls this. A full disk costs the entry."""
-        tensors = {name: getattr(signal, name).cpu().contiguous() for name in _FIELDS}
+        if isinstance(signal, TopKTeacher):
+            parts = {name: getattr(signal, name) for name in _TOP_K}
+        else:
+            parts = {_HIDDEN: signal}
+        # a view of a batch's tensor would be written with all of its storage
+        tensors = {
+            name: part.cpu().clone(memory_format=torch.contiguous_format)
+            for name, part in parts.items()
+        }
         content = safetensors.torch.save(tensors)
         path = self._path(item)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -89,4 +105,4 @@ class TopKCache:
             [self.identity, item.teacher_prompt_ids, item.response_ids], sort_keys=True
         )
         name = hashlib.sha256(key.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.topk"
+        return self.folder / name[:2] / f"{name}.signal"

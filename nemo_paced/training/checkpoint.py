@@ -27,7 +27,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_paced.errors import CheckpointError
-from nemo_paced.hf.export_weights import copy_metadata
+from nemo_paced.hf.export_weights import check_new_directory, copy_metadata
 from nemo_paced.parallel import Parallel
 from nemo_paced.training.student import Student
 
@@ -131,14 +131,29 @@ def load_model(directory: Path, gpt: GPTModel) -> None:
 
 
 def save_model(directory: Path, gpt: GPTModel, hf_dir: Path, parallel: Parallel) -> None:
-    """Write a checkpoint of weights alone (``import-hf``): a start, not a run to resume."""
-    if parallel.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise CheckpointError(f"{directory} is not empty: choose a new directory")
-        copy_metadata(hf_dir, directory / HF_FOLDER)
+    """Write a checkpoint of weights alone (``import-hf``): a start, not a run to resume.
+
+    Collective; under a temporary name first, which a later start replaces.
+
+    Raises:
+        CheckpointError: it could not be written, or ``directory`` exists and is not empty.
+    """
+    check_new_directory(directory, parallel)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    try:
+        if parallel.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            copy_metadata(hf_dir, temporary / HF_FOLDER)
+        torch.distributed.barrier()
+        dist_checkpointing.save({"model": gpt.sharded_state_dict()}, str(temporary))
+        if parallel.rank == 0:
+            if directory.exists():
+                directory.rmdir()
+            temporary.rename(directory)
+    except _FAILURES as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{directory} could not be written: {_reason(error)}") from error
     torch.distributed.barrier()
-    dist_checkpointing.save({"model": gpt.sharded_state_dict()}, str(directory))
 
 
 def read_state(directory: Path) -> RunState:
@@ -183,7 +198,7 @@ def _sharded_state(
             _rng_state(),
             (parallel.pp_size, parallel.tp_size),
             (parallel.pp_rank, parallel.tp_rank),
-            replica_id=parallel.dp_rank,
+            replica_id=parallel.groups.dp_cp.rank(),
         )
     return state
 
@@ -200,8 +215,10 @@ def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _complete_steps(optimizer: dict[str, Any]) -> None:
     """A step count of 0 is left out when saving, and torch's Adam asks for it when loading."""
-    state = optimizer.get("optimizer", optimizer)["state"]
-    state.setdefault("common_step", torch.tensor(0.0))
+    # with experts, theirs and that of the other layers are two optimizers, numbered
+    for one in optimizer.values() if 0 in optimizer else [optimizer]:
+        state = one.get("optimizer", one)["state"]
+        state.setdefault("common_step", torch.tensor(0.0))
 
 
 def _rng_state() -> dict[str, Any]:

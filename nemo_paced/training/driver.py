@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.rollout.sampling import SamplingSettings
+from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.training import checkpoint, prepare
 from nemo_paced.training.batches import Batch, build_items
 from nemo_paced.training.fingerprint import check_data
@@ -91,6 +93,25 @@ class Driver:
             reduction=self.config.loss.reduction.value,
         )
         return Batch(items, metrics)
+
+    def uncached_references(self, cache: SignalCache) -> Iterator[Batch]:
+        """Stored responses that will be trained on and have no teacher signal yet, in batches."""
+        by_id = self.table.weights()
+        problems = [problem for problem in self.problems if by_id[problem.id] > 0]
+        items = build_items(
+            problems,
+            [by_id[problem.id] for problem in problems],
+            [self.references[problem.id] for problem in problems],
+            prompts=self.prompts,
+            reduction=self.config.loss.reduction.value,
+        )
+        missing = [item for item in items if not cache.has(item)]
+        logger.info("teacher cache: %d of %d responses to compute", len(missing), len(items))
+        size = self.config.model.global_batch_size
+        with prepare.bar_task(self.bar, "teacher signals", len(missing)) as advance:
+            for begin in range(0, len(missing), size):
+                yield Batch(missing[begin : begin + size], {})
+                advance(min(begin + size, len(missing)), len(missing))
 
     def validate(self, step: int) -> dict[str, float]:
         """mean@k of the served student on the held-out problems."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import resource
 import time
@@ -27,12 +28,13 @@ from pathlib import Path
 import torch
 
 from nemo_paced import parallel as parallel_module
-from nemo_paced.config import PacedConfig
+from nemo_paced.config import PacedConfig, TeacherPlacement
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.errors import PacedError
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import PacedGPTModel, load_hf_config
 from nemo_paced.parallel import Parallel
-from nemo_paced.training.setup import Models, build_models
+from nemo_paced.training.setup import Models, WeightReader, build_models
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class DryRank:
 
     Attributes:
         layers, parameters: of its part of the student.
-        micro_batches: that went through it.
+        problems: of the global batch that was run.
         peak_bytes: of this process so far, resident.
     """
 
@@ -54,7 +56,7 @@ class DryRank:
     stage: int
     layers: int
     parameters: int
-    micro_batches: int
+    problems: int
     seconds: float
     peak_bytes: int
 
@@ -81,24 +83,33 @@ def chosen_ranks(config: PacedConfig) -> list[int]:
 
 def shortened(config: PacedConfig, folder: Path) -> PacedConfig:
     """The same configuration with models of few layers, on CPU tensors, without a cache."""
-    student = _short_model(config, Path(config.student.hf_path), folder / "student")
+    both = (config.model, config.teacher_model)
+    stages = math.lcm(*(model.pipeline_model_parallel_size for model in both))
+    student = _short_model(stages, Path(config.student.hf_path), folder / "student")
     teacher = ""
     if config.teacher.hf_path:
-        teacher = _short_model(config, Path(config.teacher.hf_path), folder / "teacher")
+        teacher = _short_model(stages, Path(config.teacher.hf_path), folder / "teacher")
+    own = replace(config.teacher, hf_path=teacher, cache_dir=None)
+    if own.placement is TeacherPlacement.cached:  # what would fill the cache is run each time
+        own.placement = TeacherPlacement.colocated
     return replace(
         config,
         trainer=replace(config.trainer, accelerator="cpu"),
         student=replace(config.student, hf_path=student),
-        teacher=replace(config.teacher, hf_path=teacher, cache_dir=None),
+        teacher=own,
     )
 
 
-def _short_model(config: PacedConfig, source: Path, target: Path) -> str:
-    """``config.json`` with fewer layers, and links to what else is small (the tokenizer)."""
+def _short_model(stages: int, source: Path, target: Path) -> str:
+    """``config.json`` with fewer layers, and links to what else is small (the tokenizer).
+
+    Args:
+        stages: a number that the layers must divide into.
+    """
     target.mkdir()
     hf_config = load_hf_config(source)
-    whole, stages = hf_config["num_hidden_layers"], config.model.pipeline_model_parallel_size
-    layers = stages * min(LAYERS_A_STAGE, whole // stages)
+    whole = hf_config["num_hidden_layers"]
+    layers = stages * max(1, min(LAYERS_A_STAGE, whole // stages))
     cut = {
         key: value[:layers]  # what it lists of each layer (`layer_types`)
         for key, value in hf_config.items()
@@ -119,7 +130,7 @@ def _run_rank(config: PacedConfig, rank: int) -> DryRank:
     stage = rank * stages // config.world_size
     try:
         with _as_rank(config, rank) as parallel:
-            models = build_models(config, parallel, load_weights=random_weights)
+            models = build_models(config, parallel, weights=RANDOM)
             items = _items(config)
             for each in config.stages:  # their divergences and responses differ
                 models.step(items, each, config.model.optim.lr)
@@ -130,7 +141,7 @@ def _run_rank(config: PacedConfig, rank: int) -> DryRank:
                 stage=stage,
                 layers=len(models.student.gpt.decoder.layers),
                 parameters=sum(p.numel() for p in models.student.gpt.parameters()),
-                micro_batches=len(items) // parallel.dp_size // config.model.micro_batch_size,
+                problems=len(items),
                 seconds=time.monotonic() - began,
                 peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             )
@@ -161,7 +172,7 @@ def _as_rank(config: PacedConfig, rank: int) -> Iterator[Parallel]:
         gc.collect()  # hooks and models refer to each other: the next rank needs the memory
 
 
-def random_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) -> None:
+def _random_model(gpt: PacedGPTModel, hf_dir: Path, parallel: Parallel) -> None:
     """Small values in place of those of a checkpoint."""
     with torch.no_grad():
         for parameter in gpt.parameters():
@@ -169,6 +180,21 @@ def random_weights(gpt: PacedGPTModel, hf_dir: str | Path, parallel: Parallel) -
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0, 0.02)
+
+
+def _random_head(
+    architecture: Architecture,
+    hf_dir: Path,
+    parallel: Parallel,
+    *,
+    padded_vocab: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    shape = padded_vocab // parallel.tp_size, architecture.hidden_size
+    return torch.randn(shape, dtype=dtype, device=parallel.device).mul_(0.02)
+
+
+RANDOM = WeightReader(_random_model, _random_head)
 
 
 def _items(config: PacedConfig) -> list[TrainItem]:

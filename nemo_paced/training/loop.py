@@ -7,15 +7,17 @@ on a key of the store, never inside a collective.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nemo_paced import parallel as parallel_module
-from nemo_paced.config import PacedConfig, ResponseSource
+from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
 from nemo_paced.errors import PacedError
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint, schedule
@@ -45,6 +47,7 @@ def train(config: PacedConfig, run_dir: Path) -> None:
         accelerator=config.trainer.accelerator,
         timeout_s=config.training.collective_timeout_s,
     )
+    config = with_cache_folder(config, run_dir)
     try:
         resume_from = newest_checkpoint(config, run_dir)
         driver_context = Driver(config, run_dir) if parallel.rank == 0 else nullcontext()
@@ -53,6 +56,14 @@ def train(config: PacedConfig, run_dir: Path) -> None:
             Loop(config, run_dir, all_stages, models, driver, parallel).run(resume_from)
     finally:
         parallel_module.shutdown()
+
+
+def with_cache_folder(config: PacedConfig, run_dir: Path) -> PacedConfig:
+    """``teacher.placement=cached`` keeps its signals in the run unless a folder is named."""
+    teacher = config.teacher
+    if teacher.placement is not TeacherPlacement.cached or teacher.cache_dir is not None:
+        return config
+    return replace(config, teacher=replace(teacher, cache_dir=str(run_dir / "teacher_cache")))
 
 
 def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
@@ -104,6 +115,7 @@ class Loop:
         with RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log:
             if self.driver is not None:
                 self.driver.prepare(resumed_from=resume_from, log=log)
+            self._fill_teacher_cache()
             while self.step < max_steps:
                 log.step(self._one_step())
             self._save()
@@ -118,14 +130,13 @@ class Loop:
         if stage.config.responses is ResponseSource.rollouts:
             self._refit_if_due()
         with self._timed("rollout"):
-            batch = self._exchange_batch(stage)
+            batch = self._batch(stage)
         rate = schedule.learning_rate(
             self.config.model.optim, self.step, self.config.trainer.max_steps
         )
         result = self.models.step(batch.items, stage.config, rate) if batch.items else None
-        if result is not None and self.driver is not None:
-            # a step is collective: every rank has read its batch
-            parallel_module.forget(_batch_key(self.step))
+        if result is not None:
+            self._forget(_batch_key(self.step))  # a step is collective: every rank has read it
         self._guard(result, batch, stage)
         staleness = self.step - self.served_step if self.served_step is not None else None
         self.step += 1
@@ -156,6 +167,25 @@ class Loop:
             self._refit()
             if self.driver is not None:
                 self.driver.estimate_pass_rates(self.step)
+            self._fill_teacher_cache()
+
+    def _fill_teacher_cache(self) -> None:
+        """``teacher.placement=cached``: all signals that are missing, then no teacher any more."""
+        if self.config.teacher.placement is not TeacherPlacement.cached:
+            return
+        source = self.models.step.teacher
+        assert source.cache is not None, "with_cache_folder named one"
+        chunks: Iterator[Batch] = iter(())
+        if self.driver is not None:
+            chunks = self.driver.uncached_references(source.cache)
+        for number in itertools.count():
+            key = f"uncached/{self.step}/{number}"
+            batch = self._exchange(key, lambda: next(chunks, Batch([], {})))
+            if not batch.items:
+                break
+            source.fill(batch.items)
+            self._forget(key)  # collective above: every rank has read it
+        source.held.release()
 
     def _refit_if_due(self) -> None:
         every = self.config.rollout.refit_every_n_steps
@@ -170,14 +200,25 @@ class Loop:
             self.models.push_weights(self.driver, self.step)
         self.served_step = self.step
 
-    def _exchange_batch(self, stage: Stage) -> Batch:
-        key = _batch_key(self.step)
+    def _batch(self, stage: Stage) -> Batch:
+        def sample() -> Batch:
+            assert self.driver is not None, "rank 0 has one"
+            return self.driver.batch(self.step, self.consumed, stage.config)
+
+        return self._exchange(_batch_key(self.step), sample)
+
+    def _exchange(self, key: str, make: Callable[[], Batch]) -> Batch:
+        """What rank 0 makes, on every rank."""
+        if self.driver is None:
+            return Batch.from_message(parallel_module.await_value(key, MESSAGE_TIMEOUT_S))
+        batch = make()
+        if self.parallel.world_size > 1:
+            parallel_module.publish(key, batch.to_message())
+        return batch
+
+    def _forget(self, key: str) -> None:
         if self.driver is not None:
-            batch = self.driver.batch(self.step, self.consumed, stage.config)
-            if self.parallel.world_size > 1:
-                parallel_module.publish(key, batch.to_message())
-            return batch
-        return Batch.from_message(parallel_module.await_value(key, MESSAGE_TIMEOUT_S))
+            parallel_module.forget(key)
 
     def _guard(self, result: StepResult | None, batch: Batch, stage: Stage) -> None:
         """Count skipped steps, and stop when they or the log-probability gap pass their bound."""

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nemo_paced.config import PacedConfig, to_dict
+import torch
+
+from nemo_paced.config import ModelConfig, PacedConfig, TeacherPlacement, to_dict
+from nemo_paced.data.packing import Cut
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import PacedGPTModel, build_gpt, load_hf_config
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.import_weights import load_hf_head, load_hf_weights
+from nemo_paced.hf.model import DTYPES, build_gpt, load_hf_config, padded_vocab_size
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel import Parallel, beside
 from nemo_paced.rollout.refit import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
-from nemo_paced.teacher.cache import TopKCache, model_identity
-from nemo_paced.teacher.model import SignalKind, Teacher
+from nemo_paced.teacher.cache import SignalCache, model_identity
+from nemo_paced.teacher.model import HiddenStates, Teacher
+from nemo_paced.teacher.placement import HeldTeacher
+from nemo_paced.teacher.signal import SignalKind
+from nemo_paced.teacher.source import TeacherSource
 from nemo_paced.training import checkpoint
 from nemo_paced.training.output_layer import DivergenceOutputLayer
 from nemo_paced.training.step import Step
@@ -64,62 +71,162 @@ class Models:
         )
 
 
-def build_models(
-    config: PacedConfig,
-    parallel: Parallel,
-    *,
-    load_weights: Callable[[PacedGPTModel, Path, Parallel], None] = load_hf_weights,
-) -> Models:
-    """Load both Hugging Face checkpoints into this rank's shards.
+def check_layouts(config: PacedConfig) -> None:
+    """Whether both models can be cut as asked; from their ``config.json`` alone.
 
-    Args:
-        load_weights: fills a model from its directory; a dry run has no weights to read.
+    Raises:
+        ConfigError: a size that does not divide a model, or a key for experts where there are none.
     """
-    student_dir, teacher_dir = Path(config.student.hf_path), Path(config.teacher_hf_path)
-    student_hf, teacher_hf = load_hf_config(student_dir), load_hf_config(teacher_dir)
-    # both heads are cut alike, so that student and teacher shards hold the same columns
-    rows = max(student_hf["vocab_size"], teacher_hf["vocab_size"])
-
-    def gpt_of(hf_config: dict[str, Any], directory: Path) -> Any:
-        gpt = build_gpt(
-            hf_config,
-            config.model,
-            parallel,
-            precision=config.trainer.compute_precision,
-            vocab_size_hint=rows,
+    student, teacher = (
+        Architecture.from_config(load_hf_config(path), f"{path}/config.json")
+        for path in (config.student.hf_path, config.teacher_hf_path)
+    )
+    model = config.model
+    for architecture, layout, prefix in (
+        (student, model, "model"),
+        (teacher, config.teacher_model, "teacher"),
+    ):
+        architecture.check_layout(
+            layout.tensor_model_parallel_size,
+            layout.pipeline_model_parallel_size,
+            expert=layout.expert_model_parallel_size,
+            sequence_parallel=layout.sequence_parallel,
+            prefix=prefix,
         )
-        load_weights(gpt, directory, parallel)
-        return gpt
-
-    student_gpt = gpt_of(student_hf, student_dir)
-    if parallel.is_last_stage:
-        DivergenceOutputLayer.install(student_gpt)
-    student = build_student(student_gpt, config, parallel)
-    vocab_size = tokenizer_vocab_size(student_dir)
-    signal = SignalKind(config.teacher.top_k, config.loss.temperature, vocab_size)
-    if signal.top_k > vocab_size:
+    if model.expert_model_parallel_size > 1 and not (student.experts or teacher.experts):
         raise ConfigError(
-            f"teacher.top_k is {signal.top_k} and the vocabulary has {vocab_size} tokens: it must "
-            "be at most that, or 0 for the exact loss"
+            f"model.expert_model_parallel_size is {model.expert_model_parallel_size}, and neither "
+            f"the student ({student.name}) nor the teacher ({teacher.name}) has experts: set it "
+            "to 1"
         )
-    teacher = Teacher(gpt_of(teacher_hf, teacher_dir), parallel, signal)
-    logger.info("teacher signal: %d bytes a response token", teacher.bytes_per_token)
-    cache = None
-    if config.teacher.cache_dir is not None:
-        identity = {
-            **asdict(signal),
-            "teacher": model_identity(teacher_dir),
-            "precision": config.trainer.compute_precision.value,
-        }
-        cache = TopKCache(Path(config.teacher.cache_dir), identity)
+    if model.moe_aux_loss_coeff and not student.experts:
+        raise ConfigError(
+            f"model.moe_aux_loss_coeff is {model.moe_aux_loss_coeff}, and the student "
+            f"({student.name}) has no experts: set it to 0"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightReader:
+    """Where weights come from: Hugging Face files, but in a dry run.
+
+    Attributes:
+        model: as :func:`~nemo_paced.hf.import_weights.load_hf_weights`.
+        head: as :func:`~nemo_paced.hf.import_weights.load_hf_head`.
+    """
+
+    model: Callable[..., None] = load_hf_weights
+    head: Callable[..., torch.Tensor] = load_hf_head
+
+
+HF_FILES = WeightReader()
+
+
+def build_models(
+    config: PacedConfig, parallel: Parallel, *, weights: WeightReader = HF_FILES
+) -> Models:
+    """Load both Hugging Face checkpoints into this rank's shards."""
+    student_dir = Path(config.student.hf_path)
+    vocab_size = tokenizer_vocab_size(student_dir)
+    # before the student's large buffers: what is wrong with the teacher shows first
+    teacher = build_teacher(config, parallel, vocab_size, weights=weights)
+    gpt = build_gpt(
+        load_hf_config(student_dir),
+        config.model,
+        parallel,
+        precision=config.trainer.compute_precision,
+        vocab_size_hint=_common_rows(config),
+    )
+    weights.model(gpt, student_dir, parallel)
+    if parallel.is_last_stage:
+        DivergenceOutputLayer.install(gpt)
+    student = build_student(gpt, config, parallel)
     step = Step(
         student=student,
         teacher=teacher,
-        model=config.model,
+        cut=_cut(config.model),
         loss=config.loss,
-        teacher_micro_batch_size=config.teacher.micro_batch_size or config.model.micro_batch_size,
         vocab_size=vocab_size,
         parallel=parallel,
-        cache=cache,
     )
     return Models(config, parallel, student, step)
+
+
+def build_teacher(
+    config: PacedConfig,
+    student: Parallel,
+    vocab_size: int,
+    *,
+    weights: WeightReader = HF_FILES,
+) -> TeacherSource:
+    """The teacher in its own layout, and its LM head in the student's.
+
+    Args:
+        student: the student's layout.
+        vocab_size: the true vocabulary.
+    """
+    kind = SignalKind(config.teacher.top_k, config.loss.temperature, vocab_size)
+    if kind.top_k > vocab_size:
+        raise ConfigError(
+            f"teacher.top_k is {kind.top_k} and the vocabulary has {vocab_size} tokens: it must "
+            "be at most that, or 0 for the exact loss"
+        )
+    hf_dir = Path(config.teacher_hf_path)
+    hf_config = load_hf_config(hf_dir)
+    architecture = Architecture.from_config(hf_config, f"{hf_dir}/config.json")
+    dtype = DTYPES[config.trainer.compute_precision]
+    parallel = beside(student, config.teacher_model, timeout_s=config.training.collective_timeout_s)
+
+    def load() -> Teacher:
+        gpt = build_gpt(
+            hf_config, config.teacher_model, parallel, precision=config.trainer.compute_precision
+        )
+        if parallel.is_last_stage:
+            HiddenStates.install(gpt, parallel)
+        weights.model(gpt, hf_dir, parallel)
+        return Teacher(gpt, parallel)
+
+    head = None
+    if student.is_last_stage:
+        # both heads are cut alike, so that student and teacher shards hold the same columns
+        padded = padded_vocab_size(_common_rows(config), config.model)
+        head = weights.head(architecture, hf_dir, student, padded_vocab=padded, dtype=dtype)
+    placement = config.teacher.placement
+    source = TeacherSource(
+        held=HeldTeacher(load, placement),
+        parallel=parallel,
+        student=student,
+        kind=kind,
+        head_weight=head,
+        hidden_size=architecture.hidden_size,
+        dtype=dtype,
+        cut=_cut(config.teacher_model),
+        cache=_cache(config, kind, hf_dir),
+        keep_loaded=placement is not TeacherPlacement.cached,
+    )
+    if source.keep_loaded:
+        source.held.load()
+    logger.info("teacher signal: %d bytes a response token", source.bytes_per_token)
+    return source
+
+
+def _cache(config: PacedConfig, kind: SignalKind, hf_dir: Path) -> SignalCache | None:
+    folder = config.teacher.cache_dir
+    if folder is None:
+        return None
+    identity = {
+        **kind.identity(),
+        "teacher": model_identity(hf_dir),
+        "precision": config.trainer.compute_precision.value,
+    }
+    return SignalCache(Path(folder), identity)
+
+
+def _cut(model: ModelConfig) -> Cut:
+    return Cut(model.micro_batch_size, model.packed_sequence_size)
+
+
+def _common_rows(config: PacedConfig) -> int:
+    """Rows of the larger of both embeddings."""
+    paths = (config.student.hf_path, config.teacher_hf_path)
+    return max(load_hf_config(path)["vocab_size"] for path in paths)

@@ -15,23 +15,15 @@ from functools import partial
 
 import torch
 
-from nemo_paced.config import LossConfig, ModelConfig, ResponseSource, StageConfig
-from nemo_paced.data.packing import (
-    MicroBatch,
-    TrainItem,
-    micro_batches,
-    num_micro_batches,
-    padded_length,
-    rank_items,
-)
+from nemo_paced.config import LossConfig, ResponseSource, StageConfig
+from nemo_paced.data.packing import Cut, MicroBatch, TrainItem, cut_batch
 from nemo_paced.losses.divergence import make_options
 from nemo_paced.losses.options import Divergence, Options
 from nemo_paced.losses.reduction import for_megatron
-from nemo_paced.losses.topk import TopKTeacher
 from nemo_paced.parallel import Parallel
-from nemo_paced.pipeline import run_schedule
-from nemo_paced.teacher.cache import TopKCache
-from nemo_paced.teacher.model import Teacher, TeacherSignal
+from nemo_paced.pipeline import call_model, run_schedule
+from nemo_paced.teacher.signal import TeacherSignal
+from nemo_paced.teacher.source import TeacherSource
 from nemo_paced.training.output_layer import MicroBatchLoss
 from nemo_paced.training.student import Student
 
@@ -70,31 +62,31 @@ class Step:
     """The step function: student, teacher, and how the loss is computed between them.
 
     Attributes:
+        cut: how a batch becomes the student's micro-batches.
         vocab_size: the true vocabulary; columns above carry no mass in either model.
-        cache: of the teacher's signal of stored responses; ``None``: always computed.
     """
 
     student: Student
-    teacher: Teacher
-    model: ModelConfig
+    teacher: TeacherSource
+    cut: Cut
     loss: LossConfig
-    teacher_micro_batch_size: int
     vocab_size: int
     parallel: Parallel
-    cache: TopKCache | None = None
 
     def __call__(self, items: Sequence[TrainItem], stage: StageConfig, lr: float) -> StepResult:
         """Train on the items of the global batch (the same list on every rank), at rate ``lr``."""
         assert items, "a batch with nothing to train on is the caller's no-op"
         total_tokens = sum(len(item.response_ids) for item in items)
         begin = time.perf_counter()
-        signal, cached = self._teacher_signal(items, stage)
+        stored = stage.responses is ResponseSource.references
+        signal, cached = self.teacher.signal(items, stored=stored)
         teacher_s = time.perf_counter() - begin
 
         self.student.zero_grad()
         self.student.ddp.train()
-        batches = self._cut(items, teacher=False)
-        positions = sum(batch.tokens_BS.numel() for batch in batches) * self.parallel.dp_size
+        batches = cut_batch(items, self.cut, self.parallel, teacher=False)
+        positions = sum(batch.tokens_BS.numel() for batch in batches)
+        positions *= self.parallel.dp_size * self.parallel.cp_size
         reports = run_schedule(
             partial(self._forward_step, signal, Divergence(stage.divergence.value), positions),
             batches,
@@ -117,73 +109,6 @@ class Step:
             student_s=time.perf_counter() - begin - teacher_s,
         )
 
-    def _teacher_signal(
-        self, items: Sequence[TrainItem], stage: StageConfig
-    ) -> tuple[TeacherSignal, int]:
-        """The teacher's signal, and of how many responses it came from the cache.
-
-        Only stored responses come again: a sampled one would be kept for nothing.
-        """
-        if self.cache is None or stage.responses is ResponseSource.rollouts:
-            return self.teacher.signal(self._cut(items, teacher=True)), 0
-        known = self._cached_everywhere(items)
-        missing = frozenset(item.response_id for item in items) - known.keys()
-        top_k = {name: top for name, top in known.items() if top is not None}
-        if missing:
-            fresh = self.teacher.signal(self._cut(items, teacher=True, only=missing)).top_k
-            if self.parallel.tp_rank == 0:
-                for item in items:
-                    if item.response_id in fresh:
-                        self.cache.put(item, fresh[item.response_id])
-            top_k |= fresh
-        return TeacherSignal({}, top_k, self.teacher.head_weight), len(known)
-
-    def _cached_everywhere(self, items: Sequence[TrainItem]) -> dict[str, TopKTeacher | None]:
-        """Responses that every rank in need of them has read; ``None``: this rank needs none."""
-        assert self.cache is not None, "asked only where there is a cache"
-        needed = set()
-        if self.parallel.is_last_stage:
-            needed = {item.response_id for item in self._own(items)}
-        read = {
-            item.response_id: self.cache.get(item, self.parallel.device)
-            for item in items
-            if item.response_id in needed
-        }
-        lacking = [item.response_id in needed and read[item.response_id] is None for item in items]
-        # a rank may not see yet what another has just written: all go by what all have read
-        lacking_I = torch.tensor(lacking, dtype=torch.int32, device=self.parallel.device)
-        torch.distributed.all_reduce(lacking_I)
-        return {
-            item.response_id: read.get(item.response_id)
-            for item, lacks in zip(items, lacking_I.tolist(), strict=True)
-            if not lacks
-        }
-
-    def _own(self, items: Sequence[TrainItem]) -> list[TrainItem]:
-        return rank_items(items, dp_rank=self.parallel.dp_rank, dp_size=self.parallel.dp_size)
-
-    def _cut(
-        self, items: Sequence[TrainItem], *, teacher: bool, only: frozenset[str] | None = None
-    ) -> list[MicroBatch]:
-        """This rank's micro-batches; ``only``: of these responses, dealt out as all of them are."""
-        size = self.teacher_micro_batch_size if teacher else self.model.micro_batch_size
-        dp_size = self.parallel.dp_size
-        shares = [
-            [i for i in rank_items(items, dp_rank=r, dp_size=dp_size) if _is_in(i, only)]
-            for r in range(dp_size)
-        ]
-        return micro_batches(
-            shares[self.parallel.dp_rank],
-            teacher=teacher,
-            micro_batch_size=size,
-            count=num_micro_batches(max(map(len, shares)), micro_batch_size=size),
-            # sequence parallelism cuts the sequence into tensor-parallel parts
-            sequence_length=padded_length(
-                items, teacher=teacher, multiple_of=math.lcm(8, self.parallel.tp_size)
-            ),
-            device=self.parallel.device,
-        )
-
     def _forward_step(
         self, signal: TeacherSignal, kind: Divergence, total_positions: int, data_iterator, model
     ):
@@ -193,13 +118,13 @@ class Step:
             on_policy = not bool(batch.server_logprobs_N.isnan().all())
             loss = MicroBatchLoss(
                 batch=batch,
-                teacher=signal.of(batch.spans, self.teacher.kind.top_k),
+                teacher=signal.of(batch, self.teacher.kind.top_k),
                 options=self._options(kind, signal),
                 chunk_size=self.loss.chunk_size,
                 targets_N=batch.targets_N if on_policy else None,
             )
             self.student.gpt.output_layer.loss = loss
-        output = model(batch.tokens_BS, batch.position_ids_BS, attention_mask=None)
+        output = call_model(model, batch)
         return output, partial(self._report, loss, total_positions)
 
     def _options(self, kind: Divergence, signal: TeacherSignal) -> Options:
@@ -244,7 +169,3 @@ class Step:
         torch.distributed.all_reduce(total)
         loss, divergence_sum, gap_sum, gap_count = total.tolist()
         return loss, divergence_sum, gap_sum, int(gap_count)
-
-
-def _is_in(item: TrainItem, only: frozenset[str] | None) -> bool:
-    return only is None or item.response_id in only

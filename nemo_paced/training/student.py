@@ -48,9 +48,8 @@ class Student:
         if found_inf or not torch.isfinite(torch.tensor(grad_norm)):
             return None
         if self.clip_norm > 0:
-            clip_grad_by_total_norm_fp32(
-                self.optimizer.get_parameters(), max_norm=self.clip_norm, total_norm=grad_norm
-            )
+            parameters = [p for one in _chained(self.optimizer) for p in one.get_parameters()]
+            clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_norm, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
@@ -81,7 +80,6 @@ def build_student(
     ddp_config = ddp_config or DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     optim = config.model.optim
     bf16 = config.trainer.compute_precision is Precision.bf16
-    gpt.config.calculate_per_token_loss = True  # losses are sums; divided once, globally
     ddp = DistributedDataParallel(
         config=gpt.config,
         ddp_config=ddp_config,

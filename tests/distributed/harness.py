@@ -13,6 +13,15 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+# what ranks import takes seconds: once here, and not in each of them
+_PRELOAD = (
+    "torch",
+    "megatron.core",
+    "nemo_paced.training.setup",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.auto.modeling_auto",
+)
+
 
 def run_ranks(
     world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 150.0
@@ -26,7 +35,7 @@ def run_ranks(
         # a server that has torch imported forks the ranks: seconds less than spawn, and no fork of
         # a test process that holds threads
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "megatron.core"])
+        context.set_forkserver_preload(list(_PRELOAD))
         # The store listens here, on a port that the system chose: a port looked up for rank 0 to
         # listen on may be taken by then. torchrun's variables tell the ranks to join it.
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -11,10 +11,24 @@ from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_gpt, load_hf_config
 from nemo_paced.pipeline import run_schedule
 from tests.distributed.harness import run_ranks
-from tests.tiny import FAMILIES, hf_logits, make_hf_model
+from tests.tiny import FAMILIES, MOE_FAMILIES, hf_logits, make_hf_model
 
 TOKENS = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(3))
 LAYOUTS = ((1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 4))  # tensor, pipeline, ranks
+
+
+# tensor (sequence-parallel above 1), pipeline, expert, ranks
+MOE_LAYOUTS = (
+    (1, 1, 1, 1),
+    (2, 1, 1, 2),
+    (1, 2, 1, 2),
+    (1, 1, 2, 2),
+    (2, 1, 2, 2),
+    (2, 1, 2, 4),
+    (1, 1, 4, 4),
+    (1, 2, 2, 4),
+    (2, 2, 2, 4),
+)
 
 
 def _join(tensor, pipeline, **changes):
@@ -38,9 +52,16 @@ class _Tokens:
         self.tokens_BS = tokens_BS
 
 
-def _forward_and_export(rank, world_size, families, tensor, pipeline, sequence_parallel=False):
+def _forward_and_export(
+    rank, world_size, families, tensor, pipeline, sequence_parallel=False, expert=1
+):
     results = {}
-    model, parallel = _join(tensor, pipeline, sequence_parallel=sequence_parallel)
+    model, parallel = _join(
+        tensor,
+        pipeline,
+        sequence_parallel=sequence_parallel,
+        expert_model_parallel_size=expert,
+    )
     for family in families:
         folder = Path(families[family])
         gpt = _load(folder, model, parallel)
@@ -61,7 +82,7 @@ def _forward_and_export(rank, world_size, families, tensor, pipeline, sequence_p
             )
         out = folder.with_name(f"{family}-out-{tensor}-{pipeline}")
         export_hf(gpt, folder, out, parallel)
-        results[family] = (parallel.tp_rank, outputs)
+        results[family] = ((parallel.dp_rank, parallel.tp_rank), outputs)
     parallel_module.shutdown()
     return results
 
@@ -78,9 +99,11 @@ def _check(families, ranks, tensor, pipeline):
     for family, folder in families.items():
         expected = hf_logits(Path(folder), TOKENS)
         shards = dict(r[family] for r in ranks if r[family][1])
-        for micro_batch, wanted in enumerate((expected, expected.flip(0))):
-            logits = torch.cat([shards[rank][micro_batch] for rank in range(tensor)], -1)
-            torch.testing.assert_close(logits[..., :101], wanted, rtol=1e-4, atol=1e-4)
+        for replica in {dp_rank for dp_rank, _ in shards}:
+            for micro_batch, wanted in enumerate((expected, expected.flip(0))):
+                parts = [shards[replica, rank][micro_batch] for rank in range(tensor)]
+                logits = torch.cat(parts, -1)[..., :101]
+                torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
         before = load_file(Path(folder) / "model.safetensors")
         out = Path(folder).with_name(f"{family}-out-{tensor}-{pipeline}")
         after = load_file(out / "model.safetensors")
@@ -93,6 +116,10 @@ def _check(families, ranks, tensor, pipeline):
 def test_logits_equal_transformers_and_export_is_bit_exact(families, tensor, pipeline, ranks):
     results = run_ranks(ranks, _forward_and_export, families, tensor, pipeline)
     _check(families, results, tensor, pipeline)
+    _remove_exports(families, tensor, pipeline)
+
+
+def _remove_exports(families, tensor, pipeline):
     for family, folder in families.items():
         out = Path(folder).with_name(f"{family}-out-{tensor}-{pipeline}")
         for path in out.iterdir():
@@ -103,6 +130,22 @@ def test_logits_equal_transformers_and_export_is_bit_exact(families, tensor, pip
 def test_sequence_parallel_logits_equal_transformers(families):
     results = run_ranks(2, _forward_and_export, families, 2, 1, True)
     _check(families, results, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def moe_families(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moe")
+    return {family: str(make_hf_model(family, folder / family)) for family in MOE_FAMILIES}
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert", "ranks"), MOE_LAYOUTS)
+def test_experts_equal_transformers_and_export_bit_exact(
+    moe_families, tensor, pipeline, expert, ranks
+):
+    options = (moe_families, tensor, pipeline, tensor > 1, expert)
+    results = run_ranks(ranks, _forward_and_export, *options)
+    _check(moe_families, results, tensor, pipeline)
+    _remove_exports(moe_families, tensor, pipeline)
 
 
 def _refused(rank, world_size, folder):

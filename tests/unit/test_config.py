@@ -10,6 +10,7 @@ from nemo_paced.config import (
     RolloutConfig,
     StageConfig,
     TeacherConfig,
+    TeacherPlacement,
     TrainerConfig,
     WeightsConfig,
     to_dict,
@@ -28,7 +29,14 @@ from nemo_paced.errors import ConfigError
         (lambda: StageConfig(fraction=0), "fraction is 0"),
         (lambda: ModelConfig(sequence_parallel=True), "tensor_model_parallel_size 1"),
         (lambda: TeacherConfig(top_k=-1), "teacher.top_k is -1"),
-        (lambda: TeacherConfig(cache_dir="x"), "set teacher.top_k=64"),
+        (
+            lambda: PacedConfig(teacher=TeacherConfig(placement=TeacherPlacement.cached)),
+            "set teacher.placement=offloaded",
+        ),
+        (
+            lambda: PacedConfig(teacher=TeacherConfig(tensor_model_parallel_size=2)),
+            "which the teacher's layout does not divide",
+        ),
         (lambda: DataConfig(prompt_template="x"), "every prompt would be the same"),
         (lambda: RolloutConfig(top_p=2), "rollout.top_p is 2"),
         (lambda: ReferencesConfig(path="x"), "source=file needs a path"),

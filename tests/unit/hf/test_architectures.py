@@ -1,7 +1,11 @@
 import pytest
+from safetensors import safe_open
 
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture, Layout
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.model import load_hf_config
+from nemo_paced.hf.rows import Layout
+from tests.tiny import make_hf_model
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -16,6 +20,13 @@ LLAMA = {
 }
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -42,6 +53,60 @@ def test_the_table_names_every_tensor_of_transformers(config):
         for name, shape in zip(row.hf, architecture.hf_shapes(row), strict=True)
     ]
     assert len(found) == len(dict(found)) and dict(found) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_tied", "qwen3_moe_mixed"])
+def test_the_table_names_every_tensor_that_transformers_writes_for_experts(tmp_path, family):
+    """In memory it merges the experts; on disk, as on the hub, each is by itself."""
+    folder = make_hf_model(family, tmp_path / "m")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    architecture = Architecture.from_config(load_hf_config(folder))
+    found = [
+        (name.format(layer=layer), shape)
+        for row, layer in architecture.rows()
+        for name, shape in zip(row.hf, architecture.hf_shapes(row), strict=True)
+    ]
+    assert len(found) == len(dict(found)) and dict(found) == expected
+
+
+def test_the_hubs_own_key_for_the_number_of_experts_is_read():
+    """Releases of transformers write ``num_experts`` or ``num_local_experts``."""
+    other = {k: v for k, v in QWEN3_MOE.items() if k != "num_experts"} | {"num_local_experts": 8}
+    assert Architecture.from_config(QWEN3_MOE) == Architecture.from_config(other)
+    experts = Architecture.from_config(QWEN3_MOE).experts
+    assert experts.count == 8 and experts.per_token == 2 and experts.layers == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"decoder_sparse_step": 2}, {1}),
+        ({"mlp_only_layers": [0]}, {1, 2}),
+        ({"decoder_sparse_step": 1, "mlp_only_layers": [0, 2]}, {1}),
+    ],
+)
+def test_which_layers_have_experts(changes, layers):
+    assert Architecture.from_config(QWEN3_MOE | changes).experts.layers == layers
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expert", "sequence_parallel", "message"),
+    [
+        (1, 3, False, "teacher.expert_model_parallel_size is 3, .* the 8 experts of this Qwen3Moe"),
+        (2, 2, False, "teacher.sequence_parallel is false with teacher.tensor_model_parallel_si"),
+        (2, 4, True, None),
+        (1, 8, False, None),
+    ],
+)
+def test_layouts_of_eight_experts(tensor, expert, sequence_parallel, message):
+    architecture = Architecture.from_config(QWEN3_MOE)
+    layout = {"expert": expert, "sequence_parallel": sequence_parallel, "prefix": "teacher"}
+    if message is None:
+        architecture.check_layout(tensor, 1, **layout)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            architecture.check_layout(tensor, 1, **layout)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +136,9 @@ def test_both_ways_of_writing_rope_are_read(written, base, scaled):
         ({"use_sliding_window": True}, "use_sliding_window is true"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "num_experts_per_tok, moe_inter.* missing"),
+        (QWEN3_MOE | {"num_experts": 0}, "num_experts is missing"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "llama3: low_freq_factor, .* missing",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nemo_paced.hf.architectures import Architecture, Layout
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.rows import Layout
 from nemo_paced.hf.shards import cut, join
 from tests.unit.hf.test_architectures import QWEN2, QWEN3
 

@@ -50,9 +50,6 @@ def test_a_layout_that_does_not_divide_is_left_out_and_others_are_found(capsys):
 ARRIVING = {
     "model.optim.use_distributed_optimizer",
     "model.recompute_granularity",
-    "teacher.placement",
-    "teacher.tensor_model_parallel_size",
-    "teacher.pipeline_model_parallel_size",
 }
 
 

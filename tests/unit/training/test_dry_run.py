@@ -9,11 +9,11 @@ import pytest
 
 from nemo_paced.cli import main
 from nemo_paced.config import ModelConfig, PacedConfig, StudentConfig, TeacherConfig, TrainerConfig
+from nemo_paced.data import packing
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.sizing.parameters import stage_parameters
 from nemo_paced.sizing.shapes import ModelShape, padded_vocab, student_layout, work_of
 from nemo_paced.training import dry_run as dry_run_module
-from nemo_paced.training import step as step_module
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 
@@ -60,7 +60,7 @@ def test_a_recipe_of_16_ranks_runs_dry_in_less_than_a_minute(models, tmp_path):
     assert time.monotonic() - began < 60
     assert "rank 0 of 16 (stage 0): 2 layers" in done.stdout
     assert "rank 8 of 16 (stage 1): 2 layers" in done.stdout
-    assert "3 micro-batches" in done.stdout and "went through" in done.stdout
+    assert "12 problems" in done.stdout and "went through" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,8 +68,8 @@ def test_heads_that_do_not_divide_are_refused_by_name(models, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(arguments(models, "model.tensor_model_parallel_size=8", "trainer.num_nodes=4")) == 2
     told = capsys.readouterr().err
-    for who in ("student", "teacher"):
-        assert f"layout of the {who}: model.tensor_model_parallel_size is 8, which does not" in told
+    for who, key in (("student", "model"), ("teacher", "teacher")):
+        assert f"layout of the {who}: {key}.tensor_model_parallel_size is 8, which does" in told
     assert "4 key-value heads" in told and "Traceback" not in told
 
 
@@ -88,7 +88,8 @@ def make_config(models):
 
 def _run(rank, world_size, models, folder, break_it):
     if break_it:  # a sequence that the ranks of a group cannot share
-        step_module.padded_length = lambda *args, **kwargs: 31
+        packing._round_up = lambda value, multiple: value
+        dry_run_module.RESPONSE = 7
     return dry_run_module.dry_run(make_config(models), Path(folder))
 
 

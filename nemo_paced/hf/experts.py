@@ -1,0 +1,36 @@
+"""Mixture-of-experts layers in Megatron-Core's configuration, as Hugging Face computes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_paced.config import ModelConfig
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.parallel import EXPERT_TENSOR_PARALLEL_SIZE
+
+
+def experts_config(architecture: Architecture, model: ModelConfig) -> dict[str, Any]:
+    """What ``TransformerConfig`` says of experts; nothing for a model without them.
+
+    Hugging Face takes the softmax over all experts, then the top-k, then divides by their sum;
+    Megatron's softmax over the top-k logits is the same number without the division.
+    """
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    every_layer = len(experts.layers) == architecture.num_layers
+    pattern = [int(layer in experts.layers) for layer in range(architecture.num_layers)]
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": 1 if every_layer else pattern,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.normalize,
+        # after a softmax in bf16 many experts tie; logits in the model's dtype are what HF ranks
+        "moe_router_dtype": None if experts.normalize else "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "expert_tensor_parallel_size": EXPERT_TENSOR_PARALLEL_SIZE,
+    }

@@ -1,0 +1,156 @@
+"""The declarative table: Megatron parameter <-> Hugging Face tensors, and how ranks cut them.
+
+No other file knows a Hugging Face parameter name; import, export and weight refit walk these rows.
+Expert names are those of the files on the hub, one tensor an expert (transformers 5 merges them in
+memory and writes them apart again).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+
+class Layout(Enum):
+    """How a Megatron parameter is made of Hugging Face tensors and cut over ranks."""
+
+    replicated = "replicated"
+    row = "row"  # columns of the weight (input features) are split
+    vocabulary = "vocabulary"  # rows are split after padding to the layout's multiple
+    qkv = "qkv"  # [query heads, key, value] a key-value group, groups are split
+    gate_up = "gate_up"  # each rank holds its part of gate above its part of up
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One Megatron parameter; ``{layer}`` stands for the layer's number, counted over all stages.
+
+    Attributes:
+        megatron: its name in the local layer spec; ``{expert}`` is counted over the experts that a
+            rank holds.
+        hf: the Hugging Face tensors that it is made of.
+        shapes: of those tensors, in the letters of :meth:`Architecture.sizes`.
+        transformer_engine: its name in the Transformer Engine spec, where that differs.
+        expert: which expert's, counted over all ranks; ``None``: no expert's. Experts are never
+            cut, each lies whole on one rank of the expert-parallel group.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Layout
+    shapes: tuple[str, ...]
+    transformer_engine: str | None = None
+    expert: int | None = None
+
+    def of_expert(self, expert: int) -> Row:
+        """This row for one expert; its Hugging Face names keep ``{layer}`` open."""
+        names = tuple(name.replace("{expert}", str(expert)) for name in self.hf)
+        return replace(self, hf=names, expert=expert)
+
+    def local_names(self, layer: int | None, expert: int | None) -> list[str]:
+        """Names in a rank's model, of its own layer and expert numbers: one of them is there."""
+        names = (self.megatron, self.transformer_engine)
+        return [name.format(layer=layer, expert=expert) for name in names if name]
+
+
+_ATTENTION = "decoder.layers.{layer}.self_attention"
+_MLP = "decoder.layers.{layer}.mlp"
+_HF = "model.layers.{layer}"
+_HF_EXPERT = f"{_HF}.mlp.experts.{{expert}}"
+_QKV_HF = tuple(f"{_HF}.self_attn.{part}_proj" for part in "qkv")
+
+EMBEDDING = Row(
+    "embedding.word_embeddings.weight",
+    ("model.embed_tokens.weight",),
+    Layout.vocabulary,
+    ("v h",),
+)
+FINAL_NORM = Row(
+    "decoder.final_layernorm.weight", ("model.norm.weight",), Layout.replicated, ("h",)
+)
+OUTPUT = Row("output_layer.weight", ("lm_head.weight",), Layout.vocabulary, ("v h",))
+ATTENTION = (
+    Row(
+        "decoder.layers.{layer}.input_layernorm.weight",
+        (f"{_HF}.input_layernorm.weight",),
+        Layout.replicated,
+        ("h",),
+        transformer_engine=f"{_ATTENTION}.linear_qkv.layer_norm_weight",
+    ),
+    Row(
+        f"{_ATTENTION}.linear_qkv.weight",
+        tuple(f"{name}.weight" for name in _QKV_HF),
+        Layout.qkv,
+        ("q h", "k h", "k h"),
+    ),
+    Row(
+        f"{_ATTENTION}.linear_proj.weight",
+        (f"{_HF}.self_attn.o_proj.weight",),
+        Layout.row,
+        ("h q",),
+    ),
+)
+QKV_BIAS = (
+    Row(
+        f"{_ATTENTION}.linear_qkv.bias",
+        tuple(f"{name}.bias" for name in _QKV_HF),
+        Layout.qkv,
+        ("q", "k", "k"),
+    ),
+)
+QK_NORMS = tuple(
+    Row(
+        f"{_ATTENTION}.{part}_layernorm.weight",
+        (f"{_HF}.self_attn.{part}_norm.weight",),
+        Layout.replicated,
+        ("d",),
+    )
+    for part in "qk"
+)
+MLP = (
+    Row(
+        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        (f"{_HF}.post_attention_layernorm.weight",),
+        Layout.replicated,
+        ("h",),
+        transformer_engine=f"{_MLP}.linear_fc1.layer_norm_weight",
+    ),
+    Row(
+        f"{_MLP}.linear_fc1.weight",
+        (f"{_HF}.mlp.gate_proj.weight", f"{_HF}.mlp.up_proj.weight"),
+        Layout.gate_up,
+        ("f h", "f h"),
+    ),
+    Row(f"{_MLP}.linear_fc2.weight", (f"{_HF}.mlp.down_proj.weight",), Layout.row, ("h f",)),
+)
+ROUTER = (
+    Row(
+        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        (f"{_HF}.post_attention_layernorm.weight",),
+        Layout.replicated,
+        ("h",),
+    ),
+    Row(
+        f"{_MLP}.router.weight",
+        (f"{_HF}.mlp.gate.weight",),
+        Layout.replicated,
+        ("e h",),
+    ),
+)
+# the local names are SequentialMLP's, the others TEGroupedMLP's (one weight an expert too)
+EXPERT = (
+    Row(
+        f"{_MLP}.experts.local_experts.{{expert}}.linear_fc1.weight",
+        (f"{_HF_EXPERT}.gate_proj.weight", f"{_HF_EXPERT}.up_proj.weight"),
+        Layout.gate_up,
+        ("m h", "m h"),
+        transformer_engine=f"{_MLP}.experts.linear_fc1.weight{{expert}}",
+    ),
+    Row(
+        f"{_MLP}.experts.local_experts.{{expert}}.linear_fc2.weight",
+        (f"{_HF_EXPERT}.down_proj.weight",),
+        Layout.row,
+        ("h m",),
+        transformer_engine=f"{_MLP}.experts.linear_fc2.weight{{expert}}",
+    ),
+)

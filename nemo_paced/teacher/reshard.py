@@ -1,0 +1,112 @@
+"""Moves hidden states from the teacher's last stage to the student's, between any two layouts.
+
+Every rank knows the whole batch and both grids, so who sends what to whom is arithmetic: no sizes
+are exchanged, and a rank that holds what it needs sends nothing. With equal layouts nothing moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemo_paced.data.packing import TrainItem, rank_items
+from nemo_paced.parallel import Parallel, RankGrid
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One response's way: from a rank that holds its hidden states to one that needs them."""
+
+    response_id: str
+    tokens: int
+    source: int
+    target: int
+
+
+def routes(
+    missing: Sequence[TrainItem],
+    items: Sequence[TrainItem],
+    *,
+    teacher: RankGrid,
+    student: RankGrid,
+) -> list[Route]:
+    """Who gives what to whom, the same list on every rank.
+
+    Args:
+        missing: what the teacher's ranks have run, dealt out among them.
+        items: what the student's ranks train on, dealt out among those.
+
+    All tensor-parallel ranks of a last stage hold (and need) the same; a rank that is both takes
+    its own, the others are spread over the holders.
+    """
+    holders = _last_stage_of_items(missing, teacher)
+    needing = _last_stage_of_items(items, student)
+    made = []
+    for item in missing:
+        sources = holders[item.response_id]
+        for index, target in enumerate(needing[item.response_id]):
+            source = target if target in sources else sources[index % len(sources)]
+            made.append(Route(item.response_id, len(item.response_ids), source, target))
+    return made
+
+
+def exchange(
+    held: Mapping[str, torch.Tensor],
+    all_routes: Sequence[Route],
+    parallel: Parallel,
+    *,
+    width: int,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Send and receive; collective over the ranks of the routes.
+
+    Args:
+        held: [tokens, width] by response id, on the ranks named as sources.
+
+    Returns:
+        [tokens, width] of the responses that are routed to this rank.
+    """
+    mine = parallel.rank
+    kept = [r for r in all_routes if r.source == mine == r.target]
+    outgoing = _by_rank([r for r in all_routes if r.source == mine != r.target], "target")
+    incoming = _by_rank([r for r in all_routes if r.target == mine != r.source], "source")
+    received = {
+        peer: torch.empty(sum(r.tokens for r in parts), width, dtype=dtype, device=parallel.device)
+        for peer, parts in incoming.items()
+    }
+    # one message a pair of ranks, all posted at once
+    operations = [
+        torch.distributed.P2POp(
+            torch.distributed.isend, torch.cat([held[r.response_id] for r in parts]), peer
+        )
+        for peer, parts in outgoing.items()
+    ]
+    operations += [
+        torch.distributed.P2POp(torch.distributed.irecv, buffer, peer)
+        for peer, buffer in received.items()
+    ]
+    if operations:
+        for request in torch.distributed.batch_isend_irecv(operations):
+            request.wait()
+    moved = {r.response_id: held[r.response_id] for r in kept}
+    for peer, parts in incoming.items():
+        pieces = received[peer].split([r.tokens for r in parts])
+        moved |= {r.response_id: piece for r, piece in zip(parts, pieces, strict=True)}
+    return moved
+
+
+def _last_stage_of_items(items: Sequence[TrainItem], grid: RankGrid) -> dict[str, list[int]]:
+    return {
+        item.response_id: grid.last_stage(dp_rank)
+        for dp_rank in range(grid.data)
+        for item in rank_items(items, dp_rank=dp_rank, dp_size=grid.data)
+    }
+
+
+def _by_rank(some: Sequence[Route], key: str) -> dict[int, list[Route]]:
+    grouped: dict[int, list[Route]] = {}
+    for route in some:
+        grouped.setdefault(getattr(route, key), []).append(route)
+    return dict(sorted(grouped.items()))

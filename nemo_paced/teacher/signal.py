@@ -1,0 +1,108 @@
+"""What crosses from teacher to loss: final hidden states, or the likeliest tokens of each position.
+
+Hidden states give the exact loss. A top-k and the mass of the rest is 16 times smaller (h = 4,096,
+k = 64) and gives a lower bound of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nemo_paced.data.packing import MicroBatch
+from nemo_paced.losses.linear_divergence import HiddenTeacher, TopKChunks, default_chunk
+from nemo_paced.losses.topk import TopKTeacher
+
+# Of one response: hidden states [tokens, h] in the model's dtype, or its top-k.
+ResponseSignal = torch.Tensor | TopKTeacher
+
+
+@dataclass(frozen=True, slots=True)
+class SignalKind:
+    """What crosses from teacher to loss.
+
+    Attributes:
+        top_k: tokens of the top-k; 0: final hidden states, from which the loss is exact.
+        temperature: of the distribution that a top-k is cut from.
+        vocab_size: the true vocabulary.
+    """
+
+    top_k: int
+    temperature: float
+    vocab_size: int
+
+    def identity(self) -> dict[str, float]:
+        """What decides a signal beyond the model: hidden states depend on nothing else."""
+        if not self.top_k:
+            return {"top_k": 0}
+        return {
+            "top_k": self.top_k,
+            "temperature": self.temperature,
+            "vocab_size": self.vocab_size,
+        }
+
+    def bytes_per_token(self, hidden_size: int, dtype: torch.dtype) -> int:
+        """Of the signal of one response token."""
+        if self.top_k:
+            return TopKTeacher.empty(self.top_k, torch.device("cpu")).bytes_per_token
+        return hidden_size * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSignal:
+    """What the loss needs of the teacher; empty but on the student's last pipeline stage.
+
+    Attributes:
+        by_response: of this rank's responses.
+        head_weight: the teacher's LM head, this rank's columns [v/tp, h].
+    """
+
+    by_response: Mapping[str, ResponseSignal]
+    head_weight: torch.Tensor | None
+
+    def of(self, batch: MicroBatch, k: int) -> HiddenTeacher | TopKChunks:
+        """The signal of a micro-batch's response tokens, in its order."""
+        head = self.head_weight
+        assert head is not None, "only the last pipeline stage has a teacher signal"
+        parts = [self.by_response[response_id] for response_id, _ in batch.spans]
+        for part, (response_id, length) in zip(parts, batch.spans, strict=True):
+            tokens = len(part.ids if isinstance(part, TopKTeacher) else part)
+            assert tokens == length, f"teacher and student disagree on length of {response_id}"
+        if k:
+            none = TopKTeacher.empty(k, head.device)
+            top = [part for part in parts if isinstance(part, TopKTeacher)]
+            whole = TopKTeacher.cat([none, *top])
+            return TopKChunks(whole if batch.local_N is None else whole[batch.local_N])
+        none_NH = head.new_zeros(0, head.shape[1])
+        hidden = [part for part in parts if isinstance(part, torch.Tensor)]
+        whole_NH = torch.cat([none_NH, *hidden])
+        return HiddenTeacher(whole_NH if batch.local_N is None else whole_NH[batch.local_N], head)
+
+
+def cut_top_k(
+    hidden: Mapping[str, torch.Tensor],
+    head_weight: torch.Tensor,
+    kind: SignalKind,
+    tp_group: torch.distributed.ProcessGroup,
+) -> dict[str, TopKTeacher]:
+    """The top-k of hidden states [tokens, h] by response; collective over ``tp_group``."""
+    if not hidden:
+        return {}
+    top = TopKTeacher.from_hidden(
+        torch.cat(list(hidden.values())),
+        head_weight,
+        kind.top_k,
+        chunk_size=default_chunk(head_weight),
+        tp_group=tp_group,
+        temperature=kind.temperature,
+        vocab_size=kind.vocab_size,
+    )
+    lengths = [len(part) for part in hidden.values()]
+    ends = itertools.accumulate(lengths)
+    return {
+        name: top[end - length : end]
+        for name, length, end in zip(hidden, lengths, ends, strict=True)
+    }
