@@ -56,7 +56,7 @@ def train_with(config: PacedConfig) -> None:
     from nemo_paced.training.prepare import save_config
 
     run_dir = run_directory(config)
-    if launcher_rank() == 0:  # under torchrun or srun every rank comes here
+    if _is_first_rank(config):
         _check_inputs(config, run_dir, notes=False)
         save_config(config, run_dir)
     launch("train", config, run_dir / "config.yaml", run_dir)
@@ -70,7 +70,7 @@ def preflight(arguments: list[str]) -> None:
         from nemo_paced.entry.launch import launch
         from nemo_paced.training.prepare import save_config
 
-        if launcher_rank() == 0:
+        if _is_first_rank(config):
             _check_inputs(config, run_directory(config), notes=True)
         with tempfile.TemporaryDirectory() as folder:  # a check leaves nothing behind
             save_config(config, Path(folder))
@@ -78,6 +78,17 @@ def preflight(arguments: list[str]) -> None:
         logger.info("preflight: nothing that would stop the run was found")
 
     with_config(arguments, action)
+
+
+def _is_first_rank(config: PacedConfig) -> bool:
+    """Whether this process checks for all; under torchrun or srun every rank runs the command."""
+    from nemo_paced.entry.launch import join_launcher
+    from nemo_paced.preflight.ranks import announce
+
+    joined, first = join_launcher(), launcher_rank() == 0
+    if joined and first:
+        announce(config)  # the others wait for it then, however long it reads
+    return first
 
 
 def _check_inputs(config: PacedConfig, run_dir: Path, *, notes: bool) -> None:

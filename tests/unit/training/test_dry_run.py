@@ -8,11 +8,24 @@ from pathlib import Path
 import pytest
 
 from nemo_paced.cli import main
-from nemo_paced.config import ModelConfig, PacedConfig, StudentConfig, TeacherConfig, TrainerConfig
+from nemo_paced.config import (
+    ModelConfig,
+    PacedConfig,
+    StudentConfig,
+    TeacherConfig,
+    TeacherPlacement,
+    TrainerConfig,
+)
 from nemo_paced.data import packing
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.sizing.parameters import stage_parameters
-from nemo_paced.sizing.shapes import ModelShape, padded_vocab, student_layout, work_of
+from nemo_paced.sizing.shapes import (
+    Accelerator,
+    ModelShape,
+    padded_vocab,
+    student_layout,
+    work_of,
+)
 from nemo_paced.training import dry_run as dry_run_module
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
@@ -73,46 +86,78 @@ def test_heads_that_do_not_divide_are_refused_by_name(models, tmp_path, monkeypa
     assert "4 key-value heads" in told and "Traceback" not in told
 
 
-def make_config(models):
+def make_config(folder, model, **teacher):
     return PacedConfig(
         trainer=TrainerConfig(num_nodes=3, devices=8),
-        model=ModelConfig(
-            tensor_model_parallel_size=2,
-            pipeline_model_parallel_size=4,
-            sequence_parallel=True,
-        ),
-        student=StudentConfig(hf_path=f"{models}/student"),
-        teacher=TeacherConfig(hf_path=f"{models}/teacher"),
+        model=ModelConfig(**model),
+        student=StudentConfig(hf_path=f"{folder}/student"),
+        teacher=TeacherConfig(hf_path=f"{folder}/teacher", **teacher),
     )
 
 
-def _run(rank, world_size, models, folder, break_it):
+TP2_PP4 = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 4,
+    "sequence_parallel": True,
+}
+PACKED_CP2 = {
+    "context_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "micro_batch_size": 1,
+    "packed_sequence_size": 16384,
+}
+
+
+def _run(rank, world_size, config, folder, break_it=False):
     if break_it:  # a sequence that the ranks of a group cannot share
         packing._round_up = lambda value, multiple: value
         dry_run_module.RESPONSE = 7
-    return dry_run_module.dry_run(make_config(models), Path(folder))
+    return dry_run_module.dry_run(config, Path(folder))
 
 
 def test_first_middle_and_last_stage_hold_what_the_plan_counts(models, tmp_path):
-    (ranks,) = run_ranks(1, _run, str(models), str(tmp_path), False)
+    config = make_config(models, TP2_PP4)
+    (ranks,) = run_ranks(1, _run, config, _new(tmp_path / "run"))
     assert [(r.rank, r.stage) for r in ranks] == [(0, 0), (6, 1), (18, 3)]
-    config = dry_run_module.shortened(make_config(models), _new(tmp_path / "again"))
+    config = dry_run_module.shortened(config, Path(_new(tmp_path / "again")))
     student, teacher = (
         ModelShape.read(path, "hf_path")
         for path in (config.student.hf_path, config.teacher_hf_path)
     )
     layout = student_layout(config)
-    work = work_of(config, mean_prompt=1, mean_response=1, accelerator=None)
+    work = work_of(config, mean_prompt=1, mean_response=1, accelerator=Accelerator.cpu)
     rows = padded_vocab(student, teacher, work, layout.tensor)
     for of in ranks:
         assert of.parameters == stage_parameters(student, layout, of.stage, rows).total
 
 
+@pytest.mark.parametrize(
+    ("model", "teacher"),
+    [
+        (TP2_PP4, {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 1}),
+        (PACKED_CP2, {}),
+        (PACKED_CP2, {"top_k": 4, "placement": TeacherPlacement.offloaded}),
+    ],
+)
+def test_other_layouts_of_either_model_run_dry(models, tmp_path, model, teacher):
+    (ranks,) = run_ranks(1, _run, make_config(models, model, **teacher), str(tmp_path))
+    assert len(ranks) == (3 if model is TP2_PP4 else 2)
+
+
+def test_experts_run_dry(tmp_path):
+    for name in ("student", "teacher"):
+        make_hf_model("qwen3_moe", tmp_path / name, num_hidden_layers=8)
+        write_tokenizer(tmp_path / name)
+    model = {**TP2_PP4, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4}
+    (ranks,) = run_ranks(1, _run, make_config(tmp_path, model), _new(tmp_path / "run"))
+    assert [r.rank for r in ranks] == [0, 12]
+
+
 def test_a_rank_that_fails_is_named(models, tmp_path):
     with pytest.raises(AssertionError, match=r"PacedError: dry run: rank 0 \(pipeline stage 0\)"):
-        run_ranks(1, _run, str(models), str(tmp_path), True)
+        run_ranks(1, _run, make_config(models, TP2_PP4), str(tmp_path), True)
 
 
 def _new(folder):
     folder.mkdir()
-    return folder
+    return str(folder)
