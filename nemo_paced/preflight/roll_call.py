@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
-from nemo_paced.preflight.findings import Finding, Severity, error, warning
+from nemo_paced.preflight.findings import Finding, PreflightFailed, Severity, error, warning
 
 POLL_S = 0.05
 HERE = "here"  # key: rank 0 has begun, whatever it does before the roll call
@@ -76,6 +76,9 @@ def call_roll(
     Args:
         store: of this roll call alone (a prefix of the job's).
         timeout_s: how long ranks are waited for.
+
+    Raises:
+        PreflightFailed: on another rank, where rank 0 is not heard of.
     """
     store.set(f"report/{own.rank}", json.dumps(asdict(own)))
     if own.rank:
@@ -98,7 +101,11 @@ def call_roll(
 
 
 def _answer(store: Store, rank: int, timeout_s: float) -> list[Finding]:
-    """What a rank but the first does: tell the time when asked, and take the verdict."""
+    """What a rank but the first does: tell the time when asked, and take the verdict.
+
+    Raises:
+        PreflightFailed: rank 0 is not heard of, so there is no verdict.
+    """
     try:
         store.wait([HERE], timedelta(seconds=2 * timeout_s))
         # rank 0 may be reading the data; if it dies its launcher, or the lost store, ends this
@@ -107,13 +114,10 @@ def _answer(store: Store, rank: int, timeout_s: float) -> list[Finding]:
         store.wait(["verdict"], timedelta(seconds=2 * timeout_s))
         return [Finding(Severity(f.pop("severity")), **f) for f in json.loads(store.get("verdict"))]
     except torch.distributed.DistError as told:
-        return [
-            error(
-                f"rank {rank}",
-                f"rank 0 did not answer ({_first_line(told)})",
-                "see what rank 0 said, and whether MASTER_ADDR and MASTER_PORT reach it",
-            )
-        ]
+        raise PreflightFailed(
+            f"rank {rank}: rank 0 did not answer ({first_line(told)}): see what it said, and "
+            "whether MASTER_ADDR:MASTER_PORT reaches it"
+        ) from told
 
 
 def absent(
@@ -235,5 +239,5 @@ def _plain(finding: Finding) -> dict[str, Any]:
     return {**asdict(finding), "severity": finding.severity.value}
 
 
-def _first_line(told: Exception) -> str:
+def first_line(told: Exception) -> str:
     return str(told).strip().splitlines()[0][:200] if str(told).strip() else type(told).__name__

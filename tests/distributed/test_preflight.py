@@ -10,7 +10,7 @@ import torch
 
 from nemo_paced.config import PacedConfig, TrainerConfig, TrainingConfig
 from nemo_paced.preflight import ranks, roll_call
-from nemo_paced.preflight.findings import Severity
+from nemo_paced.preflight.findings import PreflightFailed, Severity
 from nemo_paced.preflight.roll_call import Gpu, RankReport, call_roll
 from tests.distributed.harness import run_ranks
 
@@ -42,8 +42,11 @@ def _check(rank, world_size, absent=(), slow_clock=(), other_library=(), unreach
     if rank in unreachable:
         ranks._gloo_reduce = lambda *args: time.sleep(60)
     began = time.monotonic()
-    findings = ranks.check_ranks(config(world_size))
-    return [str(f) for f in findings], time.monotonic() - began
+    try:
+        findings = [str(f) for f in ranks.check_ranks(config(world_size))]
+    except PreflightFailed as told:
+        findings = [str(told)]
+    return findings, time.monotonic() - began
 
 
 def test_two_sound_ranks_find_nothing():
@@ -67,7 +70,19 @@ def test_a_missing_rank_is_named_within_the_timeout():
 def test_without_rank_0_the_others_say_so():
     _, (findings, _) = run_ranks(2, _check, (0,))
     (told,) = findings
-    assert told.startswith("error: rank 1: rank 0 did not answer (")
+    assert told.startswith("rank 1: rank 0 did not answer (")
+
+
+def _without_a_store(rank, world_size):
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    with pytest.raises(PreflightFailed) as told:
+        ranks.check_ranks(config(2, 1))
+    return str(told.value)
+
+
+def test_a_store_that_cannot_be_reached_is_named():
+    (told,) = run_ranks(1, _without_a_store)
+    assert "the job's store at 127.0.0.1:1 cannot be reached" in told and "rank 1 on" in told
 
 
 def test_versions_that_differ_are_named_on_every_rank():
