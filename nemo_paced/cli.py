@@ -114,7 +114,7 @@ examples:
         f"""\
 usage: nemo-paced plan --config-name NAME [--gpu h100|h200|a100|b200] [--nodes N]
            [--gpus-per-node 8] [--prompt-tokens N] [--response-tokens N] [--teacher-fp8]
-           [--separate-teacher] [--recompute none|selective|full] [--mfu 0.4] [key=value ...]
+           [--separate-teacher] [--mfu 0.4] [key=value ...]
 
 Needs no GPU and no weights. Prints, for the layout of the configuration, the memory of a GPU by
 pipeline stage and what it is for, FLOPs and projected seconds of a step and hours of the run; then

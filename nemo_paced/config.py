@@ -55,6 +55,23 @@ class ResponseSource(Enum):
     rollouts = "rollouts"
 
 
+class Recompute(Enum):
+    """``model.recompute_granularity``: what backward computes again instead of keeping it."""
+
+    none = "none"
+    selective = "selective"  # attention itself
+    full = "full"  # whole layers: model.recompute_num_layers at a time
+
+
+class OptimBackend(Enum):
+    """``model.optim.backend``: whose fused Adam runs."""
+
+    auto = "auto"  # Transformer Engine's, else Apex's, else torch's
+    transformer_engine = "transformer_engine"
+    apex = "apex"
+    torch = "torch"
+
+
 class ReferenceSource(Enum):
     """``references.source``: where y_T of a problem comes from."""
 
@@ -146,6 +163,8 @@ class CheckpointCallbackParams:
 
     every_n_train_steps: int = 100
     save_top_k: int = 3  # checkpoints kept, newest first; -1: all
+    save_best_k: int = 0  # and so many more, best by validation/accuracy
+    async_save: bool = False  # write in the background while training goes on
 
     def __post_init__(self) -> None:
         where = "exp_manager.checkpoint_callback_params"
@@ -155,6 +174,7 @@ class CheckpointCallbackParams:
             f"{where}.save_top_k is {self.save_top_k}: it must be -1 (keep all) or at least 1, "
             "a run without a checkpoint cannot be resumed",
         )
+        _require(self.save_best_k >= 0, f"{where}.save_best_k is {self.save_best_k}: 0 or above")
 
 
 @dataclass
@@ -207,6 +227,11 @@ class OptimConfig:
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
+    backend: OptimBackend = OptimBackend.auto
+    # Moments and master weights are split over the data-parallel ranks.
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
+    overlap_param_gather: bool = False  # gather updated weights while forward goes on
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def __post_init__(self) -> None:
@@ -220,6 +245,12 @@ class OptimConfig:
             f"model.optim.betas is {self.betas}: two numbers in [0, 1) are needed",
         )
         _require(
+            not self.overlap_param_gather
+            or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "model.optim.overlap_param_gather is true: it needs use_distributed_optimizer=true "
+            "and overlap_grad_reduce=true as well",
+        )
+        _require(
             self.sched.min_lr <= self.lr,
             f"model.optim.sched.min_lr is {self.sched.min_lr}, above model.optim.lr {self.lr}",
         )
@@ -231,6 +262,9 @@ class ModelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    # Chunks of layers that each pipeline stage holds, interleaved: the more, the smaller the bubble
+    # and the more messages. The teacher, which only runs forward, has one.
+    virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
@@ -243,6 +277,8 @@ class ModelConfig:
     packed_sequence_size: int = 0
     global_batch_size: int = 32  # problems an optimizer step
     make_vocab_size_divisible_by: int = 128
+    recompute_granularity: Recompute = Recompute.none
+    recompute_num_layers: int = 1  # with recompute_granularity=full
     seed: int = 1234
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -252,11 +288,19 @@ class ModelConfig:
             self,
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
             "expert_model_parallel_size",
             "micro_batch_size",
             "global_batch_size",
             "make_vocab_size_divisible_by",
+            "recompute_num_layers",
+        )
+        _require(
+            self.recompute_num_layers == 1 or self.recompute_granularity is Recompute.full,
+            f"model.recompute_num_layers is {self.recompute_num_layers} and "
+            f"model.recompute_granularity is {self.recompute_granularity.value}: it would be "
+            "ignored; set recompute_granularity=full",
         )
         _require(
             self.packed_sequence_size >= 0,
@@ -268,6 +312,12 @@ class ModelConfig:
             f"model.packed_sequence_size is {self.packed_sequence_size} and "
             f"model.micro_batch_size is {self.micro_batch_size}: a packed micro-batch is one row; "
             "set model.micro_batch_size=1",
+        )
+        _require(
+            self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
+            f"model.virtual_pipeline_model_parallel_size is "
+            f"{self.virtual_pipeline_model_parallel_size} with model.pipeline_model_parallel_size "
+            "1: there are no stages to interleave; set it to 1",
         )
         _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
@@ -516,11 +566,18 @@ class TrainingConfig:
     """Guards of the loop."""
 
     max_skipped_steps: int = 5  # steps with NaN or Inf in loss or gradient before the run stops
+    # A loss above this many times the median of the stage's last 50 is logged with the problems of
+    # its batch; 0: never.
+    loss_spike_factor: float = 5.0
     collective_timeout_s: float = 1800.0
     rank_timeout_s: float = 60.0  # preflight: a rank that has not answered by then is named
 
     def __post_init__(self) -> None:
         _positive("training", self, "collective_timeout_s", "rank_timeout_s")
+        _require(
+            self.loss_spike_factor == 0 or self.loss_spike_factor > 1,
+            f"training.loss_spike_factor is {self.loss_spike_factor}: above 1, or 0 for never",
+        )
         _require(self.max_skipped_steps >= 0, "training.max_skipped_steps must be 0 or above")
 
 
@@ -599,6 +656,13 @@ class PacedConfig:
             f"divide: teacher.tensor_model_parallel_size x teacher.pipeline_model_parallel_size "
             f"needs a multiple of {ranks} ranks (0 takes the student's)",
         )
+        expert_ranks = self.teacher_model.expert_layout_size
+        _require(
+            world % expert_ranks == 0,
+            f"trainer.num_nodes x trainer.devices is {world}, which the teacher's layout does not "
+            f"divide: teacher.expert_model_parallel_size x teacher.pipeline_model_parallel_size "
+            f"needs a multiple of {expert_ranks} ranks (0 takes the student's)",
+        )
         on_policy = any(stage.responses is ResponseSource.rollouts for stage in self.stages)
         _require(
             not (on_policy and self.teacher.placement is TeacherPlacement.cached),
@@ -610,6 +674,12 @@ class PacedConfig:
             not on_policy or self.rollout.top_p == 1.0,
             f"rollout.top_p is {self.rollout.top_p} with on-policy stages: their samples must come "
             "from the student's whole distribution; set rollout.top_p=1",
+        )
+        keep = self.exp_manager.checkpoint_callback_params
+        _require(
+            not keep.save_best_k or bool(self.trainer.val_check_interval),
+            f"exp_manager.checkpoint_callback_params.save_best_k is {keep.save_best_k} and "
+            "trainer.val_check_interval is 0: nothing says which is best; set the interval",
         )
         _require(
             not self.trainer.val_check_interval or bool(self.data.validation_problems),
@@ -647,8 +717,9 @@ class PacedConfig:
             expert_model_parallel_size=(
                 own.expert_model_parallel_size or model.expert_model_parallel_size
             ),
+            virtual_pipeline_model_parallel_size=1,
             context_parallel_size=1,
-            sequence_parallel=tensor > 1,  # costs nothing forward, and experts need it
+            sequence_parallel=tensor > 1,  # the same numbers in less memory; experts need it
             micro_batch_size=own.micro_batch_size or model.micro_batch_size,
             packed_sequence_size=(
                 model.packed_sequence_size and max(model.packed_sequence_size, longest)

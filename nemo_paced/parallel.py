@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 # Experts are whole: the narrow ones of today's models (768 columns) gain nothing from being cut,
 # and the tensor-parallel ranks serve as expert-parallel or expert-data-parallel ones instead.
 EXPERT_TENSOR_PARALLEL_SIZE = 1
-
-
 # Megatron's order of ranks: tensor-parallel neighbours are next to each other, stages far apart
 _ORDER = "tp-cp-ep-dp-pp"
 
@@ -154,9 +152,11 @@ def initialize(
         torch.cuda.set_device(device)
     _join(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     _check_layout(model, torch.distributed.get_world_size())
+    chunks = model.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
         expert_tensor_parallel_size=EXPERT_TENSOR_PARALLEL_SIZE,

@@ -44,7 +44,7 @@ def _packed_seq_params(sequences: Sequence[int], device: torch.device) -> Packed
 def run_schedule(
     forward_step: Callable[..., Any],
     micro_batches: Sequence[Any],
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     parallel: Parallel,
     *,
     forward_only: bool = False,
@@ -54,24 +54,28 @@ def run_schedule(
 
     Args:
         forward_step: Megatron's ``forward_step_func(data_iterator, model)``.
-        micro_batches: of equal shape, each with ``tokens_BS``.
-        model: this rank's stage (wrapped in DDP for training).
+        micro_batches: of equal shape, each with ``tokens_BS``; with several chunks their number is
+            a multiple of the pipeline stages.
+        chunks: this rank's stage (each chunk wrapped in DDP for training); several are interleaved.
 
     Returns:
         What the loss function reported, one entry a micro-batch; empty on all but the last stage.
     """
     rows, held = micro_batches[0].tokens_BS.shape
-    return get_forward_backward_func(pp_size=parallel.pp_size, vp_size=None)(
+    interleaved = len(chunks) > 1
+    vp_size = len(chunks) if interleaved else None
+    return get_forward_backward_func(pp_size=parallel.pp_size, vp_size=vp_size)(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        # every chunk walks the micro-batches for itself
+        data_iterator=[iter(micro_batches) for _ in chunks] if interleaved else iter(micro_batches),
+        model=list(chunks),
         num_microbatches=len(micro_batches),
         seq_length=held * parallel.cp_size,  # Megatron divides it again
         micro_batch_size=rows,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
         p2p_communicator=P2PCommunicator(
-            pp_group=parallel.pp_group, config=get_model_config(model)
+            pp_group=parallel.pp_group, config=get_model_config(chunks[0])
         ),
         pg_collection=parallel.groups,
     )

@@ -24,10 +24,8 @@ from nemo_paced.sizing.search import (
 )
 from nemo_paced.sizing.shapes import (
     Accelerator,
-    Layout,
     ModelShape,
     Placement,
-    Recompute,
     Work,
     student_layout,
     teacher_plan,
@@ -91,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--response-tokens", type=float)
     parser.add_argument("--teacher-fp8", action="store_true")
     parser.add_argument("--separate-teacher", action="store_true")
-    parser.add_argument("--recompute", choices=[r.value for r in Recompute], default="none")
     parser.add_argument("--mfu", type=float, default=Assumptions().training_mfu)
     return parser
 
@@ -128,10 +125,10 @@ def _asked(
     config: PacedConfig, options: argparse.Namespace, problem: Problem, work: Work
 ) -> Candidate | None:
     """The configuration's own layout; ``None`` where it does not divide the models."""
-    layout: Layout = replace(student_layout(config), recompute=Recompute(options.recompute))
+    layout = student_layout(config)
     teacher = replace(teacher_plan(config), fp8=options.teacher_fp8)
     for shape, cut in ((problem.student, layout), (problem.teacher, teacher.layout)):
-        if not divides(shape, cut.tensor, cut.pipeline):
+        if not divides(shape, cut.tensor, cut.pipeline * cut.virtual):
             return None
     return evaluate(problem, layout, teacher, work)
 

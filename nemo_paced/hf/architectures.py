@@ -140,6 +140,7 @@ class Architecture:
         tensor: int,
         pipeline: int,
         *,
+        virtual: int = 1,
         expert: int = 1,
         sequence_parallel: bool = False,
         prefix: str = "model",
@@ -147,6 +148,7 @@ class Architecture:
         """Refuse a layout that does not divide the model, naming key, value and model.
 
         Args:
+            virtual: chunks of layers a pipeline stage.
             expert: of a model without experts it is not looked at.
             sequence_parallel: needed by experts beside tensor parallelism: each rank routes its own
                 part of the sequence, else all of them would route and train on all of it.
@@ -168,6 +170,12 @@ class Architecture:
             raise ConfigError(
                 f"{prefix}.pipeline_model_parallel_size is {pipeline}, which does not divide the "
                 f"{self.num_layers} layers of this {self.name}"
+            )
+        if self.num_layers % (pipeline * virtual):
+            raise ConfigError(
+                f"{prefix}.virtual_pipeline_model_parallel_size is {virtual}, which does not "
+                f"divide the {self.num_layers // pipeline} layers of a pipeline stage of this "
+                f"{self.name}"
             )
         if self.experts is None:
             return

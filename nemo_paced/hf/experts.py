@@ -29,7 +29,11 @@ def experts_config(architecture: Architecture, model: ModelConfig) -> dict[str, 
         # after a softmax in bf16 many experts tie; logits in the model's dtype are what HF ranks
         "moe_router_dtype": None if experts.normalize else "fp32",
         "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
-        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        # Each rank adds its tokens' share of the loss, times its own number of tokens and not the
+        # micro-batch's: it comes out too small by the parts that a sequence is cut into.
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff
+        * model.tensor_model_parallel_size
+        * model.context_parallel_size,
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": model.expert_model_parallel_size,
         "expert_tensor_parallel_size": EXPERT_TENSOR_PARALLEL_SIZE,

@@ -32,7 +32,7 @@ _WEIGHT_SUFFIXES = (
 
 
 def iter_hf_tensors(
-    gpt: PacedGPTModel, parallel: Parallel
+    chunks: Sequence[PacedGPTModel], parallel: Parallel
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(Hugging Face name, whole tensor) of every parameter in the table's order.
 
@@ -41,22 +41,22 @@ def iter_hf_tensors(
     tensors, the others ``None``; other replicas take no part. No rank holds more than one parameter
     beside its own shards.
     """
-    held = {(row, layer): p.detach() for p, row, layer in local_parameters(gpt)}
-    for row, layer in gpt.architecture.rows():
+    held = {(row, layer): p.detach() for p, row, layer in local_parameters(chunks)}
+    for row, layer in chunks[0].architecture.rows():
         names = [name.format(layer=layer) for name in row.hf]
-        yield from zip(names, _collect(gpt, row, layer, held, parallel), strict=True)
+        yield from zip(names, _collect(chunks, row, layer, held, parallel), strict=True)
 
 
 def _collect(
-    gpt: PacedGPTModel,
+    chunks: Sequence[PacedGPTModel],
     row: Row,
     layer: int | None,
     held: dict[tuple[Row, int | None], torch.Tensor],
     parallel: Parallel,
 ) -> Sequence[torch.Tensor | None]:
     """The Hugging Face tensors of one parameter on rank 0, ``None`` each elsewhere."""
-    nothing = [None] * len(row.hf)
-    stage = _stage(gpt, row, layer, parallel)
+    nothing, gpt = [None] * len(row.hf), chunks[0]
+    stage = _stage(chunks, row, layer, parallel)
     joined = None
     if parallel.pp_rank == stage and _has_part(gpt, row, parallel):
         joined = join(row, _gather(row, held[row, layer], parallel), gpt.architecture)
@@ -74,7 +74,7 @@ def _collect(
 
 
 def export_hf(
-    gpt: PacedGPTModel,
+    chunks: Sequence[PacedGPTModel],
     source_hf_dir: str | Path,
     out_dir: str | Path,
     parallel: Parallel,
@@ -97,8 +97,8 @@ def export_hf(
     check_new_directory(final, parallel)
     temporary = final.with_name(f".{final.name}.tmp")
     writer = _ShardWriter(temporary) if parallel.rank == 0 else None
-    total = sum(len(row.hf) for row, _ in gpt.architecture.rows())
-    for done, (name, tensor) in enumerate(iter_hf_tensors(gpt, parallel), 1):
+    total = sum(len(row.hf) for row, _ in chunks[0].architecture.rows())
+    for done, (name, tensor) in enumerate(iter_hf_tensors(chunks, parallel), 1):
         if progress is not None:
             progress(done, total)
         if writer is not None:
@@ -107,7 +107,7 @@ def export_hf(
     if writer is not None:
         writer.close()
         copy_metadata(source, temporary)
-        _set_dtype(temporary, next(gpt.parameters()).dtype)
+        _set_dtype(temporary, next(chunks[0].parameters()).dtype)
         if final.exists():
             final.rmdir()
         temporary.rename(final)
@@ -190,10 +190,10 @@ def _set_dtype(folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _stage(gpt: PacedGPTModel, row: Row, layer: int | None, parallel: Parallel) -> int:
-    """The pipeline stage that holds a parameter (equal numbers of layers a stage)."""
+def _stage(chunks: Sequence[PacedGPTModel], row: Row, layer: int | None, parallel: Parallel) -> int:
+    """The pipeline stage that holds a parameter: chunks of equal size, dealt out in turn."""
     if layer is not None:
-        return layer // len(gpt.decoder.layers)
+        return layer // len(chunks[0].decoder.layers) % parallel.pp_size
     return 0 if row is EMBEDDING else parallel.pp_size - 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from nemo_paced.parallel import Parallel
 
 
 def load_hf_weights(
-    gpt: PacedGPTModel,
+    chunks: Sequence[PacedGPTModel],
     hf_dir: str | Path,
     parallel: Parallel,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fill a model that ``build_gpt`` made; reads only the slices that this rank keeps.
+    """Fill a model that ``build_chunks`` made; reads only the slices that this rank keeps.
 
     Args:
         progress: called after each parameter with (parameters read, parameters of this rank).
@@ -34,11 +34,11 @@ def load_hf_weights(
     Raises:
         CheckpointError: files or tensors missing, unexpected, or of another shape, all named.
     """
-    architecture = gpt.architecture
+    architecture = chunks[0].architecture
     with ExitStack() as stack:
         files = _open(Path(hf_dir), stack)
         _check_names(files, architecture, Path(hf_dir))
-        held = list(local_parameters(gpt))
+        held = list(local_parameters(chunks))
         for done, (parameter, row, layer) in enumerate(held, 1):
             names = [name.format(layer=layer) for name in row.hf]
             slices = [_slice(files, name, architecture, row, i) for i, name in enumerate(names)]
@@ -48,7 +48,7 @@ def load_hf_weights(
                 architecture,
                 rank=parallel.tp_rank if row.expert is None else 0,
                 size=parallel.tp_size if row.expert is None else 1,
-                padded_vocab=gpt.vocab_size,
+                padded_vocab=chunks[0].vocab_size,
             )
             with torch.no_grad():
                 parameter.copy_(value)

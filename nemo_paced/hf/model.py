@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from nemo_paced.config import ModelConfig, Precision
+from nemo_paced.config import ModelConfig, Precision, Recompute
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.attention import CoreAttention
@@ -57,13 +57,13 @@ class RMSNorm(torch.nn.Module):
 
 
 class PacedGPTModel(GPTModel):
-    """GPTModel that knows which Hugging Face model it is."""
+    """A chunk of layers of a GPTModel that knows which Hugging Face model it is."""
 
     architecture: Architecture
 
     @cached_property
     def first_layer(self) -> int:
-        """Number of this stage's first layer, counted from 0 over all stages."""
+        """Number of this chunk's first layer, counted from 0 over all stages."""
         return self.decoder.layers[0].layer_number - 1
 
     @property
@@ -102,22 +102,24 @@ def padded_vocab_size(rows: int, model: ModelConfig) -> int:
     return -(-rows // multiple) * multiple
 
 
-def build_gpt(
+def build_chunks(
     hf_config: dict[str, Any],
     model: ModelConfig,
     parallel: Parallel,
     *,
     precision: Precision,
     vocab_size_hint: int | None = None,
-) -> PacedGPTModel:
+) -> list[PacedGPTModel]:
     """This rank's pipeline stage, with uninitialised values: load weights next.
 
     Args:
+        model: the layout; ``virtual_pipeline_model_parallel_size`` is the number of chunks.
         vocab_size_hint: pad the vocabulary as if it had at least so many rows, so that student and
             teacher are cut alike.
 
     Returns:
-        A model whose last stage returns logits [b, s, v/tp] when called without labels.
+        The chunks of layers that this rank holds, in their order in the model. The last chunk of
+        the last stage returns logits [b, s, v/tp] when called without labels.
 
     Raises:
         ConfigError: an unsupported architecture, or a layout that does not divide it.
@@ -126,37 +128,50 @@ def build_gpt(
     architecture.check_layout(
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
+        virtual=model.virtual_pipeline_model_parallel_size,
         expert=model.expert_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
     )
     config = _transformer_config(architecture, model, precision)
     rows = max(architecture.vocab_size, vocab_size_hint or 0)
-    gpt = PacedGPTModel(
-        config,
-        _block_spec(architecture, config, parallel),
-        vocab_size=padded_vocab_size(rows, model),
-        max_sequence_length=architecture.max_positions,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
-        share_embeddings_and_output_weights=architecture.tied,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope_base,
-        pg_collection=parallel.groups,
-    )
-    gpt.architecture = architecture
-    _mark_parallel(gpt)
-    if architecture.rope_scaling:
-        _scale_rope(gpt, architecture.rope_scaling)
-    return gpt.to(parallel.device)
+    count = model.virtual_pipeline_model_parallel_size
+    chunks = []
+    for number in range(count):
+        gpt = PacedGPTModel(
+            config,
+            _block_spec(architecture, config, parallel, number),
+            vocab_size=padded_vocab_size(rows, model),
+            max_sequence_length=architecture.max_positions,
+            pre_process=parallel.is_first_stage and number == 0,
+            post_process=parallel.is_last_stage and number == count - 1,
+            share_embeddings_and_output_weights=architecture.tied,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_base,
+            pg_collection=parallel.groups,
+            vp_stage=number if count > 1 else None,
+        )
+        gpt.architecture = architecture
+        _mark_parallel(gpt)
+        if architecture.rope_scaling:
+            _scale_rope(gpt, architecture.rope_scaling)
+        chunks.append(gpt.to(parallel.device))
+    return chunks
 
 
 def local_parameters(
-    gpt: PacedGPTModel,
+    chunks: Sequence[PacedGPTModel],
 ) -> Iterator[tuple[torch.nn.Parameter, Row, int | None]]:
-    """This stage's parameters with their rows of the table.
+    """This rank's parameters with their rows of the table, chunk by chunk.
 
     With tied embeddings and several stages the last one holds a copy of the embedding too.
     """
+    for gpt in chunks:
+        yield from _parameters_of(gpt)
+
+
+def _parameters_of(
+    gpt: PacedGPTModel,
+) -> Iterator[tuple[torch.nn.Parameter, Row, int | None]]:
     named = dict(gpt.named_parameters())
     seen = set()
     first, count = gpt.first_layer, len(gpt.decoder.layers)
@@ -201,11 +216,13 @@ def _transformer_config(
         calculate_per_token_loss=True,  # losses are sums; divided once, globally
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        **_interleaving(model),
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision is Precision.bf16,
+        **_recompute(model),
         use_cpu_initialization=True,
         perform_initialization=False,  # every value is loaded
         bias_activation_fusion=False,
@@ -218,14 +235,43 @@ def _transformer_config(
     )
 
 
+def _interleaving(model: ModelConfig) -> dict[str, Any]:
+    """What ``TransformerConfig`` says of several chunks a stage.
+
+    Messages overlap with computation then. Batched ones would also be wrong at two stages, where
+    the next stage is the previous one and sends and receives of one batch would be mixed up.
+    """
+    count = model.virtual_pipeline_model_parallel_size
+    if count == 1:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": count,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def _recompute(model: ModelConfig) -> dict[str, Any]:
+    """Megatron's names for what backward computes again."""
+    if model.recompute_granularity is Recompute.none:
+        return {}
+    if model.recompute_granularity is Recompute.selective:
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": model.recompute_num_layers,
+    }
+
+
 def _block_spec(
-    architecture: Architecture, config: TransformerConfig, parallel: Parallel
+    architecture: Architecture, config: TransformerConfig, parallel: Parallel, chunk: int
 ) -> TransformerBlockSubmodules:
     """Transformer Engine's layers on a GPU that has it, Megatron's local ones elsewhere."""
     on_gpu = parallel.device.type == "cuda" and _has_transformer_engine()
     make = _transformer_engine_layer if on_gpu else _local_layer
-    first = get_transformer_layer_offset(config, pp_rank=parallel.pp_rank)
-    count = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
+    first = get_transformer_layer_offset(config, vp_stage=chunk, pp_rank=parallel.pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=parallel.pp_rank)
     sparse = architecture.experts.layers if architecture.experts else ()
     return TransformerBlockSubmodules(
         layer_specs=[
@@ -267,7 +313,7 @@ def _mark_parallel(gpt: PacedGPTModel) -> None:
     reduced over their own data-parallel group even at expert-parallel size 1: Megatron does so only
     above 1, and beside tensor parallelism the ranks have seen different parts of the sequence.
     """
-    for parameter, row, _ in local_parameters(gpt):
+    for parameter, row, _ in _parameters_of(gpt):
         if row.layout is not Layout.replicated:
             for name, value in (
                 ("tensor_model_parallel", True),

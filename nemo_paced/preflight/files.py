@@ -17,7 +17,7 @@ from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.sizing.shapes import ModelShape
 from nemo_paced.teacher.signal import SignalKind
-from nemo_paced.training import checkpoint, schedule
+from nemo_paced.training import checkpoint_files, schedule
 from nemo_paced.training.fingerprint import DATA_FILE, check_data
 from nemo_paced.training.loop import newest_checkpoint
 
@@ -123,11 +123,13 @@ def disk(inputs: Inputs) -> Iterator[Finding]:
     if inputs.student_shape is not None:
         params = config.exp_manager.checkpoint_callback_params
         saves = -(-config.trainer.max_steps // params.every_n_train_steps)
-        kept = saves if params.save_top_k == -1 else min(params.save_top_k, saves)
+        kept = saves
+        if params.save_top_k != -1:
+            kept = min(params.save_top_k + params.save_best_k, saves)
         each = checkpoint_bytes(inputs.student_shape, config.trainer.compute_precision)
         there = sum(
             path.stat().st_size
-            for folder in checkpoint.checkpoints(run_dir)
+            for folder in checkpoint_files.checkpoints(run_dir)
             for path in folder.rglob("*")
             if path.is_file()
         )

@@ -22,22 +22,26 @@ def layouts(inputs: Inputs) -> Iterator[Finding]:
     config = inputs.config
     models = [("student", inputs.student, config.model, "model")]
     if not inputs.is_self_teacher:
-        models.append(("teacher", inputs.teacher, config.teacher_model, "teacher"))
+        prefix = "model" if config.teacher_model == config.model else "teacher"
+        models.append(("teacher", inputs.teacher, config.teacher_model, prefix))
     whole = True
     for who, architecture, layout, prefix in models:
         if architecture is None:
             return
         tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
+        pipeline = layout.pipeline_model_parallel_size
+        virtual = layout.virtual_pipeline_model_parallel_size
         # one dimension at a time, so that each is found
         for sizes in (
-            (tensor, 1, 1),
-            (1, layout.pipeline_model_parallel_size, 1),
-            (1, 1, expert),
+            (tensor, 1, 1, 1),
+            (1, pipeline, virtual, 1),
+            (1, 1, 1, expert),
         ):
             try:
                 architecture.check_layout(
                     *sizes[:2],
-                    expert=sizes[2],
+                    virtual=sizes[2],
+                    expert=sizes[3],
                     sequence_parallel=layout.sequence_parallel,
                     prefix=prefix,
                 )
@@ -151,7 +155,7 @@ def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
     )  # means are of no account for memory
     layout, teacher = student_layout(inputs.config), teacher_plan(inputs.config)
     for shape, cut in ((inputs.student_shape, layout), (inputs.teacher_shape, teacher.layout)):
-        if not divides(shape, cut.tensor, cut.pipeline):
+        if not divides(shape, cut.tensor, cut.pipeline * cut.virtual):
             return
     stages = stages_memory(inputs.student_shape, inputs.teacher_shape, layout, teacher, work)
     rollout = inputs.config.rollout

@@ -7,7 +7,7 @@ environments. A test holds it to the real one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -36,14 +36,14 @@ class MegatronWeightSource:
     tensors. Every pass is fresh: it reads the weights as they are.
     """
 
-    def __init__(self, gpt: PacedGPTModel, parallel: Parallel) -> None:
-        self.gpt = gpt
+    def __init__(self, chunks: Sequence[PacedGPTModel], parallel: Parallel) -> None:
+        self.chunks = chunks
         self.parallel = parallel
-        self.dtype = next(gpt.parameters()).dtype
+        self.dtype = next(chunks[0].parameters()).dtype
 
     def metadata(self) -> list[ParamMeta]:
         """Of the whole model, on every rank, without moving anything."""
-        architecture = self.gpt.architecture
+        architecture = self.chunks[0].architecture
         return [
             ParamMeta(name.format(layer=layer), self.dtype, shape)
             for row, layer in architecture.rows()
@@ -51,7 +51,7 @@ class MegatronWeightSource:
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        return iter_hf_tensors(self.gpt, self.parallel)
+        return iter_hf_tensors(self.chunks, self.parallel)
 
     def groups(self) -> list[list[str]]:
         """The names batched as :meth:`iter_groups` yields them on this rank: by layer."""

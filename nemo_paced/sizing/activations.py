@@ -15,7 +15,8 @@ wide is divided by TP under sequence parallelism, what belongs to heads or MLP c
 
 from __future__ import annotations
 
-from nemo_paced.sizing.shapes import Accelerator, Layout, ModelShape, Recompute, Work
+from nemo_paced.config import Recompute
+from nemo_paced.sizing.shapes import Accelerator, Layout, ModelShape, Work
 
 
 def layer_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from nemo_paced.config import Recompute
 from nemo_paced.sizing.hardware import Assumptions, Cluster
 from nemo_paced.sizing.memory import teacher_weights
 from nemo_paced.sizing.parameters import active_parameters, model_parameters, stage_parameters
@@ -15,7 +16,6 @@ from nemo_paced.sizing.shapes import (
     Layout,
     ModelShape,
     Placement,
-    Recompute,
     TeacherPlan,
     Work,
     padded_vocab,
@@ -170,7 +170,7 @@ def _idle(layout: Layout, work: Work, *, teacher: bool = False) -> float:
     count = work.micro_batches(layout, teacher=teacher)
     size = work.teacher_micro_batch_size if teacher else work.micro_batch_size
     filled = 1.0 if work.packed else layout.data * count * size / work.global_batch_size
-    return (count + layout.pipeline - 1) / count * filled
+    return (1 + (layout.pipeline - 1) / (count * layout.virtual)) * filled
 
 
 def _communication(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from nemo_paced.config import Recompute
 from nemo_paced.sizing import activations
 from nemo_paced.sizing.parameters import Parameters, stage_parameters
 from nemo_paced.sizing.shapes import (
@@ -16,7 +17,6 @@ from nemo_paced.sizing.shapes import (
     Layout,
     ModelShape,
     Placement,
-    Recompute,
     TeacherPlan,
     Work,
     padded_vocab,
@@ -135,10 +135,16 @@ def optimizer_bytes(own: Parameters, layout: Layout, work: Work) -> float:
 
 
 def activation_bytes(shape: ModelShape, layout: Layout, work: Work, stage: int) -> float:
-    """Kept for backward by the micro-batches in flight: 1F1B holds pipeline - stage of them."""
+    """Kept for backward by the micro-batches in flight.
+
+    1F1B holds pipeline - stage of them; interleaved, a chunk of layers is what is counted, and the
+    stages behind are gone through twice (Narayanan et al. 2021).
+    """
     sequence = work.sequence(layout)
     tokens = work.micro_batch_size * sequence / layout.context
-    in_flight = min(work.micro_batches(layout), layout.pipeline - stage)
+    behind, v = layout.pipeline - 1 - stage, layout.virtual
+    chunks = behind + 1 if v == 1 else 2 * behind + (v - 1) * layout.pipeline + 1
+    in_flight = min(work.micro_batches(layout), chunks / v)
     layers = shape.num_layers // layout.pipeline
     a_token = layers * activations.layer_bytes(shape, layout, work)
     if stage == layout.pipeline - 1:

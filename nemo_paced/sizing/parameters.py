@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nemo_paced.sizing.shapes import Layout, ModelShape
@@ -28,8 +29,7 @@ class Parameters:
 
 def stage_parameters(shape: ModelShape, layout: Layout, stage: int, padded: int) -> Parameters:
     """Of a rank of pipeline stage ``stage``; ``padded``: rows of the vocabulary over all ranks."""
-    a_stage = shape.num_layers // layout.pipeline
-    layers = range(stage * a_stage, (stage + 1) * a_stage)
+    layers = layout.layers(shape.num_layers, stage)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     # a tied head is the embedding, but where that lies on another stage
     heads = int(is_first) + int(is_last and not (shape.tied and is_first))
@@ -81,5 +81,5 @@ def _experts(shape: ModelShape) -> int:
     return shape.experts.count * 3 * shape.experts.ffn_hidden_size * shape.hidden_size
 
 
-def _sparse_layers(shape: ModelShape, layers: range) -> int:
+def _sparse_layers(shape: ModelShape, layers: Iterable[int]) -> int:
     return sum(layer in shape.experts.layers for layer in layers) if shape.experts else 0

@@ -7,11 +7,12 @@ from dataclasses import asdict
 
 from rich.table import Table
 
+from nemo_paced.config import Recompute
 from nemo_paced.sizing.flops import kv_cache_tokens, rollout_seconds, step_flops
 from nemo_paced.sizing.hardware import GIB
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.sizing.search import Candidate, Problem
-from nemo_paced.sizing.shapes import Layout, Placement, Recompute, Work
+from nemo_paced.sizing.shapes import Layout, Placement, Work
 
 _PARTS = {
     "weights": "student weights",
@@ -162,6 +163,7 @@ def describe_layout(layout: Layout) -> str:
     sizes = {
         "TP": layout.tensor,
         "PP": layout.pipeline,
+        "VPP": layout.virtual,
         "CP": layout.context,
         "EP": layout.expert,
         "DP": layout.data,

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from nemo_paced.config import Recompute
 from nemo_paced.sizing.flops import Server, StepTime, step_time
 from nemo_paced.sizing.hardware import Assumptions, Cluster
 from nemo_paced.sizing.memory import Memory, stages_memory
@@ -18,7 +19,6 @@ from nemo_paced.sizing.shapes import (
     Layout,
     ModelShape,
     Placement,
-    Recompute,
     TeacherPlan,
     Work,
 )

@@ -13,17 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nemo_paced.config import ModelConfig, PacedConfig, Precision, ResponseSource
+from nemo_paced.config import ModelConfig, PacedConfig, Precision, Recompute, ResponseSource
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, Experts
-
-
-class Recompute(Enum):
-    """Which activations are computed again in backward."""
-
-    none = "none"
-    selective = "selective"  # the attention core
-    full = "full"  # whole layers: their inputs alone are kept
 
 
 class Placement(Enum):
@@ -121,6 +113,7 @@ class Layout:
 
     Attributes:
         data: data-parallel replicas.
+        virtual: interleaved chunks of layers a stage.
         distributed_optimizer: master weights and moments are divided over data x context ranks.
     """
 
@@ -129,6 +122,7 @@ class Layout:
     context: int = 1
     expert: int = 1
     data: int = 1
+    virtual: int = 1
     sequence_parallel: bool = False
     recompute: Recompute = Recompute.none
     distributed_optimizer: bool = False
@@ -136,6 +130,12 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
+
+    def layers(self, of: int, stage: int) -> list[int]:
+        """The layers of a stage, of ``of`` in all."""
+        a_chunk = of // (self.pipeline * self.virtual)
+        firsts = ((self.pipeline * k + stage) * a_chunk for k in range(self.virtual))
+        return [first + layer for first in firsts for layer in range(a_chunk)]
 
     @property
     def expert_data(self) -> int:
@@ -240,7 +240,10 @@ def _layout(model: ModelConfig, world_size: int) -> Layout:
         context=model.context_parallel_size,
         expert=model.expert_model_parallel_size,
         data=world_size // model.model_parallel_size,
+        virtual=model.virtual_pipeline_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
+        recompute=model.recompute_granularity,
+        distributed_optimizer=model.optim.use_distributed_optimizer,
     )
 
 

@@ -70,7 +70,7 @@ class Teacher:
         collected = run_schedule(
             self._forward_step,
             micro_batches,
-            self.gpt,
+            [self.gpt],
             self.parallel,
             forward_only=True,
             collect_non_loss_data=True,

@@ -7,6 +7,8 @@ RNG state under their standard keys, and beside them
     pass_rates.parquet    the table that the weights of the next step come from
     hf/                   configuration and tokenizer of the student: what ``export-hf`` needs
 
+    files.json            how long each file is: what is shorter when read is not resumed from
+
 It is written under a temporary name and renamed when whole, so a directory with its final name is
 complete. Older ones go only after that.
 """
@@ -16,57 +18,40 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_paced.config import CheckpointCallbackParams
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.export_weights import check_new_directory, copy_metadata
 from nemo_paced.parallel import Parallel
+from nemo_paced.training.checkpoint_files import (
+    STATE_FILE,
+    RunState,
+    checkpoint_dir,
+    prune,
+    read_state,
+    record_sizes,
+)
+from nemo_paced.training.optimizer import make_moments, steps_aside
 from nemo_paced.training.student import Student
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "paced.json"
 PASS_RATES_FILE = "pass_rates.parquet"
 HF_FOLDER = "hf"
 # torch's own is no Exception
 _FAILURES = (Exception, CheckpointException)
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """What a run needs to go on, beyond tensors.
-
-    Attributes:
-        step: optimizer steps taken.
-        consumed_problems: position in the endless sequence of problems.
-        skipped_steps: steps without an update, because of NaN or Inf.
-        config: the resolved configuration, as plain data.
-        layout: tensor x pipeline ranks; the RNG state is restored only at the same layout.
-    """
-
-    step: int
-    consumed_problems: int
-    skipped_steps: int
-    config: dict[str, Any]
-    layout: tuple[int, int]
-
-
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = (run_dir / "checkpoints").glob("step_????????")
-    return sorted(path for path in found if (path / STATE_FILE).exists())
 
 
 def save(
@@ -76,37 +61,74 @@ def save(
     parallel: Parallel,
     *,
     hf_dir: Path,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of ``state.step``; collective. Keeps the newest ``keep`` (-1: all).
+    keep: CheckpointCallbackParams,
+    background: AsyncCallsQueue | None = None,
+) -> None:
+    """Write the checkpoint of ``state.step``; collective.
+
+    Args:
+        keep: how many stay, once this one is whole.
+        background: write there and return; it is whole after ``finish`` only.
 
     Raises:
         CheckpointError: it could not be written (a full disk, say); earlier ones are untouched.
     """
     final = checkpoint_dir(run_dir, state.step)
     temporary = final.with_name(f".{final.name}.tmp")
-    try:
+
+    def complete() -> None:
+        if parallel.rank == 0:
+            record_sizes(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            prune(run_dir, keep)
+
+    with _explained(final, temporary):
         if parallel.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
-        dist_checkpointing.save(_sharded_state(student, parallel, loading=False), str(temporary))
+        request = dist_checkpointing.save(
+            _sharded_state(student, parallel, loading=False),
+            str(temporary),
+            async_sharded_save=background is not None,
+        )
         if parallel.rank == 0:
             _write_beside(temporary, run_dir, state, hf_dir)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+        if request is None:
+            complete()
+        else:
+            assert background is not None, "only a background write makes a request"
+            request.add_finalize_fn(complete)
+            background.schedule_async_request(request)
+    torch.distributed.barrier()
+
+
+def finish(background: AsyncCallsQueue, *, wait: bool) -> None:
+    """Make checkpoints whole whose files are written; collective.
+
+    Args:
+        wait: for those as well that are not written yet.
+
+    Raises:
+        CheckpointError: one could not be written.
+    """
+    with _explained(Path("in the background")):
+        background.maybe_finalize_async_calls(blocking=wait)
+
+
+@contextmanager
+def _explained(final: Path, temporary: Path | None = None) -> Iterator[None]:
+    try:
+        yield
     except _FAILURES as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {final} could not be written: {_reason(error)}. Checkpoints written "
             "before it are whole; free space or choose another exp_manager.exp_dir, then start "
             "the same command again"
         ) from error
-    torch.distributed.barrier()
-    if parallel.rank == 0 and keep > 0:
-        for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    return final
 
 
 def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
@@ -115,22 +137,25 @@ def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
     same_layout = state.layout == (parallel.tp_size, parallel.pp_size)
     wanted = _sharded_state(student, parallel, loading=True, with_rng=same_layout)
     loaded = _load(wanted, directory)
-    student.gpt.load_state_dict(loaded["model"])
+    _load_chunks(student.chunks, loaded["model"])
     _complete_steps(loaded["optimizer"])
-    student.optimizer.load_state_dict(loaded["optimizer"])
+    with steps_aside(student.optimizer):
+        student.optimizer.load_state_dict(loaded["optimizer"])
     student.optimizer.reload_model_params()
     if same_layout:
         _set_rng_state(loaded["rng_state"])
     return state
 
 
-def load_model(directory: Path, gpt: GPTModel) -> None:
+def load_model(directory: Path, chunks: Sequence[GPTModel]) -> None:
     """Restore the weights alone, at whatever layout they were written."""
-    loaded = _load({"model": gpt.sharded_state_dict()}, directory)
-    gpt.load_state_dict(loaded["model"])
+    loaded = _load({"model": _sharded_chunks(chunks)}, directory)
+    _load_chunks(chunks, loaded["model"])
 
 
-def save_model(directory: Path, gpt: GPTModel, hf_dir: Path, parallel: Parallel) -> None:
+def save_model(
+    directory: Path, chunks: Sequence[GPTModel], hf_dir: Path, parallel: Parallel
+) -> None:
     """Write a checkpoint of weights alone (``import-hf``): a start, not a run to resume.
 
     Collective; under a temporary name first, which a later start replaces.
@@ -145,7 +170,7 @@ def save_model(directory: Path, gpt: GPTModel, hf_dir: Path, parallel: Parallel)
             shutil.rmtree(temporary, ignore_errors=True)
             copy_metadata(hf_dir, temporary / HF_FOLDER)
         torch.distributed.barrier()
-        dist_checkpointing.save({"model": gpt.sharded_state_dict()}, str(temporary))
+        dist_checkpointing.save({"model": _sharded_chunks(chunks)}, str(temporary))
         if parallel.rank == 0:
             if directory.exists():
                 directory.rmdir()
@@ -154,23 +179,6 @@ def save_model(directory: Path, gpt: GPTModel, hf_dir: Path, parallel: Parallel)
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{directory} could not be written: {_reason(error)}") from error
     torch.distributed.barrier()
-
-
-def read_state(directory: Path) -> RunState:
-    """The ``paced.json`` of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing or cannot be read.
-    """
-    path = directory / STATE_FILE
-    try:
-        fields = json.loads(path.read_text())
-        return RunState(**{**fields, "layout": tuple(fields["layout"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({_reason(error)}): {directory} is not a complete checkpoint "
-            "of a run; remove it to resume from the one before"
-        ) from error
 
 
 def _write_beside(directory: Path, run_dir: Path, state: RunState, hf_dir: Path) -> None:
@@ -184,12 +192,15 @@ def _write_beside(directory: Path, run_dir: Path, state: RunState, hf_dir: Path)
 def _sharded_state(
     student: Student, parallel: Parallel, *, loading: bool, with_rng: bool = True
 ) -> dict[str, Any]:
-    model = student.gpt.sharded_state_dict()
+    model = _sharded_chunks(student.chunks)
+    make_moments(student.optimizer)
     state = {
         "model": model,
         # a run that has not updated yet has no moments: let Megatron make them as for loading
         "optimizer": student.optimizer.sharded_state_dict(
-            model, is_loading=loading or not student.has_moments
+            model,
+            is_loading=loading or not student.has_moments,
+            metadata={"distrib_optim_sharding_type": "fully_reshardable"},
         ),
     }
     if with_rng:
@@ -201,6 +212,16 @@ def _sharded_state(
             replica_id=parallel.groups.dp_cp.rank(),
         )
     return state
+
+
+def _sharded_chunks(chunks: Sequence[GPTModel]) -> dict[str, Any]:
+    """By chunk; the keys on disk count layers over the whole model and know no chunks."""
+    return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+
+
+def _load_chunks(chunks: Sequence[GPTModel], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(number)])
 
 
 def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -217,8 +238,9 @@ def _complete_steps(optimizer: dict[str, Any]) -> None:
     """A step count of 0 is left out when saving, and torch's Adam asks for it when loading."""
     # with experts, theirs and that of the other layers are two optimizers, numbered
     for one in optimizer.values() if 0 in optimizer else [optimizer]:
-        state = one.get("optimizer", one)["state"]
-        state.setdefault("common_step", torch.tensor(0.0))
+        state = one.get("optimizer", one).get("state")
+        if state is not None:  # the distributed optimizer keeps the count elsewhere
+            state.setdefault("common_step", torch.tensor(0.0))
 
 
 def _rng_state() -> dict[str, Any]:

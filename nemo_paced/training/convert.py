@@ -17,9 +17,10 @@ from nemo_paced.config import ModelConfig, PacedConfig, Precision
 from nemo_paced.errors import CheckpointError, ConfigError
 from nemo_paced.hf import export_weights
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import PacedGPTModel, build_gpt, load_hf_config
+from nemo_paced.hf.model import PacedGPTModel, build_chunks, load_hf_config
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint
+from nemo_paced.training.checkpoint_files import checkpoints
 from nemo_paced.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,11 @@ def import_hf(config: PacedConfig, hf_dir: Path, directory: Path) -> None:
         ConfigError: an unsupported architecture, or ranks that do not fit the layout.
         CheckpointError: ``directory`` is not empty, or ``hf_dir`` is damaged.
     """
-    with _model(config, hf_dir, config.trainer.compute_precision) as (gpt, parallel):
+    with _model(config, hf_dir, config.trainer.compute_precision) as (chunks, parallel):
         export_weights.check_new_directory(directory, parallel)
         with _progress(f"reading {hf_dir.name}", parallel) as progress:
-            load_hf_weights(gpt, hf_dir, parallel, progress=progress)
-        checkpoint.save_model(directory, gpt, hf_dir, parallel)
+            load_hf_weights(chunks, hf_dir, parallel, progress=progress)
+        checkpoint.save_model(directory, chunks, hf_dir, parallel)
     logger.info("written: %s", directory)
 
 
@@ -57,11 +58,11 @@ def export_hf(config: PacedConfig, source: Path, out_dir: Path) -> None:
     """
     directory = find_checkpoint(source)
     hf_dir = directory / checkpoint.HF_FOLDER
-    with _model(config, hf_dir, _dtype(directory)) as (gpt, parallel):
+    with _model(config, hf_dir, _dtype(directory)) as (chunks, parallel):
         export_weights.check_new_directory(out_dir, parallel)
-        checkpoint.load_model(directory, gpt)
+        checkpoint.load_model(directory, chunks)
         with _progress(f"writing {out_dir.name}", parallel) as progress:
-            export_weights.export_hf(gpt, hf_dir, out_dir, parallel, progress=progress)
+            export_weights.export_hf(chunks, hf_dir, out_dir, parallel, progress=progress)
     logger.info("exported %s to %s", directory, out_dir)
 
 
@@ -86,11 +87,13 @@ def check_ranks(config: PacedConfig) -> None:
 @contextmanager
 def _model(
     config: PacedConfig, hf_dir: Path, precision: Precision
-) -> Iterator[tuple[PacedGPTModel, Parallel]]:
+) -> Iterator[tuple[list[PacedGPTModel], Parallel]]:
     check_ranks(config)
-    # nothing is computed: sequence parallelism is set where experts would ask for it
+    # nothing is computed: stages are whole, sequence parallelism is set as experts ask for it
     layout: ModelConfig = replace(
-        config.model, sequence_parallel=config.model.tensor_model_parallel_size > 1
+        config.model,
+        virtual_pipeline_model_parallel_size=1,
+        sequence_parallel=config.model.tensor_model_parallel_size > 1,
     )
     parallel = parallel_module.initialize(
         layout, accelerator="cpu", timeout_s=config.training.collective_timeout_s
@@ -101,7 +104,7 @@ def _model(
             f"{config.world_size}: set trainer.devices to the ranks of a node"
         )
     try:
-        yield build_gpt(load_hf_config(hf_dir), layout, parallel, precision=precision), parallel
+        yield build_chunks(load_hf_config(hf_dir), layout, parallel, precision=precision), parallel
     finally:
         parallel_module.shutdown()
 
@@ -131,7 +134,7 @@ def find_checkpoint(source: Path) -> Path:
     """``source`` itself if it is a checkpoint, else the newest one of the run directory."""
     if (source / "metadata.json").exists():  # Megatron's; a run directory may hold an export hf/
         return source
-    found = checkpoint.checkpoints(source)
+    found = checkpoints(source)
     if not found:
         raise CheckpointError(
             f"{source} is no checkpoint and holds none: give RUN/checkpoints/step_... or a run "

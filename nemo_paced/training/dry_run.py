@@ -21,7 +21,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,7 +86,9 @@ def chosen_ranks(config: PacedConfig) -> list[int]:
 def shortened(config: PacedConfig, folder: Path) -> PacedConfig:
     """The same configuration with models of few layers, on CPU tensors, without a cache."""
     both = (config.model, config.teacher_model)
-    stages = math.lcm(*(model.pipeline_model_parallel_size for model in both))
+    stages = math.lcm(
+        *(m.pipeline_model_parallel_size * m.virtual_pipeline_model_parallel_size for m in both)
+    )
     student = _short_model(stages, Path(config.student.hf_path), folder / "student")
     teacher = ""
     if config.teacher.hf_path:
@@ -141,8 +143,10 @@ def _run_rank(config: PacedConfig, rank: int) -> DryRank:
             return DryRank(
                 rank=rank,
                 stage=stage,
-                layers=len(models.student.gpt.decoder.layers),
-                parameters=sum(p.numel() for p in models.student.gpt.parameters()),
+                layers=sum(len(gpt.decoder.layers) for gpt in models.student.chunks),
+                parameters=sum(
+                    p.numel() for gpt in models.student.chunks for p in gpt.parameters()
+                ),
                 problems=len(items),
                 seconds=time.monotonic() - began,
                 peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -174,15 +178,16 @@ def _as_rank(config: PacedConfig, rank: int) -> Iterator[Parallel]:
         gc.collect()  # hooks and models refer to each other: the next rank needs the memory
 
 
-def _random_model(gpt: PacedGPTModel, hf_dir: Path, parallel: Parallel) -> None:
+def _random_model(chunks: Sequence[PacedGPTModel], hf_dir: Path, parallel: Parallel) -> None:
     """Small values in place of those of a checkpoint, and of what another stage would send."""
-    gpt.decoder.register_forward_pre_hook(_receive_values)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0, 0.02)
+    for gpt in chunks:
+        gpt.decoder.register_forward_pre_hook(_receive_values)
+        with torch.no_grad():
+            for parameter in gpt.parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0, 0.02)
 
 
 def _receive_values(decoder: Any, _: object) -> None:

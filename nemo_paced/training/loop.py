@@ -16,13 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
-from nemo_paced.errors import PacedError
+from nemo_paced.errors import CheckpointError, PacedError
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint, schedule
 from nemo_paced.training.batches import Batch
+from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
 from nemo_paced.training.driver import Driver
+from nemo_paced.training.faults import Guard, Watch
 from nemo_paced.training.fingerprint import check_config
 from nemo_paced.training.progress import RunLog
 from nemo_paced.training.schedule import Stage
@@ -49,7 +54,7 @@ def train(config: PacedConfig, run_dir: Path) -> None:
     )
     config = with_cache_folder(config, run_dir)
     try:
-        resume_from = newest_checkpoint(config, run_dir)
+        resume_from = agreed_checkpoint(config, run_dir, parallel)
         driver_context = Driver(config, run_dir) if parallel.rank == 0 else nullcontext()
         with driver_context as driver:
             models = build_models(config, parallel)
@@ -68,16 +73,34 @@ def with_cache_folder(config: PacedConfig, run_dir: Path) -> PacedConfig:
 
 def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
     """The checkpoint to resume from, after checking that its run was configured alike."""
-    found = checkpoint.checkpoints(run_dir)
-    if not found:
+    if not checkpoints(run_dir):
         return None
     if not config.exp_manager.resume_if_exists:
         raise PacedError(
             f"{run_dir} holds checkpoints and exp_manager.resume_if_exists is false: choose "
             "another exp_manager.name, or let it resume"
         )
-    check_config(checkpoint.read_state(found[-1]).config, config, found[-1])
-    return found[-1]
+    found = newest_whole(run_dir)
+    if found is None:
+        raise CheckpointError(
+            f"none of the checkpoints of {run_dir} is whole: remove them to start anew, or choose "
+            "another exp_manager.name"
+        )
+    check_config(read_state(found).config, config, found)
+    return found
+
+
+def agreed_checkpoint(config: PacedConfig, run_dir: Path, parallel: Parallel) -> Path | None:
+    """Rank 0's :func:`newest_checkpoint` on every rank: file systems may show them different ones.
+
+    Collective.
+    """
+    chosen: list[Path | None] = [None]
+    if parallel.rank == 0:
+        chosen = [newest_checkpoint(config, run_dir)]
+    if parallel.world_size > 1:
+        torch.distributed.broadcast_object_list(chosen, src=0, device=parallel.device)
+    return chosen[0]
 
 
 class Loop:
@@ -100,7 +123,12 @@ class Loop:
         self.parallel = parallel
         self.step = 0
         self.consumed = 0
-        self.skipped = 0
+        self.guard = Guard(config)
+        self.watch = Watch(parallel, config.training.collective_timeout_s)
+        self.accuracy: float | None = None  # of the last validation, at step ``validated``
+        self.validated: int | None = None
+        async_save = config.exp_manager.checkpoint_callback_params.async_save
+        self.background = AsyncCallsQueue() if async_save else None
         self.served_step: int | None = None  # optimizer steps behind the server's weights
         self.saved_step: int | None = None
         self.times: dict[str, float] = {}
@@ -112,13 +140,18 @@ class Loop:
         if self.step >= max_steps:
             logger.info("%s is trained to step %d already", self.run_dir, self.step)
             return
-        with RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log:
+        with (
+            self.watch,
+            RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log,
+        ):
             if self.driver is not None:
                 self.driver.prepare(resumed_from=resume_from, log=log)
             self._fill_teacher_cache()
             while self.step < max_steps:
                 log.step(self._one_step())
             self._save()
+            if self.background is not None:
+                checkpoint.finish(self.background, wait=True)
             log.finished()
 
     def _one_step(self) -> dict[str, Any]:
@@ -127,23 +160,26 @@ class Loop:
         begin = time.perf_counter()
         stage = schedule.stage_at(self.stages, self.step)
         self._enter(stage)
+        self.watch.reached(self.step, "batch")
         if stage.config.responses is ResponseSource.rollouts:
             self._refit_if_due()
         with self._timed("rollout"):
             batch = self._batch(stage)
+        self.watch.reached(self.step, "training")
         rate = schedule.learning_rate(
             self.config.model.optim, self.step, self.config.trainer.max_steps
         )
         result = self.models.step(batch.items, stage.config, rate) if batch.items else None
         if result is not None:
             self._forget(_batch_key(self.step))  # a step is collective: every rank has read it
-        self._guard(result, batch, stage)
+        on_policy = stage.config.responses is ResponseSource.rollouts
+        fresh = on_policy and self.served_step == self.step
+        self.guard.check(self.step, stage, batch, result, fresh=fresh)
         staleness = self.step - self.served_step if self.served_step is not None else None
         self.step += 1
         self.consumed += self.config.model.global_batch_size
         validation = self._validate_if_due()
         self._checkpoint_if_due()
-        on_policy = stage.config.responses is ResponseSource.rollouts
         return {
             "step": self.step,
             "stage": stage.config.name,
@@ -220,36 +256,6 @@ class Loop:
         if self.driver is not None:
             parallel_module.forget(key)
 
-    def _guard(self, result: StepResult | None, batch: Batch, stage: Stage) -> None:
-        """Count skipped steps, and stop when they or the log-probability gap pass their bound."""
-        if result is None:
-            logger.info("step %d: every problem of the batch has weight 0: no-op", self.step)
-            return
-        problem_ids = [item.problem_id for item in batch.items]
-        if not result.finite:
-            self.skipped += 1
-            logger.warning(
-                "step %d: loss %s, gradient norm not finite: update skipped (problems %s)",
-                self.step,
-                result.loss,
-                ", ".join(problem_ids),
-            )
-            if self.skipped > self.config.training.max_skipped_steps:
-                raise PacedError(
-                    f"{self.skipped} steps had NaN or Inf in loss or gradients, more than "
-                    f"training.max_skipped_steps {self.config.training.max_skipped_steps}; the "
-                    f"last one, step {self.step}, trained on problems {', '.join(problem_ids)}"
-                )
-        fresh = stage.config.responses is ResponseSource.rollouts and self.served_step == self.step
-        bound = self.config.rollout.max_logprob_gap
-        if fresh and result.logprob_gap > bound:
-            raise PacedError(
-                f"step {self.step}: rollout/logprob_gap is {result.logprob_gap:.4g} nats, above "
-                f"rollout.max_logprob_gap {bound:g}: the server does not sample from the student "
-                "being trained. Check that both have the same dtype (rollout.dtype, "
-                "trainer.precision) and that the last refit reached the server"
-            )
-
     def _result_metrics(self, result: StepResult | None) -> dict[str, Any]:
         if result is None:
             return {"loss": 0.0, "grad_norm": 0.0, "clipped": False, "skipped": False, "tokens": 0}
@@ -274,9 +280,15 @@ class Loop:
         if not every or self.step % every or not self.config.data.validation_problems:
             return {}
         self._refit()
-        return self.driver.validate(self.step) if self.driver is not None else {}
+        if self.driver is None:
+            return {}
+        metrics = self.driver.validate(self.step)
+        self.validated, self.accuracy = self.step, metrics["validation/accuracy"]
+        return metrics
 
     def _checkpoint_if_due(self) -> None:
+        if self.background is not None:
+            checkpoint.finish(self.background, wait=False)
         if self.step % self.config.exp_manager.checkpoint_callback_params.every_n_train_steps == 0:
             with self._timed("checkpoint"):
                 self._save()
@@ -284,8 +296,15 @@ class Loop:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
+        if self.background is not None:  # one at a time
+            checkpoint.finish(self.background, wait=True)
         self.models.save(
-            self.run_dir, step=self.step, consumed_problems=self.consumed, skipped=self.skipped
+            self.run_dir,
+            step=self.step,
+            consumed_problems=self.consumed,
+            skipped=self.guard.skipped,
+            accuracy=self.accuracy if self.validated == self.step else None,
+            background=self.background,
         )
         self.saved_step = self.step
 
@@ -293,7 +312,7 @@ class Loop:
         state = checkpoint.load(directory, self.models.student, self.parallel)
         self.step = self.saved_step = state.step
         self.consumed = state.consumed_problems
-        self.skipped = state.skipped_steps
+        self.guard.skipped = state.skipped_steps
         logger.info("resumed from %s at step %d", directory, self.step)
 
     @contextmanager

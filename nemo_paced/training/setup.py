@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nemo_paced.config import ModelConfig, PacedConfig, TeacherPlacement, to_dict
 from nemo_paced.data.packing import Cut
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.import_weights import load_hf_head, load_hf_weights
-from nemo_paced.hf.model import DTYPES, build_gpt, load_hf_config, padded_vocab_size
+from nemo_paced.hf.model import DTYPES, build_chunks, load_hf_config, padded_vocab_size
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel, beside
 from nemo_paced.rollout.refit import write_weights
@@ -26,6 +27,7 @@ from nemo_paced.teacher.placement import HeldTeacher
 from nemo_paced.teacher.signal import SignalKind
 from nemo_paced.teacher.source import TeacherSource
 from nemo_paced.training import checkpoint
+from nemo_paced.training.checkpoint_files import RunState
 from nemo_paced.training.output_layer import DivergenceOutputLayer
 from nemo_paced.training.step import Step
 from nemo_paced.training.student import Student, build_student
@@ -48,26 +50,42 @@ class Models:
     def push_weights(self, driver: Driver | None, step: int) -> None:
         """Send the student's weights to the rollout server; every rank takes part."""
         folder = driver.sampler.transfer_dir if driver is not None else None
-        source = MegatronWeightSource(self.student.gpt, self.parallel)
+        source = MegatronWeightSource(self.student.chunks, self.parallel)
         write_weights(source, folder, version=step)
         if driver is not None:
             driver.sampler.send_weights()
 
-    def save(self, run_dir: Path, *, step: int, consumed_problems: int, skipped: int) -> None:
-        """Write a checkpoint; collective."""
+    def save(
+        self,
+        run_dir: Path,
+        *,
+        step: int,
+        consumed_problems: int,
+        skipped: int,
+        accuracy: float | None = None,
+        background: AsyncCallsQueue | None = None,
+    ) -> None:
+        """Write a checkpoint; collective.
+
+        Args:
+            accuracy: on the validation problems, where they were sampled after this step.
+            background: write there; this one is whole after ``checkpoint.finish`` only.
+        """
         checkpoint.save(
             run_dir,
             self.student,
-            checkpoint.RunState(
+            RunState(
                 step=step,
                 consumed_problems=consumed_problems,
                 skipped_steps=skipped,
                 config=to_dict(self.config),
                 layout=(self.parallel.tp_size, self.parallel.pp_size),
+                accuracy=accuracy,
             ),
             self.parallel,
             hf_dir=Path(self.config.student.hf_path),
-            keep=self.config.exp_manager.checkpoint_callback_params.save_top_k,
+            keep=self.config.exp_manager.checkpoint_callback_params,
+            background=background,
         )
 
 
@@ -81,24 +99,30 @@ def check_layouts(config: PacedConfig) -> None:
         Architecture.from_config(load_hf_config(path), f"{path}/config.json")
         for path in (config.student.hf_path, config.teacher_hf_path)
     )
-    model = config.model
+    model, teacher_prefix = config.model, "teacher"
+    if config.teacher_model == model:
+        teacher_prefix = "model"
     for architecture, layout, prefix in (
         (student, model, "model"),
-        (teacher, config.teacher_model, "teacher"),
+        (teacher, config.teacher_model, teacher_prefix),
     ):
         architecture.check_layout(
             layout.tensor_model_parallel_size,
             layout.pipeline_model_parallel_size,
+            virtual=layout.virtual_pipeline_model_parallel_size,
             expert=layout.expert_model_parallel_size,
             sequence_parallel=layout.sequence_parallel,
             prefix=prefix,
         )
-    if model.expert_model_parallel_size > 1 and not (student.experts or teacher.experts):
-        raise ConfigError(
-            f"model.expert_model_parallel_size is {model.expert_model_parallel_size}, and neither "
-            f"the student ({student.name}) nor the teacher ({teacher.name}) has experts: set it "
-            "to 1"
-        )
+    for architecture, size, key in (
+        (student, model.expert_model_parallel_size, "model"),
+        (teacher, config.teacher.expert_model_parallel_size, "teacher"),
+    ):
+        if size > 1 and not architecture.experts:
+            raise ConfigError(
+                f"{key}.expert_model_parallel_size is {size}, and this {architecture.name} has no "
+                "experts: set it to 1 (student and teacher have a key each)"
+            )
     if model.moe_aux_loss_coeff and not student.experts:
         raise ConfigError(
             f"model.moe_aux_loss_coeff is {model.moe_aux_loss_coeff}, and the student "
@@ -130,17 +154,17 @@ def build_models(
     vocab_size = tokenizer_vocab_size(student_dir)
     # before the student's large buffers: what is wrong with the teacher shows first
     teacher = build_teacher(config, parallel, vocab_size, weights=weights)
-    gpt = build_gpt(
+    chunks = build_chunks(
         load_hf_config(student_dir),
         config.model,
         parallel,
         precision=config.trainer.compute_precision,
         vocab_size_hint=_common_rows(config),
     )
-    weights.model(gpt, student_dir, parallel)
+    weights.model(chunks, student_dir, parallel)
     if parallel.is_last_stage:
-        DivergenceOutputLayer.install(gpt)
-    student = build_student(gpt, config, parallel)
+        DivergenceOutputLayer.install(chunks[-1])
+    student = build_student(chunks, config, parallel)
     step = Step(
         student=student,
         teacher=teacher,
@@ -178,12 +202,12 @@ def build_teacher(
     parallel = beside(student, config.teacher_model, timeout_s=config.training.collective_timeout_s)
 
     def load() -> Teacher:
-        gpt = build_gpt(
+        (gpt,) = build_chunks(
             hf_config, config.teacher_model, parallel, precision=config.trainer.compute_precision
         )
         if parallel.is_last_stage:
             HiddenStates.install(gpt, parallel)
-        weights.model(gpt, hf_dir, parallel)
+        weights.model([gpt], hf_dir, parallel)
         return Teacher(gpt, parallel)
 
     head = None
@@ -223,7 +247,12 @@ def _cache(config: PacedConfig, kind: SignalKind, hf_dir: Path) -> SignalCache |
 
 
 def _cut(model: ModelConfig) -> Cut:
-    return Cut(model.micro_batch_size, model.packed_sequence_size)
+    interleaved = model.virtual_pipeline_model_parallel_size > 1
+    return Cut(
+        model.micro_batch_size,
+        model.packed_sequence_size,
+        micro_batches_multiple_of=model.pipeline_model_parallel_size if interleaved else 1,
+    )
 
 
 def _common_rows(config: PacedConfig) -> int:

@@ -83,14 +83,15 @@ class Step:
         teacher_s = time.perf_counter() - begin
 
         self.student.zero_grad()
-        self.student.ddp.train()
+        for chunk in self.student.ddp_chunks:
+            chunk.train()
         batches = cut_batch(items, self.cut, self.parallel, teacher=False)
         positions = sum(batch.tokens_BS.numel() for batch in batches)
         positions *= self.parallel.dp_size * self.parallel.cp_size
         reports = run_schedule(
             partial(self._forward_step, signal, Divergence(stage.divergence.value), positions),
             batches,
-            self.student.ddp,
+            self.student.ddp_chunks,
             self.parallel,
         )
         loss, divergence_sum, gap_sum, gap_count = self._sum_over_ranks(reports)
@@ -114,7 +115,7 @@ class Step:
     ):
         batch: MicroBatch = next(data_iterator)
         loss = None
-        if self.parallel.is_last_stage:
+        if model.module.post_process:
             on_policy = not bool(batch.server_logprobs_N.isnan().all())
             loss = MicroBatchLoss(
                 batch=batch,
@@ -123,12 +124,12 @@ class Step:
                 chunk_size=self.loss.chunk_size,
                 targets_N=batch.targets_N if on_policy else None,
             )
-            self.student.gpt.output_layer.loss = loss
+            self.student.chunks[-1].output_layer.loss = loss
         output = call_model(model, batch)
         return output, partial(self._report, loss, total_positions)
 
     def _options(self, kind: Divergence, signal: TeacherSignal) -> Options:
-        width = self.student.gpt.output_layer.output_size_per_partition
+        width = self.student.chunks[-1].output_layer.output_size_per_partition
         assert signal.head_weight is not None, "the last stage holds the teacher's head"
         return make_options(
             kind,

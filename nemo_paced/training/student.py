@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,19 +18,26 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel import Parallel
+from nemo_paced.training.optimizer import chained, use_backend
 
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """This rank's stage of the student, with everything that changes while it trains."""
+    """This rank's stage of the student, with everything that changes while it trains.
 
-    gpt: PacedGPTModel
-    ddp: DistributedDataParallel
+    Attributes:
+        chunks: of layers, in their order in the model; one unless the pipeline is interleaved.
+        ddp_chunks: the same, wrapped.
+    """
+
+    chunks: Sequence[PacedGPTModel]
+    ddp_chunks: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     clip_norm: float
 
     def zero_grad(self) -> None:
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp_chunks:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -48,7 +56,7 @@ class Student:
         if found_inf or not torch.isfinite(torch.tensor(grad_norm)):
             return None
         if self.clip_norm > 0:
-            parameters = [p for one in _chained(self.optimizer) for p in one.get_parameters()]
+            parameters = [p for one in chained(self.optimizer) for p in one.get_parameters()]
             clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_norm, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
         return grad_norm
@@ -56,17 +64,17 @@ class Student:
     @property
     def has_moments(self) -> bool:
         """Whether the optimizer has taken a step since it was made or reset."""
-        return any(o.optimizer is not None and o.optimizer.state for o in _chained(self.optimizer))
+        return any(o.optimizer is not None and o.optimizer.state for o in chained(self.optimizer))
 
     def reset_optimizer(self) -> None:
         """Forget the moments (``stages[].reset_optimizer``); master weights stay."""
-        for optimizer in _chained(self.optimizer):
+        for optimizer in chained(self.optimizer):
             if optimizer.optimizer is not None:
                 optimizer.optimizer.state.clear()
 
 
 def build_student(
-    gpt: PacedGPTModel,
+    chunks: Sequence[PacedGPTModel],
     config: PacedConfig,
     parallel: Parallel,
     *,
@@ -75,17 +83,28 @@ def build_student(
     """Wrap a built model (weights loaded) for training.
 
     Args:
-        ddp_config: ``None``: gradients reduced in float32 after backward, no overlap.
+        ddp_config: instead of the one that ``model.optim`` asks for.
     """
-    ddp_config = ddp_config or DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     optim = config.model.optim
-    bf16 = config.trainer.compute_precision is Precision.bf16
-    ddp = DistributedDataParallel(
-        config=gpt.config,
-        ddp_config=ddp_config,
-        module=gpt,
-        pg_collection=parallel.groups,
+    ddp_config = ddp_config or DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        overlap_grad_reduce=optim.overlap_grad_reduce,
+        overlap_param_gather=optim.overlap_param_gather,
     )
+    bf16 = config.trainer.compute_precision is Precision.bf16
+    model_config = chunks[0].config  # the chunks share it
+    ddp_chunks = [
+        DistributedDataParallel(
+            config=model_config,
+            ddp_config=ddp_config,
+            module=gpt,
+            # as Megatron does: the later chunks' gradients come while others are computed anyway
+            disable_bucketing=number > 0,
+            pg_collection=parallel.groups,
+        )
+        for number, gpt in enumerate(chunks)
+    ]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -102,18 +121,20 @@ def build_student(
             use_distributed_optimizer=ddp_config.use_distributed_optimizer,
             overlap_param_gather=ddp_config.overlap_param_gather,
         ),
-        [ddp],
+        ddp_chunks,
         use_gloo_process_groups=False,
         pg_collection=parallel.groups,
     )
-    gpt.config.finalize_model_grads_func = partial(
+    use_backend(optimizer, optim)
+    for group in optimizer.param_groups:
+        # norms and biases do not decay; Megatron leaves that to its scheduler, which is not ours
+        group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
+    model_config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=parallel.groups
     )
-    gpt.config.grad_scale_func = optimizer.scale_loss
-    gpt.config.no_sync_func = ddp.no_sync
-    ddp.broadcast_params()
-    return Student(gpt, ddp, optimizer, config.trainer.gradient_clip_val)
-
-
-def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    model_config.grad_scale_func = optimizer.scale_loss
+    no_sync = [ddp.no_sync for ddp in ddp_chunks]
+    model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    for ddp in ddp_chunks:
+        ddp.broadcast_params()
+    return Student(chunks, ddp_chunks, optimizer, config.trainer.gradient_clip_val)

@@ -15,7 +15,7 @@ from nemo_paced.config import ModelConfig, PacedConfig, Precision, TrainerConfig
 from nemo_paced.entry import commands
 from nemo_paced.errors import CheckpointError, ConfigError
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_gpt, load_hf_config
+from nemo_paced.hf.model import build_chunks, load_hf_config
 from nemo_paced.training import checkpoint, convert
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
@@ -42,14 +42,14 @@ def _save(rank, world_size, folder, directory, layout, precision):
         **dict(zip(MODEL_KEYS, layout, strict=False)), sequence_parallel=layout[0] > 1
     )
     parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
-    gpt = build_gpt(load_hf_config(folder), model, parallel, precision=precision)
-    load_hf_weights(gpt, folder, parallel)
+    (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=precision)
+    load_hf_weights([gpt], folder, parallel)
     with torch.no_grad():  # what training may leave in the padding, and in no other place
         for name, parameter in gpt.named_parameters():
             if "embedding" in name or "output_layer" in name:
                 first = parallel.tp_rank * parameter.shape[0]
                 parameter[max(0, 101 - first) :] = 7.0
-    checkpoint.save_model(Path(directory), gpt, Path(folder), parallel)
+    checkpoint.save_model(Path(directory), [gpt], Path(folder), parallel)
 
 
 def _import(rank, world_size, folder, directory, layout):
@@ -118,8 +118,8 @@ def test_several_ranks_import_what_one_rank_imports(tmp_path, family, layout):
 def _read(rank, world_size, folder, directory):
     model = ModelConfig(pipeline_model_parallel_size=2)
     parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
-    gpt = build_gpt(load_hf_config(folder), model, parallel, precision=Precision.fp32)
-    checkpoint.load_model(Path(directory), gpt)
+    (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=Precision.fp32)
+    checkpoint.load_model(Path(directory), [gpt])
     return {name: p.detach().clone() for name, p in gpt.named_parameters()}
 
 
@@ -140,7 +140,7 @@ def _save_plain_megatron(rank, world_size, folder, directory):
     """A GPTModel of Megatron's own layers, norms included, as Megatron-LM would save it."""
     model = ModelConfig()
     parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
-    ours = build_gpt(load_hf_config(folder), model, parallel, precision=Precision.fp32)
+    (ours,) = build_chunks(load_hf_config(folder), model, parallel, precision=Precision.fp32)
     layer = get_gpt_layer_local_spec(
         num_experts=ours.config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
     )

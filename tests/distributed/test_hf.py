@@ -8,7 +8,7 @@ from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.export_weights import export_hf
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_gpt, load_hf_config
+from nemo_paced.hf.model import build_chunks, load_hf_config
 from nemo_paced.pipeline import run_schedule
 from tests.distributed.harness import run_ranks
 from tests.tiny import FAMILIES, MOE_FAMILIES, hf_logits, make_hf_model
@@ -42,8 +42,8 @@ def _join(tensor, pipeline, **changes):
 
 
 def _load(folder, model, parallel):
-    gpt = build_gpt(load_hf_config(folder), model, parallel, precision=Precision.fp32)
-    load_hf_weights(gpt, folder, parallel)
+    (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=Precision.fp32)
+    load_hf_weights([gpt], folder, parallel)
     return gpt
 
 
@@ -75,13 +75,13 @@ def _forward_and_export(
             outputs = run_schedule(
                 forward_step,
                 [_Tokens(TOKENS), _Tokens(TOKENS.flip(0))],
-                gpt,
+                [gpt],
                 parallel,
                 forward_only=True,
                 collect_non_loss_data=True,
             )
         out = folder.with_name(f"{family}-out-{tensor}-{pipeline}")
-        export_hf(gpt, folder, out, parallel)
+        export_hf([gpt], folder, out, parallel)
         results[family] = ((parallel.dp_rank, parallel.tp_rank), outputs)
     parallel_module.shutdown()
     return results

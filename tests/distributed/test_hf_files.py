@@ -14,7 +14,7 @@ from nemo_paced.errors import CheckpointError
 from nemo_paced.hf import export_weights
 from nemo_paced.hf.export_weights import export_hf
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_gpt, load_hf_config
+from nemo_paced.hf.model import build_chunks, load_hf_config
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 
@@ -22,8 +22,8 @@ from tests.tiny import make_hf_model
 def _load(folder, precision=Precision.fp32, **sizes):
     model = ModelConfig(**sizes)
     parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
-    gpt = build_gpt(load_hf_config(folder), model, parallel, precision=precision)
-    load_hf_weights(gpt, folder, parallel)
+    (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=precision)
+    load_hf_weights([gpt], folder, parallel)
     return gpt, parallel
 
 
@@ -106,7 +106,7 @@ def _export(rank, world_size, folder, out, precision, late=0.0, shard_bytes=None
         export_weights.SHARD_BYTES = shard_bytes
     if rank:
         time.sleep(late)
-    export_hf(gpt, folder, out, parallel)
+    export_hf([gpt], folder, out, parallel)
 
 
 def test_a_late_data_parallel_rank_does_not_find_its_own_export_in_the_way(tmp_path):
@@ -166,7 +166,7 @@ def test_an_export_in_parts_has_an_index_and_reads_the_same(tmp_path):
 
 def _three_ranks(rank, world_size, folder, out):
     gpt, parallel = _load(folder, tensor_model_parallel_size=3)
-    export_hf(gpt, folder, out, parallel)
+    export_hf([gpt], folder, out, parallel)
 
 
 def test_nine_heads_in_three_groups_at_tensor_parallel_3(tmp_path):

@@ -15,6 +15,7 @@ from nemo_paced.config import (
     ModelConfig,
     OptimConfig,
     PacedConfig,
+    Recompute,
     StageConfig,
     StudentConfig,
     TeacherConfig,
@@ -23,7 +24,7 @@ from nemo_paced.config import (
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.hf.export_weights import iter_hf_tensors
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
-from nemo_paced.training import checkpoint, setup
+from nemo_paced.training import checkpoint, checkpoint_files, setup
 from nemo_paced.training import step as step_module
 from nemo_paced.training import student as student_module
 from nemo_paced.training.setup import build_models
@@ -57,6 +58,25 @@ SETTINGS = {
     "cp2 pp2": ((1, 2, 4, 2, False), {"context_parallel_size": 2}),
     "cp2 tp2 sp": ((2, 1, 4, 3, True), {"context_parallel_size": 2}),
     "cp2 dp2": ((1, 1, 4, 1, False), {"context_parallel_size": 2}),
+    "recompute": ((1, 2, 2, 2, False), {"recompute_granularity": Recompute.full}),
+    "recompute attention": ((2, 1, 2, 2, True), {"recompute_granularity": Recompute.selective}),
+    "recompute packed cp2": (
+        (1, 1, 2, 1, False),
+        {
+            "recompute_granularity": Recompute.full,
+            "recompute_num_layers": 2,
+            "packed_sequence_size": 40,
+            "context_parallel_size": 2,
+        },
+    ),
+    "plain optimizer": (
+        (1, 1, 2, 2, False),
+        {"optim": OptimConfig(lr=LR, use_distributed_optimizer=False)},
+    ),
+    "overlaps": (
+        (1, 1, 2, 2, False),
+        {"optim": OptimConfig(lr=LR, overlap_grad_reduce=True, overlap_param_gather=True)},
+    ),
     "packed": ((1, 1, 1, 1, False), {"packed_sequence_size": 40}),
     "packed in one row": ((1, 1, 1, 1, False), {"packed_sequence_size": 400}),
     "packed tp2 sp": ((2, 1, 2, 1, True), {"packed_sequence_size": 48}),
@@ -102,8 +122,7 @@ def make_config(folder, layout, teacher="teacher", model=None, **teacher_options
             sequence_parallel=sequence_parallel,
             micro_batch_size=micro_batch_size,
             make_vocab_size_divisible_by=8,
-            optim=OptimConfig(lr=LR),
-            **(model or {}),
+            **{"optim": OptimConfig(lr=LR), **(model or {})},
         ),
         data=DataConfig(max_prompt_length=8, max_teacher_prompt_length=16, max_response_length=10),
         student=StudentConfig(hf_path=f"{folder}/student"),
@@ -135,7 +154,7 @@ def train_steps(
     if save_to:
         models.save(Path(save_to), step=steps, consumed_problems=0, skipped=0)
     weights = {
-        n: t.clone() for n, t in iter_hf_tensors(models.student.gpt, parallel) if t is not None
+        n: t.clone() for n, t in iter_hf_tensors(models.student.chunks, parallel) if t is not None
     }
     return [(r.loss, r.grad_norm) for r in results], weights
 
@@ -214,7 +233,7 @@ def test_steps_are_those_of_the_loss_on_whole_logits(models, kind, layout):
 def _train_with_overlap(rank, world_size, folder, layout, kind, grad_scale):
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    def build_overlapping(gpt, config, parallel):
+    def build_overlapping(chunks, config, parallel):
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
@@ -222,8 +241,8 @@ def _train_with_overlap(rank, world_size, folder, layout, kind, grad_scale):
             overlap_param_gather=True,
             bucket_size=2000,  # several buckets, so that hooks fire one after the other
         )
-        student = student_module.build_student(gpt, config, parallel, ddp_config=ddp_config)
-        gpt.config.grad_scale_func = lambda loss: loss * grad_scale
+        student = student_module.build_student(chunks, config, parallel, ddp_config=ddp_config)
+        chunks[0].config.grad_scale_func = lambda loss: loss * grad_scale
         return student
 
     setup.build_student = build_overlapping
@@ -255,7 +274,7 @@ def test_every_layout_gives_the_same_steps(models, single, kind, layout):
 
 @pytest.mark.parametrize("kind", ["forward_kl", "adaptive_kl"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_context_parallel_and_packed_sequences_give_the_same_steps(models, single, kind, name):
+def test_settings_of_the_model_block_change_no_step(models, single, kind, name):
     layout, model = SETTINGS[name]
     run = partial(run_ranks, layout[2], train_steps)
     expected = torch.tensor(single[kind][0])
@@ -343,12 +362,14 @@ def _gradient_of_an_auxiliary_loss(rank, world_size, folder, layout):
     """What Megatron makes of 0.3 x mean over positions of sum x w, attached as MoE routers do."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    config = make_config(folder, layout)
+    # the distributed optimizer leaves a rank the reduced gradients of its own share alone
+    optim = OptimConfig(lr=LR, use_distributed_optimizer=False)
+    config = make_config(folder, layout, model={"optim": optim})
     parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     student = models.student
-    student.gpt.config.num_moe_experts = 1  # the schedule sets the auxiliary loss's scale
-    norm = student.gpt.decoder.layers[0].input_layernorm
+    student.chunks[0].config.num_moe_experts = 1  # the schedule sets the auxiliary loss's scale
+    norm = student.chunks[0].decoder.layers[0].input_layernorm
 
     def attach(module, args, output):
         positions = output.shape[0] * output.shape[1]
@@ -408,12 +429,36 @@ def _save_on_a_full_disk(rank, world_size, folder, out):
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one_whole(models, tmp_path):
     (message,) = run_ranks(1, _save_on_a_full_disk, str(models), str(tmp_path))
     assert "step_00000002 could not be written" in message and "free space" in message
-    (kept,) = checkpoint.checkpoints(tmp_path)
+    (kept,) = checkpoint_files.checkpoints(tmp_path)
     assert kept.name == "step_00000001"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     saved = str(kept)
     (losses, _) = run_ranks(1, train_steps, str(models), LAYOUTS["tp1"], "forward_kl", saved)[0]
     assert len(losses) == STEPS - 1
+
+
+def _save_in_the_background(rank, world_size, folder, layout, out):
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    config = make_config(folder, layout)
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    models = build_models(config, parallel)
+    background = AsyncCallsQueue()
+    models.step(make_items(0), STAGES["forward_kl"], LR)
+    models.save(Path(out), step=1, consumed_problems=0, skipped=0, background=background)
+    # the weights move on while the ones of step 1 are written
+    losses = [models.step(make_items(s), STAGES["forward_kl"], LR).loss for s in range(1, STEPS)]
+    checkpoint.finish(background, wait=True)
+    return losses
+
+
+def test_a_checkpoint_written_in_the_background_holds_the_weights_of_its_step(models, tmp_path):
+    options = (str(models), LAYOUTS["tp2"])
+    losses = run_ranks(2, _save_in_the_background, *options, str(tmp_path))[0]
+    (saved,) = checkpoint_files.checkpoints(tmp_path)
+    assert checkpoint_files.damage(saved) is None
+    resumed = run_ranks(2, train_steps, *options, "forward_kl", str(saved))[0][0]
+    assert losses == [loss for loss, _ in resumed]
 
 
 def test_a_damaged_checkpoint_is_named(models, tmp_path):
@@ -425,6 +470,6 @@ def test_a_damaged_checkpoint_is_named(models, tmp_path):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(AssertionError, match=r"CheckpointError: checkpoint .*step_00000001"):
         run_ranks(1, train_steps, str(models), LAYOUTS["tp1"], "forward_kl", str(directory))
-    (directory / checkpoint.STATE_FILE).write_text("{")
+    (directory / checkpoint_files.STATE_FILE).write_text("{")
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        checkpoint.read_state(directory)
+        checkpoint_files.read_state(directory)

@@ -10,18 +10,23 @@ from safetensors.torch import load_file
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_gpt, load_hf_config
+from nemo_paced.hf.model import build_chunks, load_hf_config
 from nemo_paced.rollout.weight_source import MegatronWeightSource, ParamMeta
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 
 
-def _walk(rank, world_size, folder, tensor, pipeline, precision=Precision.fp32):
-    model = ModelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+def _walk(rank, world_size, folder, tensor, pipeline, precision=Precision.fp32, expert=1):
+    model = ModelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        sequence_parallel=tensor > 1,
+    )
     parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
-    gpt = build_gpt(load_hf_config(folder), model, parallel, precision=precision)
-    load_hf_weights(gpt, folder, parallel)
-    source = MegatronWeightSource(gpt, parallel)
+    (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=precision)
+    load_hf_weights([gpt], folder, parallel)
+    source = MegatronWeightSource([gpt], parallel)
     passes = []
     for _ in range(2):  # each pass reads the weights as they are
         passes.append([(n, None if t is None else t.clone()) for n, t in source])
@@ -38,12 +43,21 @@ def _walk(rank, world_size, folder, tensor, pipeline, precision=Precision.fp32):
     }
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_tied"])
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_every_pass_yields_what_metadata_declares(tmp_path, family, tensor, pipeline):
+@pytest.mark.parametrize(
+    ("family", "tensor", "pipeline", "expert"),
+    [
+        *((f, t, p, 1) for f in ("qwen3", "qwen3_tied") for t in (1, 2) for p in (1, 2)),
+        ("qwen3_moe", 1, 1, 2),
+        ("qwen3_moe", 2, 1, 2),
+        ("qwen3_moe", 1, 2, 2),
+    ],
+)
+def test_every_pass_yields_what_metadata_declares(tmp_path, family, tensor, pipeline, expert):
     folder = make_hf_model(family, tmp_path / "m")
     expected = load_file(folder / "model.safetensors")
-    writer, *others = run_ranks(max(2, tensor * pipeline), _walk, folder, tensor, pipeline)
+    ranks = max(2, tensor * pipeline, expert * pipeline)
+    options = (folder, tensor, pipeline, Precision.fp32, expert)
+    writer, *others = run_ranks(ranks, _walk, *options)
     declared = [(meta.name, meta.dtype, meta.shape) for meta in writer["metadata"]]
     for scale, walked in zip((1, 2), writer["passes"], strict=True):
         assert [(n, t.dtype, tuple(t.shape)) for n, t in walked] == declared

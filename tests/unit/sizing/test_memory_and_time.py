@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from nemo_paced.config import Recompute
 from nemo_paced.sizing import activations
 from nemo_paced.sizing.flops import (
     Server,
@@ -23,7 +24,6 @@ from nemo_paced.sizing.shapes import (
     Layout,
     ModelShape,
     Placement,
-    Recompute,
     TeacherPlan,
     Work,
 )
@@ -108,6 +108,15 @@ def test_stages_hold_the_micro_batches_that_1f1b_has_in_flight():
     assert held[0] == pytest.approx(4 / 3 * held[1]) == pytest.approx(2 * held[2])
     one = replace(WORK, global_batch_size=1)
     assert memory(layout, work=one, pipeline=4).activations == pytest.approx(held[0] / 4)
+
+
+def test_interleaving_holds_more_on_the_first_stage():
+    """Narayanan et al. 2021: 1 + (p - 1) / (p v) times what 1F1B holds there."""
+    plain, interleaved = (
+        memory(Layout(pipeline=4, virtual=v), pipeline=4).activations for v in (1, 7)
+    )
+    assert interleaved / plain == pytest.approx(1 + 3 / (4 * 7), rel=0.03)
+    assert Layout(pipeline=2, virtual=2).layers(8, 1) == [2, 3, 6, 7]
 
 
 def test_context_parallelism_divides_activations_and_signal():

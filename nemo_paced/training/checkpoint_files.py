@@ -1,0 +1,119 @@
+"""Checkpoint directories of a run: which there are, whether they are whole, which are kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.config import CheckpointCallbackParams
+from nemo_paced.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "paced.json"
+SIZES_FILE = "files.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a run needs to go on, beyond tensors.
+
+    Attributes:
+        step: optimizer steps taken.
+        consumed_problems: position in the endless sequence of problems.
+        skipped_steps: steps without an update, because of NaN or Inf.
+        config: the resolved configuration, as plain data.
+        layout: tensor x pipeline ranks; the RNG state is restored only at the same layout.
+        accuracy: validation/accuracy after ``step``; ``None``: not validated then.
+    """
+
+    step: int
+    consumed_problems: int
+    skipped_steps: int
+    config: dict[str, Any]
+    layout: tuple[int, int]
+    accuracy: float | None = None
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = (run_dir / "checkpoints").glob("step_????????")
+    return sorted(path for path in found if (path / STATE_FILE).exists())
+
+
+def read_state(directory: Path) -> RunState:
+    """The ``paced.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or cannot be read.
+    """
+    path = directory / STATE_FILE
+    try:
+        fields = json.loads(path.read_text())
+        return RunState(**{**fields, "layout": tuple(fields["layout"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): {directory} is not a complete checkpoint "
+            "of a run; remove it to resume from the one before"
+        ) from error
+
+
+def record_sizes(directory: Path) -> None:
+    """Remember how long each file is: the last thing written into a checkpoint."""
+    sizes = {
+        str(path.relative_to(directory)): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    (directory / SIZES_FILE).write_text(json.dumps(sizes, indent=1) + "\n")
+
+
+def damage(directory: Path) -> str | None:
+    """What a checkpoint's files lack of what was written; ``None``: nothing.
+
+    Lengths are compared, not contents: reading a large checkpoint takes as long as loading it.
+    """
+    try:
+        sizes = json.loads((directory / SIZES_FILE).read_text())
+        read_state(directory)
+    except (OSError, ValueError, CheckpointError) as error:
+        return str(error)
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest checkpoint that can be resumed from; damaged ones are named and passed over."""
+    for directory in reversed(checkpoints(run_dir)):
+        found = damage(directory)
+        if found is None:
+            return directory
+        logger.warning("checkpoint %s is damaged (%s): trying the one before", directory, found)
+    return None
+
+
+def prune(run_dir: Path, keep: CheckpointCallbackParams) -> None:
+    """Remove all but the newest and the best."""
+    found = checkpoints(run_dir)
+    if keep.save_top_k == -1:
+        return
+    kept = set(found[-keep.save_top_k :])
+    judged = [(read_state(path).accuracy, path) for path in found]
+    best = sorted((accuracy, path) for accuracy, path in judged if accuracy is not None)
+    kept |= {path for _, path in best[len(best) - keep.save_best_k :]}
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path)

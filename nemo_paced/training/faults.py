@@ -1,0 +1,167 @@
+"""What can go wrong while training, noticed and named: NaN, spikes, a wrong server, a hung rank."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+
+import torch
+
+from nemo_paced import parallel as parallel_module
+from nemo_paced.config import PacedConfig
+from nemo_paced.errors import PacedError
+from nemo_paced.parallel import Parallel
+from nemo_paced.training.batches import Batch
+from nemo_paced.training.schedule import Stage
+from nemo_paced.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+SPIKE_WINDOW = 50  # steps of a stage that a loss is compared with
+_ENOUGH = 10  # of them at least
+
+
+class Guard:
+    """Looks at each step's result; counts skipped steps over the whole run."""
+
+    def __init__(self, config: PacedConfig) -> None:
+        self.config = config
+        self.skipped = 0
+        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._stage = ""
+
+    def check(
+        self, step: int, stage: Stage, batch: Batch, result: StepResult | None, *, fresh: bool
+    ) -> None:
+        """Log what is odd, and stop when it passes its bound.
+
+        Args:
+            fresh: whether the batch was sampled with the weights that the step began with.
+
+        Raises:
+            PacedError: too many skipped steps, or a server that does not sample from the student.
+        """
+        if result is None:
+            logger.info("step %d: every problem of the batch has weight 0: no-op", step)
+            return
+        problems = ", ".join(item.problem_id for item in batch.items)
+        if not result.finite:
+            self._skip(step, result, problems)
+        else:
+            self._look_for_spike(step, stage, result.loss, problems)
+        bound = self.config.rollout.max_logprob_gap
+        if fresh and result.logprob_gap > bound:
+            raise PacedError(
+                f"step {step}: rollout/logprob_gap is {result.logprob_gap:.4g} nats, above "
+                f"rollout.max_logprob_gap {bound:g}: the server does not sample from the student "
+                "being trained. Check that both have the same dtype (rollout.dtype, "
+                "trainer.precision) and that the last refit reached the server"
+            )
+
+    def _skip(self, step: int, result: StepResult, problems: str) -> None:
+        self.skipped += 1
+        logger.warning(
+            "step %d: loss %s, gradient norm not finite: update skipped (problems %s)",
+            step, result.loss, problems,
+        )  # fmt: skip
+        if self.skipped > self.config.training.max_skipped_steps:
+            raise PacedError(
+                f"{self.skipped} steps had NaN or Inf in loss or gradients, more than "
+                f"training.max_skipped_steps {self.config.training.max_skipped_steps}; the last "
+                f"one, step {step}, trained on problems {problems}"
+            )
+
+    def _look_for_spike(self, step: int, stage: Stage, loss: float, problems: str) -> None:
+        if stage.config.name != self._stage:  # another divergence: another scale
+            self._stage = stage.config.name
+            self._recent.clear()
+        factor = self.config.training.loss_spike_factor
+        if factor and len(self._recent) >= _ENOUGH:
+            usual = statistics.median(self._recent)
+            if loss > factor * usual:
+                logger.warning(
+                    "step %d: loss %.4g is %.1f times the median %.4g of the last %d steps "
+                    "(problems %s)",
+                    step, loss, loss / usual, usual, len(self._recent), problems,
+                )  # fmt: skip
+        self._recent.append(loss)
+
+
+class Watch:
+    """Each rank tells how far it is; rank 0 names those that stay behind.
+
+    A rank that hangs shows as an error of all the others, each in another collective. They tell
+    through the store, which needs no collective. A context manager: a thread of rank 0 looks.
+    """
+
+    def __init__(self, parallel: Parallel, timeout_s: float) -> None:
+        self.parallel = parallel
+        self.patience_s = timeout_s / 2
+        self._passed = 0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        self.reached(0, "start")
+        if self.parallel.rank == 0 and self.parallel.world_size > 1:
+            self._thread = threading.Thread(target=self._look, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        if error is not None and _is_lost_connection(error):
+            told = str(error).strip().splitlines()[0][:200]
+            raise PacedError(
+                f"rank {self.parallel.rank}: a collective failed ({told}); {self._try_describing()}"
+            ) from error
+
+    def reached(self, step: int, phase: str) -> None:
+        """This rank begins a phase of a step; all ranks go through the same ones."""
+        self._passed += 1
+        if self.parallel.world_size > 1:
+            told = [self._passed, step, phase, socket.gethostname(), time.time()]
+            parallel_module.publish(f"reached/{self.parallel.rank}", told)
+
+    def _look(self) -> None:
+        warned = False
+        while not self._ended.wait(self.patience_s / 5):
+            try:
+                told = self._described()
+            except (RuntimeError, torch.distributed.DistError):
+                return  # the store is gone: the run ends
+            if told and not warned:
+                logger.warning("%s", told)
+            warned = bool(told)
+
+    def _try_describing(self) -> str:
+        try:
+            return self._described() or "no rank is behind the others: a peer has ended"
+        except (RuntimeError, torch.distributed.DistError):
+            return "the store is gone as well: rank 0's node has ended"
+
+    def _described(self) -> str:
+        """Ranks that are behind the others and have not moved for a while; empty: none."""
+        ranks = range(self.parallel.world_size)
+        told = [parallel_module.await_value(f"reached/{rank}", 1.0) for rank in ranks]
+        furthest = max(passed for passed, *_ in told)
+        behind = [
+            f"rank {rank} ({host}) is at step {step}, {phase}, since {time.time() - since:.0f} s"
+            for rank, (passed, step, phase, host, since) in enumerate(told)
+            if passed < furthest and time.time() - since > self.patience_s
+        ]
+        return f"behind the others: {'; '.join(behind)}" if behind else ""
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """A timeout or a closed connection, as gloo, NCCL and the store report them."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("timed out", "connection closed", "connection reset", "broken pipe")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -1,0 +1,97 @@
+"""A rank that computes NaN, hangs or dies: noticed on all ranks, and named."""
+
+import time
+
+import pytest
+import torch
+
+from nemo_paced import parallel as parallel_module
+from nemo_paced.config import ModelConfig
+from nemo_paced.errors import PacedError
+from nemo_paced.hf.export_weights import iter_hf_tensors
+from nemo_paced.training.faults import Watch
+from nemo_paced.training.setup import build_models
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_training import LAYOUTS, LR, STAGES, make_config, make_items, models
+
+assert models  # the fixture
+
+
+def _train_with_nan(rank, world_size, folder, layout, kind):
+    config = make_config(folder, layout)
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    built = build_models(config, parallel)
+    if kind == "gradient":  # finite loss, one bad number on one rank
+
+        def spoil(gradient):
+            return torch.full_like(gradient, float("inf")) if rank == world_size - 1 else gradient
+
+        parameter = built.student.chunks[0].decoder.layers[0].mlp.linear_fc1.weight
+        handle = parameter.register_hook(spoil)
+    elif rank == world_size - 1:
+        weight = built.student.chunks[0].decoder.final_layernorm.weight
+        kept = weight.detach().clone()
+        weight.data.fill_(float("nan"))
+    before = {
+        n: t.clone() for n, t in iter_hf_tensors(built.student.chunks, parallel) if t is not None
+    }
+    bad = built.step(make_items(0), STAGES["forward_kl"], LR)
+    after = {
+        n: t.clone() for n, t in iter_hf_tensors(built.student.chunks, parallel) if t is not None
+    }
+    same = all(torch.equal(before[n], after[n]) for n in before if "norm.weight" not in n)
+    if kind == "gradient":
+        handle.remove()
+    elif rank == world_size - 1:
+        weight.data.copy_(kept)
+    good = built.step(make_items(0), STAGES["forward_kl"], LR)
+    return bad.finite, same, good.finite, good.loss
+
+
+@pytest.mark.parametrize("kind", ["gradient", "weight"])
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2 dp2"])
+def test_nan_on_one_rank_skips_the_step_on_all_and_the_next_one_is_sound(models, layout, kind):
+    options = (str(models), LAYOUTS[layout], kind)
+    for finite, same, next_finite, loss in run_ranks(LAYOUTS[layout][2], _train_with_nan, *options):
+        assert not finite and same and next_finite
+        assert loss == pytest.approx(5.217, rel=0.5), "of weights that were not touched"
+
+
+def _hang(rank, world_size):
+    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=4)
+    watch = Watch(parallel, 4)
+    try:
+        with watch:
+            for step in range(3):
+                watch.reached(step, "training")
+                if rank == 1 and step == 1:
+                    time.sleep(7)
+                watch.reached(step, "batch")
+                torch.distributed.all_reduce(torch.ones(1))
+    except PacedError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_hangs_is_named_by_those_that_wait():
+    told = run_ranks(3, _hang)
+    for rank in (0, 2):
+        assert told[rank].startswith(f"rank {rank}: a collective failed")
+    assert any("rank 1 (" in each and "is at step 1, training" in each for each in told)
+
+
+def _die(rank, world_size):
+    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=30)
+    if rank == 1:
+        return None  # its process ends, and with it its connections
+    begin = time.monotonic()
+    with pytest.raises(PacedError) as caught, Watch(parallel, 30):
+        for _ in range(3):
+            torch.distributed.all_reduce(torch.ones(1))
+    return str(caught.value), time.monotonic() - begin
+
+
+def test_a_rank_that_ends_does_not_keep_the_others_waiting():
+    (told, waited_s), _ = run_ranks(2, _die)
+    assert "a collective failed" in told and "peer" in told
+    assert waited_s < 15
