@@ -196,7 +196,7 @@ class Work:
     def attended(self, layout: Layout, *, teacher: bool = False) -> float:
         """Tokens that see each other: packed sequences do not."""
         if self.packed:
-            return self.mean_prompt + self.mean_response
+            return self._mean_tokens(teacher=teacher)
         return self.sequence(layout, teacher=teacher)
 
     def responses_of_a_row(self, layout: Layout) -> int:
@@ -206,10 +206,15 @@ class Work:
     def micro_batches(self, layout: Layout, *, teacher: bool = False) -> int:
         """Of each data-parallel rank in a step."""
         if self.packed:
-            tokens = self.share(layout) * (self.mean_prompt + self.mean_response)
+            tokens = self.share(layout) * self._mean_tokens(teacher=teacher)
             return max(1, math.ceil(tokens / self.sequence(layout, teacher=teacher)))
         size = self.teacher_micro_batch_size if teacher else self.micro_batch_size
         return max(1, -(-self.share(layout) // size))
+
+    def _mean_tokens(self, *, teacher: bool) -> float:
+        """Of a problem; the teacher's prompt is taken to fill its limit as the student's does."""
+        longer = self.teacher_prompt / self.prompt if teacher else 1.0
+        return self.mean_prompt * longer + self.mean_response
 
     def share(self, layout: Layout) -> int:
         """Problems of a data-parallel rank in a step; the largest share."""

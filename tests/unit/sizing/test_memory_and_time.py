@@ -164,6 +164,19 @@ def test_flops_are_six_a_parameter_and_token():
     assert of.recompute == 0 and again.recompute == pytest.approx(of.student / 3)
 
 
+def test_packing_leaves_padding_out():
+    packed = replace(WORK, packed=8192, teacher_prompt=4096)
+    layout = Layout()
+    assert packed.attended(layout) == 512 + 2048
+    assert packed.attended(layout, teacher=True) == 4 * 512 + 2048
+    assert packed.micro_batches(layout) == 64 * 2560 // 8192
+    assert packed.sequence(layout, teacher=True) == 4096 + 7168
+    padded = step_flops(QWEN3_1_7B, QWEN3_8B, layout, TeacherPlan(layout), WORK)
+    assert step_flops(QWEN3_1_7B, QWEN3_8B, layout, TeacherPlan(layout), packed).student < (
+        padded.student / 3
+    )
+
+
 def test_keys_and_values_of_llama_3_are_128_kib_a_token():
     assert kv_bytes(LLAMA3_8B, WORK) == 128 * 1024
     server = Server(1, 40 * GIB, 256)
