@@ -67,16 +67,65 @@ and writes references.jsonl into the run directory. `train` does this itself whe
         "nemo_paced.entry.commands:train",
         "pass-rate-weighted distillation; goes on where an earlier start stopped",
         f"""\
-usage: nemo-paced train --config-name NAME [key=value ...]
+usage: nemo-paced train --config-name NAME [--dry-run] [key=value ...]
 
 Starts trainer.devices ranks on this node; under torchrun or srun it is one rank. The run directory
 holds config.yaml, metrics.jsonl, pass_rates.parquet, rollouts/ and checkpoints/.
+
+--dry-run takes a recipe of any number of ranks and no GPU: this one process builds every process
+group and, with two layers a pipeline stage and random weights, runs one step as a rank of the
+first, a middle and the last stage. It writes nothing. (`preflight` asks whether the ranks reach
+each other, `plan` what they need.)
 
 examples:
   nemo-paced train --config-name quickstart
   nemo-paced train --config-name quickstart model.tensor_model_parallel_size=1 \\
       model.pipeline_model_parallel_size=2
   nemo-paced train --config-name quickstart weights.scheme=unweighted exp_manager.name=unweighted
+  nemo-paced train --config-name RECIPE --dry-run
+
+{RUN_HELP}""",
+    ),
+    "preflight": Command(
+        "nemo_paced.entry.commands:preflight",
+        "what would stop a run, all of it at once and before a weight is read",
+        f"""\
+usage: nemo-paced preflight --config-name NAME [key=value ...]
+
+Takes seconds; reads configurations, tokenizers and problem files, no weights; writes nothing.
+  models       layout against heads, MLP columns and layers; vocabulary padding; sequence limits
+  tokenizers   the same ids, special tokens, end of text and chat template for both models
+  files        problems, every prompt within its limit, references, pass rates, room on the disk
+  run          stages, an earlier run in the same directory, vLLM for the rollout server
+  ranks        each answers, one set of library versions, clocks, a GPU each, one small all-reduce
+Exit status 2 with an error; warnings do not stop a run. `train` makes the same checks first. Under
+torchrun or srun every rank joins; else trainer.devices ranks are started on this node. A rank that
+has not answered after training.rank_timeout_s seconds is named.
+
+examples:
+  nemo-paced preflight --config-name quickstart
+  srun --nodes=2 --ntasks-per-node=8 nemo-paced preflight --config-name RECIPE
+
+{RUN_HELP}""",
+    ),
+    "plan": Command(
+        "nemo_paced.entry.plan:main",
+        "memory, time and the cheapest layout that fits, from two config.json files",
+        f"""\
+usage: nemo-paced plan --config-name NAME [--gpu h100|h200|a100|b200] [--nodes N]
+           [--gpus-per-node 8] [--prompt-tokens N] [--response-tokens N] [--mfu 0.4]
+           [key=value ...]
+
+Needs no GPU and no weights. Prints, for the layout of the configuration, the memory of a GPU by
+pipeline stage and what it is for, FLOPs and projected seconds of a step and hours of the run; then
+the layouts that fit, cheapest first, and the settings of the best one. With --nodes over so many
+GPUs, without over the fewest that do. --prompt-tokens and --response-tokens are means of a problem
+(default: half of data.max_*). Every rate is a data sheet's times an assumed share, printed below;
+replace them by what you measure.
+
+examples:
+  nemo-paced plan --config-name RECIPE --gpu h100 --nodes 2
+  nemo-paced plan student.hf_path=Qwen3-1.7B teacher.hf_path=Qwen3-32B --response-tokens 2000
 
 {RUN_HELP}""",
     ),

@@ -23,6 +23,11 @@ from nemo_paced.errors import ConfigError
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
 ASSETS = PACKAGE / "quickstart" / "assets"
+# of hydra's flags, those that a value follows
+VALUE_FLAGS = (
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--cfg", "-c", "--package", "-p", "--info", "-i"),
+)
 
 
 def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> None:
@@ -50,7 +55,7 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
 
     messages = io.StringIO()
     saved = sys.argv
-    sys.argv = [saved[0], *arguments, f"hydra.searchpath=[file://{CONF}]"]
+    sys.argv = [saved[0], *_flags_first(arguments), f"hydra.searchpath=[file://{CONF}]"]
     try:
         with redirect_stderr(messages):
             take()
@@ -61,6 +66,17 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
         sys.argv = saved
     if composed:
         action(to_config(composed[0]))
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Flags with their values, then overrides: argparse takes overrides in one place only."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
+    for argument in arguments:
+        (flags if takes_value or argument.startswith("-") else overrides).append(argument)
+        takes_value = argument in VALUE_FLAGS
+    return flags + overrides
 
 
 def to_config(cfg: Any) -> PacedConfig:

@@ -641,8 +641,10 @@ class TrainingConfig:
     # its batch; 0: never.
     loss_spike_factor: float = 5.0
     collective_timeout_s: float = 1800.0
+    rank_timeout_s: float = 60.0  # preflight: a rank that has not answered by then is named
 
     def __post_init__(self) -> None:
+        _positive("training", self, "collective_timeout_s", "rank_timeout_s")
         _require(
             self.loss_spike_factor == 0 or self.loss_spike_factor > 1,
             f"training.loss_spike_factor is {self.loss_spike_factor}: above 1, or 0 for never",

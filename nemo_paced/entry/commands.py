@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,39 @@ from nemo_paced.logs import launcher_rank
 logger = logging.getLogger(__name__)
 
 
+DRY_RUN_FLAG = "--dry-run"
+
+
 def train(arguments: list[str]) -> None:
-    with_config(arguments, train_with)
+    if DRY_RUN_FLAG in arguments:
+        with_config([a for a in arguments if a != DRY_RUN_FLAG], dry_run)
+    else:
+        with_config(arguments, train_with)
+
+
+def dry_run(config: PacedConfig) -> None:
+    """One step of the whole layout in this process, with models of few layers; writes nothing."""
+    from nemo_paced.preflight.checks import OF_MODELS, check_inputs
+    from nemo_paced.preflight.findings import refuse
+    from nemo_paced.training.dry_run import dry_run as run
+
+    refuse(check_inputs(config, run_directory(config), OF_MODELS))
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # every parameter by name
+    with tempfile.TemporaryDirectory() as folder:
+        for done in run(config, Path(folder)):
+            logger.info(
+                "rank %d of %d (stage %d): %d layers, %.1f M parameters, %d problems, "
+                "%.1f s, %.1f GiB at most",
+                done.rank,
+                config.world_size,
+                done.stage,
+                done.layers,
+                done.parameters / 1e6,
+                done.problems,
+                done.seconds,
+                done.peak_bytes / 2**30,
+            )
+    logger.info("dry run: groups, shapes and one step of every stage went through")
 
 
 def train_with(config: PacedConfig) -> None:
@@ -24,29 +56,51 @@ def train_with(config: PacedConfig) -> None:
     from nemo_paced.training.prepare import save_config
 
     run_dir = run_directory(config)
-    if launcher_rank() == 0:  # under torchrun or srun every rank comes here
-        preflight(config, run_dir)
+    if _is_first_rank(config):
+        _check_inputs(config, run_dir, notes=False)
         save_config(config, run_dir)
     launch("train", config, run_dir / "config.yaml", run_dir)
     logger.info("run directory: %s", run_dir)
 
 
-def preflight(config: PacedConfig, run_dir: Path) -> None:
-    """What can be refused before ranks or servers start.
+def preflight(arguments: list[str]) -> None:
+    """The checks of ``train`` and nothing else: all findings at once, exit status 2 with errors."""
+
+    def action(config: PacedConfig) -> None:
+        from nemo_paced.entry.launch import launch
+        from nemo_paced.training.prepare import save_config
+
+        if _is_first_rank(config):
+            _check_inputs(config, run_directory(config), notes=True)
+        with tempfile.TemporaryDirectory() as folder:  # a check leaves nothing behind
+            save_config(config, Path(folder))
+            launch("preflight", config, Path(folder) / "config.yaml")
+        logger.info("preflight: nothing that would stop the run was found")
+
+    with_config(arguments, action)
+
+
+def _is_first_rank(config: PacedConfig) -> bool:
+    """Whether this process checks for all; under torchrun or srun every rank runs the command."""
+    from nemo_paced.entry.launch import join_launcher
+    from nemo_paced.preflight.ranks import announce
+
+    joined, first = join_launcher(), launcher_rank() == 0
+    if joined and first:
+        announce(config)  # the others wait for it then, however long it reads
+    return first
+
+
+def _check_inputs(config: PacedConfig, run_dir: Path, *, notes: bool) -> None:
+    """What one process can find before ranks or servers start.
 
     Raises:
-        PacedError: inputs that do not fit, or a run directory of another run.
+        PreflightFailed: an error was found; all findings are on standard error.
     """
-    from nemo_paced.training import schedule
-    from nemo_paced.training.driver import Driver
-    from nemo_paced.training.loop import newest_checkpoint
-    from nemo_paced.training.setup import check_layouts
+    from nemo_paced.preflight.checks import check_inputs
+    from nemo_paced.preflight.findings import refuse
 
-    schedule.stages(config.stages, config.trainer.max_steps)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    Driver(config, run_dir)
-    check_layouts(config)
-    newest_checkpoint(config, run_dir)
+    refuse(check_inputs(config, run_dir), notes=notes)
 
 
 def pass_rates(arguments: list[str]) -> None:
@@ -87,8 +141,6 @@ def export_hf(arguments: list[str]) -> None:
 
 def _convert(task: str, config: PacedConfig, *paths: Path) -> None:
     """In this process where the layout is one rank, else on ranks of their own."""
-    from tempfile import TemporaryDirectory
-
     from nemo_paced.entry.launch import launch, run_task
     from nemo_paced.training.convert import check_ranks
     from nemo_paced.training.prepare import save_config
@@ -97,7 +149,7 @@ def _convert(task: str, config: PacedConfig, *paths: Path) -> None:
     if config.world_size == 1:
         run_task(task, config, *paths)
         return
-    with TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         save_config(config, Path(folder))
         launch(task, config, Path(folder) / "config.yaml", *(path.absolute() for path in paths))
 

@@ -15,6 +15,7 @@ from nemo_paced.errors import ConfigError, PacedError
 
 # what runs on every rank, as module:function of the configuration and paths
 TASKS = {
+    "preflight": "nemo_paced.preflight.ranks:refuse_ranks",
     "train": "nemo_paced.training.loop:train",
     "import-hf": "nemo_paced.training.convert:import_hf",
     "export-hf": "nemo_paced.training.convert:export_hf",
@@ -32,7 +33,7 @@ def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> N
     Raises:
         PacedError: a rank failed; what it said is on standard error already.
     """
-    if _join_launcher():
+    if join_launcher():
         run_task(task, config, *paths)
         return
     if config.trainer.num_nodes > 1:
@@ -44,12 +45,14 @@ def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> N
 
 
 def run_task(task: str, config: PacedConfig, *paths: Path) -> None:
-    """This rank's part."""
+    """This rank's part; training begins with the checks that ranks make together."""
+    if task == "train":
+        run_task("preflight", config)
     module, _, function = TASKS[task].partition(":")
     getattr(importlib.import_module(module), function)(config, *paths)
 
 
-def _join_launcher() -> bool:
+def join_launcher() -> bool:
     """Whether torchrun or srun started this process; srun's variables become torchrun's."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True

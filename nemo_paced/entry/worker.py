@@ -24,7 +24,8 @@ def main() -> int:
         task, config_file, *paths = sys.argv[1:]
         run_task(task, load_config(Path(config_file)), *map(Path, paths))
     except PacedError as error:
-        print(f"nemo-paced: error: {error}", file=sys.stderr, flush=True)
+        if str(error):
+            print(f"nemo-paced: error: {error}", file=sys.stderr, flush=True)
         # the other ranks may wait in a collective: leave without saying goodbye to them
         os._exit(2)
     return 0

@@ -137,6 +137,7 @@ def load_teacher_gpt(
     choice: Fp8Choice | None,
     *,
     quantized: bool = True,
+    read: Callable[..., None] = load_hf_weights,
 ) -> PacedGPTModel:
     """Build a teacher and load its weights, in FP8 where ``choice`` says so.
 
@@ -144,6 +145,7 @@ def load_teacher_gpt(
         build: ``build_chunks`` with all its arguments bound but ``transformer_engine``, ``device``
             and ``overrides``.
         quantized: ``False``: the same layers in full precision, to compare with.
+        read: fills the model's parameters.
 
     Raises:
         ConfigError: a layer has features that FP8 cannot take.
@@ -151,27 +153,31 @@ def load_teacher_gpt(
     """
     if choice is None:
         (gpt,) = build()
-        load_hf_weights([gpt], hf_dir, parallel)
+        read([gpt], hf_dir, parallel)
         return gpt
     if not quantized:
         (gpt,) = build(transformer_engine=choice.uses_transformer_engine)
-        load_hf_weights([gpt], hf_dir, parallel)
+        read([gpt], hf_dir, parallel)
         return gpt
     if choice.uses_transformer_engine:
-        return _load_transformer_engine(build, hf_dir, parallel, choice)
+        return _load_transformer_engine(build, hf_dir, parallel, choice, read)
     (gpt,) = build(transformer_engine=False, device=torch.device("cpu"))
     quantizer = LinearQuantizer(gpt, choice.bf16_layers, parallel.device)
-    load_hf_weights([gpt], hf_dir, parallel, on_loaded=quantizer)
+    read([gpt], hf_dir, parallel, on_loaded=quantizer)
     return gpt.to(parallel.device)
 
 
 @torch.no_grad()  # with gradients on, transposed copies of the weights would be kept
 def _load_transformer_engine(
-    build: Callable[..., list[PacedGPTModel]], hf_dir: Path, parallel: Parallel, choice: Fp8Choice
+    build: Callable[..., list[PacedGPTModel]],
+    hf_dir: Path,
+    parallel: Parallel,
+    choice: Fp8Choice,
+    read: Callable[..., None],
 ) -> PacedGPTModel:
     fields = fp8_transformer_engine.transformer_config_fields(choice.recipe, choice.bf16_layers)
     (gpt,) = build(transformer_engine=True, overrides=fields)
-    load_hf_weights([gpt], hf_dir, parallel)
+    read([gpt], hf_dir, parallel)
     if choice.recipe is Fp8Recipe.tensorwise:
         fp8_transformer_engine.sum_in_full_precision(gpt)
     return gpt

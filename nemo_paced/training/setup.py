@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nemo_paced.config import ModelConfig, PacedConfig, TeacherPlacement, to_dict
@@ -142,7 +144,29 @@ def check_layouts(config: PacedConfig) -> None:
         )
 
 
-def build_models(config: PacedConfig, parallel: Parallel, *, certify_fp8: bool = False) -> Models:
+@dataclass(frozen=True, slots=True)
+class WeightReader:
+    """Where weights come from: Hugging Face files, but in a dry run.
+
+    Attributes:
+        model: as :func:`~nemo_paced.hf.import_weights.load_hf_weights`.
+        head: as :func:`~nemo_paced.hf.import_weights.load_hf_head`.
+    """
+
+    model: Callable[..., None] = load_hf_weights
+    head: Callable[..., torch.Tensor] = load_hf_head
+
+
+HF_FILES = WeightReader()
+
+
+def build_models(
+    config: PacedConfig,
+    parallel: Parallel,
+    *,
+    certify_fp8: bool = False,
+    weights: WeightReader = HF_FILES,
+) -> Models:
     """Load both Hugging Face checkpoints into this rank's shards.
 
     Args:
@@ -151,7 +175,7 @@ def build_models(config: PacedConfig, parallel: Parallel, *, certify_fp8: bool =
     student_dir = Path(config.student.hf_path)
     vocab_size = tokenizer_vocab_size(student_dir)
     # before the student's large buffers: what is wrong with the teacher shows first
-    teacher = build_teacher(config, parallel, vocab_size, certify_fp8=certify_fp8)
+    teacher = build_teacher(config, parallel, vocab_size, certify_fp8=certify_fp8, weights=weights)
     chunks = build_chunks(
         load_hf_config(student_dir),
         config.model,
@@ -159,7 +183,7 @@ def build_models(config: PacedConfig, parallel: Parallel, *, certify_fp8: bool =
         precision=config.trainer.compute_precision,
         vocab_size_hint=_common_rows(config),
     )
-    load_hf_weights(chunks, student_dir, parallel)
+    weights.model(chunks, student_dir, parallel)
     if parallel.is_last_stage:
         DivergenceOutputLayer.install(chunks[-1])
     student = build_student(chunks, config, parallel)
@@ -175,7 +199,12 @@ def build_models(config: PacedConfig, parallel: Parallel, *, certify_fp8: bool =
 
 
 def build_teacher(
-    config: PacedConfig, student: Parallel, vocab_size: int, *, certify_fp8: bool = False
+    config: PacedConfig,
+    student: Parallel,
+    vocab_size: int,
+    *,
+    certify_fp8: bool = False,
+    weights: WeightReader = HF_FILES,
 ) -> TeacherSource:
     """The teacher in its own layout, and its LM head in the student's.
 
@@ -206,7 +235,9 @@ def build_teacher(
         return [gpt]
 
     def load(quantized: bool) -> Teacher:
-        gpt = load_teacher_gpt(build, hf_dir, parallel, fp8, quantized=quantized)
+        gpt = load_teacher_gpt(
+            build, hf_dir, parallel, fp8, quantized=quantized, read=weights.model
+        )
         return Teacher(gpt, parallel)
 
     certify_fp8 = certify_fp8 and fp8 is not None
@@ -215,7 +246,7 @@ def build_teacher(
     if student.is_last_stage:
         # both heads are cut alike, so that student and teacher shards hold the same columns
         padded = padded_vocab_size(_common_rows(config), config.model)
-        head = load_hf_head(architecture, hf_dir, student, padded_vocab=padded, dtype=dtype)
+        head = weights.head(architecture, hf_dir, student, padded_vocab=padded, dtype=dtype)
     placement = config.teacher.placement
     source = TeacherSource(
         held=HeldTeacher(

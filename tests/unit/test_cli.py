@@ -58,3 +58,21 @@ def test_a_mistake_is_one_line_and_exit_status_2(arguments, told, capsys, tmp_pa
     assert main(arguments) == 2
     message = capsys.readouterr().err
     assert told in message and "Traceback" not in message
+
+
+def test_flags_may_stand_behind_overrides(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["train", "model.optim.lr=0.25", "--cfg", "job", "--config-name", "quickstart"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "lr: 0.25" in printed and "name: quickstart" in printed
+
+
+def test_preflight_tells_everything_at_once_and_exits_with_2(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["data.max_prompt_length=5", "data.max_response_length=60"]
+    assert main(["preflight", "--config-name", "quickstart", *overrides]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\nerror: ") + told.startswith("error: ") == 5
+    assert list(tmp_path.iterdir()) == []

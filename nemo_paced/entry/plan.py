@@ -1,0 +1,143 @@
+"""``nemo-paced plan``: memory, time and the cheapest layout, before a GPU is asked for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from rich.console import Console
+
+from nemo_paced.compose import with_config
+from nemo_paced.config import PacedConfig
+from nemo_paced.errors import ConfigError
+from nemo_paced.sizing import report
+from nemo_paced.sizing.flops import Server
+from nemo_paced.sizing.hardware import GPUS, Assumptions, Cluster
+from nemo_paced.sizing.search import (
+    Candidate,
+    Problem,
+    best_of_each_cut,
+    divides,
+    evaluate,
+    fewest_gpus,
+    search,
+)
+from nemo_paced.sizing.shapes import (
+    Accelerator,
+    ModelShape,
+    Placement,
+    Work,
+    student_layout,
+    teacher_plan,
+    work_of,
+)
+
+SHOWN = 5
+MAX_GPUS = 1024
+# of data.max_*: responses rarely reach their limit, prompts are a good deal shorter than theirs
+MEAN_SHARE = 0.5
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"plan: {message}; see nemo-paced plan --help")
+
+
+def main(arguments: list[str]) -> None:
+    options, rest = _parser().parse_known_args(arguments)
+    with_config(rest, lambda config: show(config, options, Console()))
+
+
+def show(config: PacedConfig, options: argparse.Namespace, console: Console) -> None:
+    """Print the plan.
+
+    Raises:
+        ConfigError: a config.json that is not there, an option that cannot be.
+    """
+    problem, work = _problem(config, options)
+
+    def say(text: str = "") -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(report.models_line(problem))
+    asked = _asked(config, options, problem, work)
+    if asked is not None:
+        console.print(report.memory_table(asked, problem))
+        say(report.verdict(asked, problem))
+        for line in report.time_lines(asked, problem):
+            say(line)
+    found = _search(config, options, problem, work)
+    say()
+    if found:
+        console.print(report.candidates_table(best_of_each_cut(found)[:SHOWN]))
+        typed = " ".join(report.overrides(found[0], options.gpus_per_node))
+        say(f"cheapest ({found[0].gpus} GPUs): {typed}")
+    else:
+        gpus = options.nodes * options.gpus_per_node if options.nodes else MAX_GPUS
+        say(f"no layout of {gpus} GPUs fits: take more or larger ones, or shorter responses")
+    say("\nAssumptions:")
+    for line in report.assumption_lines(problem, work):
+        say(f"- {line}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="nemo-paced plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    parser.add_argument("--nodes", type=int, default=0)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=float)
+    parser.add_argument("--response-tokens", type=float)
+    parser.add_argument("--mfu", type=float, default=Assumptions().training_mfu)
+    return parser
+
+
+def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[Problem, Work]:
+    data, rollout = config.data, config.rollout
+    for name in ("gpus_per_node", "mfu"):
+        if getattr(options, name) <= 0:
+            raise ConfigError(f"plan: --{name.replace('_', '-')} must be above 0")
+    work = work_of(
+        config,
+        mean_prompt=options.prompt_tokens or MEAN_SHARE * data.max_prompt_length,
+        mean_response=options.response_tokens or MEAN_SHARE * data.max_response_length,
+        accelerator=Accelerator.gpu,
+    )
+    cluster = Cluster(GPUS[options.gpu], options.nodes or 1, options.gpus_per_node)
+    server = Server(
+        rollout.tensor_parallel_size,
+        rollout.gpu_memory_utilization * cluster.gpu.memory,
+        rollout.max_num_seqs,
+    )
+    problem = Problem(
+        student=ModelShape.read(config.student.hf_path, "student.hf_path"),
+        teacher=ModelShape.read(config.teacher_hf_path, "teacher.hf_path"),
+        cluster=cluster,
+        server=None if rollout.endpoints else server,
+        served=server,
+        assume=replace(Assumptions(), training_mfu=options.mfu),
+    )
+    return problem, work
+
+
+def _asked(
+    config: PacedConfig, options: argparse.Namespace, problem: Problem, work: Work
+) -> Candidate | None:
+    """The configuration's own layout; ``None`` where it does not divide the models."""
+    layout = student_layout(config)
+    teacher = teacher_plan(config)
+    for shape, cut in ((problem.student, layout), (problem.teacher, teacher.layout)):
+        if not divides(shape, cut.tensor, cut.pipeline * cut.virtual):
+            return None
+    return evaluate(problem, layout, teacher, work)
+
+
+def _search(
+    config: PacedConfig, options: argparse.Namespace, problem: Problem, work: Work
+) -> list[Candidate]:
+    placements = [Placement.colocated, Placement.offloaded, Placement.separate]
+    if not work.on_policy:  # signals of fresh samples cannot be known before
+        placements.append(Placement.cached)
+    chosen = {"fp8": teacher_plan(config).fp8, "placements": tuple(placements)}
+    if options.nodes:
+        return search(problem, work, gpus=problem.cluster.gpus, **chosen)
+    return fewest_gpus(problem, work, limit=MAX_GPUS, **chosen)

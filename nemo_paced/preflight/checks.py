@@ -1,0 +1,44 @@
+"""The list of checks, and what runs them. Nothing here reads a weight or changes a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from nemo_paced.config import PacedConfig
+from nemo_paced.preflight import files, models, tokens
+from nemo_paced.preflight.findings import Finding
+from nemo_paced.preflight.inputs import Inputs
+
+Check = Callable[[Inputs], Iterator[Finding]]
+
+OF_MODELS: tuple[Check, ...] = (
+    models.layouts,
+    models.vocabularies,
+    models.sequence_limits,
+    models.batch,
+    models.gpu_memory,
+)
+CHECKS: tuple[Check, ...] = (
+    *OF_MODELS,
+    tokens.token_ids,
+    tokens.end_of_text,
+    tokens.chat_templates,
+    files.problem_prompts,
+    files.stored_inputs,
+    files.run_directory,
+    files.rollout_server,
+    files.disk,
+)
+
+
+def check_inputs(
+    config: PacedConfig, run_dir: Path, checks: Sequence[Check] = CHECKS
+) -> list[Finding]:
+    """Everything that one process can find: models, tokenizers, files, disk. Takes seconds.
+
+    What ranks have to find together is in ``ranks.py``.
+    """
+    inputs = Inputs(config, run_dir)
+    found = [finding for check in checks for finding in check(inputs)]
+    return inputs.unreadable + found

@@ -1,0 +1,170 @@
+"""Problem files and prompts, the run directory, and room on the disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_paced.config import Precision, PrivilegedContext, ReferenceSource, TeacherPlacement
+from nemo_paced.errors import ConfigError, PacedError
+from nemo_paced.hf.model import DTYPES
+from nemo_paced.preflight.findings import Finding, error, warning
+from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.sizing.parameters import model_parameters
+from nemo_paced.sizing.shapes import ModelShape
+from nemo_paced.teacher.signal import SignalKind
+from nemo_paced.training import checkpoint_files, schedule
+from nemo_paced.training.fingerprint import DATA_FILE, check_data
+from nemo_paced.training.loop import newest_checkpoint
+
+GIB = 2**30
+
+
+def problem_prompts(inputs: Inputs) -> Iterator[Finding]:
+    """Every prompt within its limit, every privileged context there."""
+    if inputs.prompts is None:
+        return
+    for key, problems in inputs.problems.items():
+        trained = key == "data.problems"
+        if trained:
+            yield from _missing_solutions(inputs)
+        too_long: dict[str, list[str]] = defaultdict(list)
+        for problem in problems:
+            for who, build in (("student", inputs.prompts.student), *(
+                [("teacher", inputs.prompts.teacher)] if trained else []
+            )):  # fmt: skip
+                if who == "teacher" and _lacks_context(inputs, problem.solution):
+                    continue
+                try:
+                    build(problem)
+                except ConfigError as told:
+                    too_long[who].append(str(told))
+        for who, told_of in too_long.items():
+            yield error(key, f"{len(told_of)} {who} prompts are too long; {told_of[0]}")
+
+
+def _lacks_context(inputs: Inputs, solution: str | None) -> bool:
+    wanted = inputs.config.teacher.privileged_context is PrivilegedContext.expert_solution
+    return wanted and solution is None
+
+
+def _missing_solutions(inputs: Inputs) -> Iterator[Finding]:
+    problems = inputs.problems["data.problems"]
+    by_context = [p.id for p in problems if _lacks_context(inputs, p.solution)]
+    if by_context:
+        yield error(
+            "teacher.privileged_context",
+            f"is expert_solution and {len(by_context)} of {len(problems)} problems have no "
+            f"solution ({', '.join(by_context[:3])})",
+            "add the field `solution`, or set it to answer or none",
+        )
+    without = [p.id for p in problems if p.solution is None]
+    if inputs.config.references.source is ReferenceSource.solution and without:
+        yield error(
+            "references.source",
+            f"is solution and {len(without)} of {len(problems)} problems have none "
+            f"({', '.join(without[:3])})",
+            "add the field `solution`, or set references.source=teacher",
+        )
+
+
+def stored_inputs(inputs: Inputs) -> Iterator[Finding]:
+    """Files of earlier work: references, pass rates."""
+    config = inputs.config
+    if config.references.path is not None and not Path(config.references.path).is_file():
+        yield error(
+            "references.path",
+            f"is {config.references.path!r}: no such file",
+            "give a JSONL file with id and response, or set references.source=teacher",
+        )
+    problems = inputs.problems.get("data.problems")
+    if config.weights.pass_rates is not None and problems is not None:
+        try:
+            PassRateTable.read(Path(config.weights.pass_rates), problems)
+        except PacedError as told:
+            yield error("weights.pass_rates", str(told))
+
+
+def run_directory(inputs: Inputs) -> Iterator[Finding]:
+    """Stages that have steps, and a directory of this run or of none."""
+    config, run_dir = inputs.config, inputs.run_dir
+    problems = inputs.problems.get("data.problems")
+    try:
+        schedule.stages(config.stages, config.trainer.max_steps)
+    except PacedError as told:
+        yield error("stages", str(told))
+    try:
+        newest_checkpoint(config, run_dir)
+        if problems is not None and (run_dir / DATA_FILE).exists():
+            check_data(run_dir, problems)
+    except PacedError as told:
+        yield error("exp_manager.name", str(told))
+
+
+def rollout_server(inputs: Inputs) -> Iterator[Finding]:
+    """vLLM, where a server of our own is started."""
+    rollout = inputs.config.rollout
+    if not rollout.endpoints and rollout.python is None and not importlib.util.find_spec("vllm"):
+        yield error(
+            "rollout",
+            "vllm is not installed here and rollout.endpoints is empty",
+            "install nemo-paced[gpu] or [cpu], set rollout.python to an interpreter that has it, "
+            "or rollout.endpoints to a running server",
+        )
+
+
+def disk(inputs: Inputs) -> Iterator[Finding]:
+    """Room for the checkpoints that are kept and the one being written, and for the cache."""
+    config, run_dir = inputs.config, inputs.run_dir
+    if inputs.student_shape is not None:
+        params = config.exp_manager.checkpoint_callback_params
+        saves = -(-config.trainer.max_steps // params.every_n_train_steps)
+        kept = saves
+        if params.save_top_k != -1:
+            kept = min(params.save_top_k + params.save_best_k, saves)
+        each = checkpoint_bytes(inputs.student_shape, config.trainer.compute_precision)
+        there = sum(
+            path.stat().st_size
+            for folder in checkpoint_files.checkpoints(run_dir)
+            for path in folder.rglob("*")
+            if path.is_file()
+        )
+        needed = each * (kept + 1) - there
+        if (free := _free(run_dir)) < needed:
+            yield error(
+                "exp_manager.exp_dir",
+                f"{free / GIB:.1f} GiB are free and checkpoints need {needed / GIB:.1f}: "
+                f"{kept} kept and one being written, {each / GIB:.1f} GiB each",
+                "free space, choose another disk, or lower "
+                "exp_manager.checkpoint_callback_params.save_top_k",
+            )
+    problems = inputs.problems.get("data.problems")
+    cached = config.teacher.placement is TeacherPlacement.cached
+    folder = config.teacher.cache_dir or (str(run_dir) if cached else None)
+    if folder is not None and problems is not None and inputs.teacher is not None:
+        kind = SignalKind(config.teacher.top_k, config.loss.temperature, inputs.tokenizer_rows or 0)
+        dtype = DTYPES[config.trainer.compute_precision]
+        token = kind.bytes_per_token(inputs.teacher.hidden_size, dtype)
+        needed = len(problems) * config.data.max_response_length * token
+        if (free := _free(Path(folder))) < needed:
+            yield warning(
+                "teacher.cache_dir",
+                f"{free / GIB:.1f} GiB are free and the cache may grow to {needed / GIB:.1f} "
+                f"({len(problems)} responses of at most {config.data.max_response_length} tokens)",
+                "free space, choose another disk, or set teacher.top_k to 64 or less",
+            )
+
+
+def checkpoint_bytes(shape: ModelShape, precision: Precision) -> int:
+    """Weights, float32 master weights (in bf16) and two moments, of all ranks together."""
+    return model_parameters(shape) * (2 + 4 + 8 if precision is Precision.bf16 else 4 + 8)
+
+
+def _free(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,118 @@
+"""What the checks look at, each part read once; ``None`` where it cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemo_paced.config import PacedConfig
+from nemo_paced.data.problems import load_problems
+from nemo_paced.errors import PacedError
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.model import load_hf_config
+from nemo_paced.hf.tokenizer import Prompts, load_tokenizer
+from nemo_paced.preflight.findings import Finding, error
+from nemo_paced.records import Problem
+from nemo_paced.sizing.shapes import ModelShape
+
+T = TypeVar("T")
+
+PROBLEM_FILES = ("problems", "validation_problems", "forgetting_problems")
+
+
+class Inputs:
+    """Models, tokenizers and problem files of a configuration.
+
+    What cannot be read is a finding in ``unreadable``, once, and ``None`` (or left out) here; a
+    check that needs it has nothing to say then.
+    """
+
+    def __init__(self, config: PacedConfig, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.unreadable: list[Finding] = []
+
+    @property
+    def is_self_teacher(self) -> bool:
+        return not self.config.teacher.hf_path
+
+    @cached_property
+    def student(self) -> Architecture | None:
+        return self._architecture("student.hf_path", self.config.student.hf_path)
+
+    @cached_property
+    def teacher(self) -> Architecture | None:
+        if self.is_self_teacher:
+            return self.student
+        return self._architecture("teacher.hf_path", self.config.teacher.hf_path)
+
+    @cached_property
+    def student_shape(self) -> ModelShape | None:
+        return None if self.student is None else _shape(self.config.student.hf_path)
+
+    @cached_property
+    def teacher_shape(self) -> ModelShape | None:
+        return None if self.teacher is None else _shape(self.config.teacher_hf_path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        return self._tokenizer("student.hf_path", self.config.student.hf_path)
+
+    @cached_property
+    def teacher_tokenizer(self) -> Any:
+        if self.is_self_teacher:
+            return self.tokenizer
+        return self._tokenizer("teacher.hf_path", self.config.teacher.hf_path)
+
+    @cached_property
+    def tokenizer_rows(self) -> int | None:
+        """Highest token id + 1."""
+        return None if self.tokenizer is None else max(self.tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def prompts(self) -> Prompts | None:
+        if self.tokenizer is None:
+            return None
+        config = self.config
+        return Prompts(config.student.hf_path, config.data, config.teacher.privileged_context)
+
+    @cached_property
+    def problems(self) -> dict[str, list[Problem]]:
+        """By the key of their file; without the files that cannot be read."""
+        read = {}
+        for name in PROBLEM_FILES:
+            path = getattr(self.config.data, name)
+            if path is None:
+                continue
+            key = f"data.{name}"
+            problems = self._read(key, partial(load_problems, path, key=key))
+            if problems is not None:
+                read[key] = problems
+        return read
+
+    def _architecture(self, key: str, path: str) -> Architecture | None:
+        if not path:
+            self.unreadable.append(
+                error(key, "is empty", "give the Hugging Face directory of the model")
+            )
+            return None
+        return self._read(
+            key, lambda: Architecture.from_config(load_hf_config(path), f"{path}/config.json")
+        )
+
+    def _tokenizer(self, key: str, path: str) -> Any:
+        return self._read(key, lambda: load_tokenizer(path)) if path else None
+
+    def _read(self, key: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except PacedError as told:
+            self.unreadable.append(error(key, str(told)))
+            return None
+
+
+def _shape(hf_dir: str) -> ModelShape:
+    return ModelShape.from_hf(load_hf_config(hf_dir), f"{hf_dir}/config.json")

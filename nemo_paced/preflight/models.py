@@ -1,0 +1,174 @@
+"""Do the two models fit the layout, each other's vocabulary and the sequence limits?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from nemo_paced.errors import ConfigError
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.model import padded_vocab_size
+from nemo_paced.preflight.findings import Finding, error, note, warning
+from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.sizing.memory import stages_memory
+from nemo_paced.sizing.search import divides
+from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, work_of
+from nemo_paced.training.setup import check_layouts
+
+
+def layouts(inputs: Inputs) -> Iterator[Finding]:
+    """Heads, key-value heads, MLP columns, layers and experts by the ranks they are cut over."""
+    config = inputs.config
+    models = [("student", inputs.student, config.model, "model")]
+    if not inputs.is_self_teacher:
+        prefix = "model" if config.teacher_model == config.model else "teacher"
+        models.append(("teacher", inputs.teacher, config.teacher_model, prefix))
+    whole = True
+    for who, architecture, layout, prefix in models:
+        if architecture is None:
+            return
+        tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
+        pipeline = layout.pipeline_model_parallel_size
+        virtual = layout.virtual_pipeline_model_parallel_size
+        # one dimension at a time, so that each is found
+        for sizes in (
+            (tensor, 1, 1, 1),
+            (1, pipeline, virtual, 1),
+            (1, 1, 1, expert),
+        ):
+            try:
+                architecture.check_layout(
+                    *sizes[:2],
+                    virtual=sizes[2],
+                    expert=sizes[3],
+                    sequence_parallel=layout.sequence_parallel,
+                    prefix=prefix,
+                )
+            except ConfigError as told:
+                whole = False
+                yield error(f"layout of the {who}", str(told))
+    if whole:  # what concerns both models together
+        try:
+            check_layouts(config)
+        except ConfigError as told:
+            yield error("layout", str(told))
+
+
+def vocabularies(inputs: Inputs) -> Iterator[Finding]:
+    """Rows of both embeddings, what they are padded to, and the tokenizer's highest id."""
+    models = [("student", inputs.student), ("teacher", inputs.teacher)]
+    rows = {who: a.vocab_size for who, a in models if a is not None}
+    if len(rows) < 2:
+        return
+    model = inputs.config.model
+    padded = padded_vocab_size(max(rows.values()), model)
+    told = " and ".join(f"{count} rows of the {who}" for who, count in rows.items())
+    multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
+    yield note(
+        "vocabulary",
+        f"{told} are both padded to {padded}, the next multiple of {multiple} "
+        "(model.make_vocab_size_divisible_by x model.tensor_model_parallel_size); rows above the "
+        f"tokenizer's {inputs.tokenizer_rows} tokens carry no mass in the loss",
+    )
+    for who, count in rows.items():
+        if inputs.tokenizer_rows is not None and inputs.tokenizer_rows > count:
+            yield error(
+                f"{who}.hf_path",
+                f"the tokenizer has ids up to {inputs.tokenizer_rows - 1} and the embedding of the "
+                f"{who} only {count} rows",
+                "resize its embedding to the tokenizer, or take the tokenizer that it was "
+                "trained with",
+            )
+    if inputs.tokenizer_rows is not None and inputs.config.teacher.top_k > inputs.tokenizer_rows:
+        yield error(
+            "teacher.top_k",
+            f"is {inputs.config.teacher.top_k} and the vocabulary has {inputs.tokenizer_rows} "
+            "tokens",
+            "set it to 64, or to 0 for the exact loss",
+        )
+
+
+def sequence_limits(inputs: Inputs) -> Iterator[Finding]:
+    """Prompt + response against the positions that a model was made for.
+
+    ``max_position_embeddings`` is the length after rope scaling; vLLM refuses to serve more.
+    """
+    data = inputs.config.data
+    evaluated = inputs.config.evaluation.max_response_length or 0
+    longest = max(data.max_response_length, evaluated)
+    for who, architecture, key in (
+        ("student", inputs.student, "max_prompt_length"),
+        ("teacher", inputs.teacher, "max_teacher_prompt_length"),
+    ):
+        if architecture is not None:
+            yield from _limit(architecture, who, key, getattr(data, key), longest)
+
+
+def _limit(
+    architecture: Architecture, who: str, key: str, prompt: int, response: int
+) -> Iterator[Finding]:
+    if prompt + response > architecture.max_positions:
+        yield error(
+            f"data.{key}",
+            f"{prompt} + response {response} = {prompt + response} tokens, above the "
+            f"{architecture.max_positions} positions of the {who} ({architecture.name}, rope "
+            "scaling included)",
+            f"lower data.{key} or data.max_response_length (or "
+            "evaluation.max_response_length, where that is the longer)",
+        )
+
+
+def batch(inputs: Inputs) -> Iterator[Finding]:
+    """What a global batch leaves idle. Nothing has to divide: uneven shares are padded."""
+    model, ranks = inputs.config.model, inputs.config.data_parallel_size
+    if model.packed_sequence_size:  # rows are filled by length, whatever the number of problems
+        return
+    share = -(-model.global_batch_size // ranks)
+    count = -(-share // model.micro_batch_size)
+    rows = ranks * count * model.micro_batch_size
+    if (empty := 1 - model.global_batch_size / rows) >= 0.25:
+        yield warning(
+            "model.global_batch_size",
+            f"{model.global_batch_size} problems fill {rows} sequences ({ranks} data-parallel "
+            f"ranks x {count} micro-batches of {model.micro_batch_size}) and leave {empty:.0%} of "
+            "them empty",
+            "make it a multiple of model.micro_batch_size x data-parallel ranks, or lower "
+            "model.micro_batch_size",
+        )
+    stages = model.pipeline_model_parallel_size
+    if (idle := (stages - 1) / (count + stages - 1)) >= 0.5:
+        yield warning(
+            "model.pipeline_model_parallel_size",
+            f"{stages} stages with {count} micro-batches a rank are idle {idle:.0%} of the time",
+            "lower model.micro_batch_size, raise model.global_batch_size or use fewer stages",
+        )
+
+
+def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
+    """The plan's estimate against the GPU that this process sees."""
+    total = _gpu_bytes() if inputs.config.trainer.accelerator != "cpu" else None
+    if total is None or inputs.student_shape is None or inputs.teacher_shape is None:
+        return
+    work = work_of(
+        inputs.config, mean_prompt=1, mean_response=1, accelerator=Accelerator.gpu
+    )  # means are of no account for memory
+    layout, teacher = student_layout(inputs.config), teacher_plan(inputs.config)
+    for shape, cut in ((inputs.student_shape, layout), (inputs.teacher_shape, teacher.layout)):
+        if not divides(shape, cut.tensor, cut.pipeline * cut.virtual):
+            return
+    stages = stages_memory(inputs.student_shape, inputs.teacher_shape, layout, teacher, work)
+    rollout = inputs.config.rollout
+    served = 0.0 if rollout.endpoints else rollout.gpu_memory_utilization
+    needed = max(m.peak + (stage == 0) * served * total for stage, m in enumerate(stages))
+    if needed > total:
+        yield warning(
+            "memory",
+            f"the fullest GPU is estimated to need {needed / 2**30:.0f} GiB (longest sequences, "
+            f"rollout server included) of {total / 2**30:.0f}",
+            "see `nemo-paced plan` with the same arguments for what fits",
+        )
+
+
+def _gpu_bytes() -> int | None:
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None

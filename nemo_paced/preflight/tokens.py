@@ -1,0 +1,98 @@
+"""Do student and teacher mean the same by each token, and end and frame text alike?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.preflight.findings import Finding, error, warning
+from nemo_paced.preflight.inputs import Inputs
+
+REMEDY = "distillation matches token ids: choose a teacher of the student's family"
+
+
+def token_ids(inputs: Inputs) -> Iterator[Finding]:
+    """Each id is the same token to both, and as special or as ordinary."""
+    student, teacher = inputs.tokenizer, inputs.teacher_tokenizer
+    if student is None or teacher is None or student is teacher:
+        return
+    ours, theirs = (
+        {index: token for token, index in tokenizer.get_vocab().items()}
+        for tokenizer in (student, teacher)
+    )
+    differing = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    if differing:
+        first = differing[0]
+        yield error(
+            "tokenizers",
+            f"{len(differing)} token ids differ; the lowest, token id {first}, means "
+            f"{ours.get(first)!r} to the student and {theirs.get(first)!r} to the teacher",
+            REMEDY,
+        )
+    special = set(student.all_special_ids) ^ set(teacher.all_special_ids)
+    if special:
+        names = ", ".join(repr(ours.get(i, theirs.get(i))) for i in sorted(special)[:5])
+        yield warning(
+            "tokenizers",
+            f"{names} {'is' if len(special) == 1 else 'are'} special to one of the two models only",
+            "check that both learned the token's use (Base and Instruct models differ here)",
+        )
+
+
+def end_of_text(inputs: Inputs) -> Iterator[Finding]:
+    """A response ends with one of the student's stop tokens: the teacher's must be among them."""
+    if inputs.prompts is None or inputs.teacher_tokenizer is None:
+        return
+    folders = Path(inputs.config.student.hf_path), Path(inputs.config.teacher_hf_path)
+    ours, theirs = (
+        _stop_ids(tokenizer, folder)
+        for tokenizer, folder in zip(
+            (inputs.tokenizer, inputs.teacher_tokenizer), folders, strict=True
+        )
+    )
+    if not ours:
+        yield error(
+            "student.hf_path",
+            "names no EOS token: responses would never end",
+            f"set eos_token_id in {folders[0] / 'generation_config.json'}",
+        )
+    elif extra := theirs - ours:
+        names = [inputs.teacher_tokenizer.convert_ids_to_tokens(i) for i in sorted(extra)]
+        yield warning(
+            "tokenizers",
+            f"the teacher also ends with {', '.join(map(repr, names))}, which is no stop token of "
+            "the student: its responses would run on past it",
+            f"add {sorted(extra)} to eos_token_id in {folders[0] / 'generation_config.json'}",
+        )
+
+
+def chat_templates(inputs: Inputs) -> Iterator[Finding]:
+    """Both prompts are framed by the student's template."""
+    student, teacher = inputs.tokenizer, inputs.teacher_tokenizer
+    if student is None or teacher is None or not inputs.config.data.use_chat_template:
+        return
+    if not student.chat_template:
+        yield warning(
+            "data.use_chat_template",
+            "is true and the student's tokenizer has no chat template: prompts are plain text",
+            "set it to false to say so, or add a chat template to the tokenizer",
+        )
+    elif student.chat_template != teacher.chat_template:
+        yield warning(
+            "data.use_chat_template",
+            "student and teacher have different chat templates; both prompts are framed by the "
+            "student's",
+            "compare the two, or copy the teacher's chat_template to the student",
+        )
+
+
+def _stop_ids(tokenizer: Any, folder: Path) -> set[int]:
+    """EOS of the tokenizer and of generation_config.json, as ``Prompts.stop_token_ids``."""
+    ids = {tokenizer.eos_token_id}
+    path = folder / "generation_config.json"
+    if path.exists():
+        eos = json.loads(path.read_text()).get("eos_token_id")
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    return ids - {None}

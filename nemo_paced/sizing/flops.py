@@ -1,0 +1,234 @@
+"""FLOPs and seconds of a step, from stated rates: a projection, to be replaced by a measurement.
+
+A matrix product of a weight costs 2 FLOPs a parameter and token; causal attention 2 q s FLOPs a
+token and layer (both products, half of the s columns). Forward and backward are 3 forwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from nemo_paced.config import Recompute
+from nemo_paced.sizing.hardware import Assumptions, Cluster
+from nemo_paced.sizing.memory import teacher_weights
+from nemo_paced.sizing.parameters import active_parameters, model_parameters, stage_parameters
+from nemo_paced.sizing.shapes import (
+    Layout,
+    ModelShape,
+    Placement,
+    TeacherPlan,
+    Work,
+    padded_vocab,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The rollout server. Attributes: memory, bytes of a GPU that it takes; ``tensor`` GPUs."""
+
+    tensor: int
+    memory: float
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """Of all ranks together."""
+
+    student: float
+    recompute: float
+    loss: float
+    teacher: float
+    rollouts: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step, one after the other; rollouts as the mean over all steps.
+
+    Attributes:
+        student, teacher: their FLOPs, with the pipelines' idle time.
+        communication: tensor, context and data parallelism.
+        memory: optimizer, and weights that come from host memory.
+    """
+
+    student: float
+    teacher: float
+    rollouts: float
+    communication: float
+    memory: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def forward_flops(shape: ModelShape, tokens: float, sequence: float) -> float:
+    """Of the layers, without embedding and LM head."""
+    attention = 2 * shape.q_width * sequence * shape.num_layers
+    return tokens * (2 * active_parameters(shape) + attention)
+
+
+def step_flops(
+    student: ModelShape, teacher: ModelShape, layout: Layout, plan: TeacherPlan, work: Work
+) -> StepFlops:
+    """Of one global batch. Sequences count with their padding (to the longest of the batch)."""
+    sequence = work.attended(layout)
+    tokens = work.global_batch_size * sequence
+    forward = forward_flops(student, tokens, sequence)
+    core = tokens * 2 * student.q_width * sequence * student.num_layers
+    again = {Recompute.none: 0.0, Recompute.selective: core, Recompute.full: forward}
+    teacher_sequence = work.attended(plan.layout, teacher=True)
+    runs = plan.placement is not Placement.cached
+    responses = work.global_batch_size * work.mean_response
+    # logits of both models, two gradients
+    heads = 3 * student.hidden_size + (0 if work.top_k else teacher.hidden_size)
+    whole = active_parameters(student) + student.vocab_size * student.hidden_size
+    sampled = work.global_batch_size * (work.mean_prompt + work.mean_response)
+    return StepFlops(
+        student=3 * forward,
+        recompute=again[layout.recompute],
+        loss=2 * responses * padded_vocab(student, teacher, work, layout.tensor) * heads,
+        teacher=runs
+        * forward_flops(teacher, work.global_batch_size * teacher_sequence, teacher_sequence),
+        rollouts=work.on_policy * 2 * whole * sampled,
+    )
+
+
+def step_time(
+    student: ModelShape,
+    teacher: ModelShape,
+    layout: Layout,
+    plan: TeacherPlan,
+    work: Work,
+    cluster: Cluster,
+    server: Server,
+    assume: Assumptions,
+) -> StepTime:
+    """Seconds of a step on ``layout.world_size`` GPUs (and those of a separate teacher)."""
+    flops = step_flops(student, teacher, layout, plan, work)
+    gpu = cluster.gpu
+    trained = flops.student + flops.recompute + flops.loss
+    rate = gpu.fp8 if plan.fp8 else gpu.bf16
+    teacher_s = flops.teacher / (plan.layout.world_size * rate * assume.forward_mfu)
+    return StepTime(
+        student=trained
+        / (layout.world_size * gpu.bf16 * assume.training_mfu)
+        * _idle(layout, work),
+        teacher=teacher_s * _idle(plan.layout, work, teacher=True),
+        rollouts=work.on_policy
+        * rollout_seconds(student, work.global_batch_size, work, cluster, server, assume),
+        communication=_communication(student, teacher, layout, plan, work, cluster, assume),
+        memory=_memory_seconds(student, teacher, layout, plan, work, cluster, assume),
+    )
+
+
+def rollout_seconds(
+    shape: ModelShape,
+    responses: int,
+    work: Work,
+    cluster: Cluster,
+    server: Server,
+    assume: Assumptions,
+) -> float:
+    """To sample so many responses: decoding steps of as many sequences as the server holds.
+
+    The roofline of a decoding step: weights and KV cache are read once, FLOPs grow with sequences.
+    """
+    gpu = cluster.gpu
+    held = kv_cache_tokens(shape, work, server, assume) / (work.mean_prompt + work.mean_response)
+    at_once = max(1.0, min(server.max_num_seqs, responses, held))
+    context = work.mean_prompt + work.mean_response / 2
+    weights = work.precision_bytes * model_parameters(shape)
+    read = weights + at_once * context * kv_bytes(shape, work)
+    whole = active_parameters(shape) + shape.vocab_size * shape.hidden_size
+    token_s = max(
+        read / (server.tensor * gpu.hbm * assume.bandwidth),
+        2 * whole * at_once / (server.tensor * gpu.bf16 * assume.rollout_mfu),
+    )
+    prefill_s = 2 * whole * work.mean_prompt / (server.tensor * gpu.bf16 * assume.rollout_mfu)
+    waves = responses / at_once
+    return waves * work.mean_response * (token_s + assume.decode_overhead_s) + (
+        responses * prefill_s
+    )
+
+
+def kv_bytes(shape: ModelShape, work: Work) -> float:
+    """Keys and values of one token, all layers."""
+    return 2 * work.precision_bytes * shape.num_layers * shape.kv_width
+
+
+def kv_cache_tokens(shape: ModelShape, work: Work, server: Server, assume: Assumptions) -> float:
+    """Tokens that the server's GPUs hold beside weights; at least 0."""
+    weights = work.precision_bytes * model_parameters(shape)
+    room = server.tensor * (server.memory - assume.server_overhead) - weights
+    return max(0.0, room / kv_bytes(shape, work))
+
+
+def _idle(layout: Layout, work: Work, *, teacher: bool = False) -> float:
+    """How much longer a step takes by the pipeline's bubble and empty rows of micro-batches."""
+    count = work.micro_batches(layout, teacher=teacher)
+    size = work.teacher_micro_batch_size if teacher else work.micro_batch_size
+    filled = 1.0 if work.packed else layout.data * count * size / work.global_batch_size
+    return (1 + (layout.pipeline - 1) / (count * layout.virtual)) * filled
+
+
+def _communication(
+    student: ModelShape,
+    teacher: ModelShape,
+    layout: Layout,
+    plan: TeacherPlan,
+    work: Work,
+    cluster: Cluster,
+    assume: Assumptions,
+) -> float:
+    gpu, e = cluster.gpu, work.precision_bytes
+    again = 1.5 if layout.recompute is Recompute.full else 1.0
+    # two all-reduces (or their halves) a layer forward, two backward
+    tensor = 4 * again * _all_reduces(student, layout, work, teacher=False)
+    if plan.placement is not Placement.cached:
+        tensor += 2 * _all_reduces(teacher, plan.layout, work, teacher=True)
+    # keys and values go round, and their gradients come back
+    tokens = work.share(layout) * work.attended(layout) / layout.context
+    layers = student.num_layers // layout.pipeline
+    ring = layers * (layout.context - 1) * tokens * 2 * student.kv_width / layout.tensor * e * 3
+    inside = layout.tensor * layout.context <= cluster.gpus_per_node
+    replicas = layout.data * layout.context
+    rows = padded_vocab(student, teacher, work, layout.tensor)
+    own = stage_parameters(student, layout, 0, rows).total
+    one_node = layout.world_size <= cluster.gpus_per_node
+    reduce = 4 * own * 2 * (replicas - 1) / replicas
+    return (
+        tensor / gpu.nvlink
+        + ring / (gpu.nvlink if inside else gpu.network)
+        + reduce / (gpu.nvlink if one_node else gpu.network)
+    ) / assume.bandwidth
+
+
+def _all_reduces(shape: ModelShape, layout: Layout, work: Work, *, teacher: bool) -> float:
+    """Bytes that a rank sends in one all-reduce of hidden states in each of its layers."""
+    tokens = work.share(layout) * work.attended(layout, teacher=teacher) / layout.context
+    layers = shape.num_layers // layout.pipeline
+    part = 2 * (layout.tensor - 1) / layout.tensor
+    return layers * part * tokens * shape.hidden_size * work.precision_bytes
+
+
+def _memory_seconds(
+    student: ModelShape,
+    teacher: ModelShape,
+    layout: Layout,
+    plan: TeacherPlan,
+    work: Work,
+    cluster: Cluster,
+    assume: Assumptions,
+) -> float:
+    rows = padded_vocab(student, teacher, work, layout.tensor)
+    own: float = stage_parameters(student, layout, 0, rows).total
+    if layout.distributed_optimizer:
+        own /= layout.data * layout.context
+    # gradient, master weight and two moments are read, the last three and the weight written
+    update = own * (16 + 12 + work.precision_bytes) / cluster.gpu.hbm
+    fetched = 0.0
+    if plan.placement is Placement.offloaded:
+        fetched = teacher_weights(teacher, plan, work, rows) / cluster.gpu.pcie
+    return (update + fetched) / assume.bandwidth

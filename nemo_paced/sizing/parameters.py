@@ -1,0 +1,85 @@
+"""How many parameters a rank holds: exact, by Megatron's cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nemo_paced.sizing.shapes import Layout, ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Of one rank.
+
+    Attributes:
+        dense: what is the same on all its data-parallel ranks: linear layers, norms, routers.
+        experts: experts, shared by the ranks of fewer replicas.
+        vocabulary: embedding and LM head, part of none of the others.
+    """
+
+    dense: int
+    experts: int
+    vocabulary: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts + self.vocabulary
+
+
+def stage_parameters(shape: ModelShape, layout: Layout, stage: int, padded: int) -> Parameters:
+    """Of a rank of pipeline stage ``stage``; ``padded``: rows of the vocabulary over all ranks."""
+    layers = layout.layers(shape.num_layers, stage)
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    # a tied head is the embedding, but where that lies on another stage
+    heads = int(is_first) + int(is_last and not (shape.tied and is_first))
+    sparse = _sparse_layers(shape, layers)
+    of_layers = len(layers) * _attention(shape, layout.tensor)
+    of_layers += (len(layers) - sparse) * _mlp(shape, layout.tensor) + sparse * _router(shape)
+    return Parameters(
+        dense=of_layers + is_last * shape.hidden_size,
+        experts=sparse * (_experts(shape) // layout.expert),
+        vocabulary=heads * padded // layout.tensor * shape.hidden_size,
+    )
+
+
+def model_parameters(shape: ModelShape) -> int:
+    """Of the whole model, its vocabulary as in ``config.json``."""
+    return stage_parameters(shape, Layout(), 0, shape.vocab_size).total
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Of the layers that one token goes through: no embedding, no LM head."""
+    sparse = _sparse_layers(shape, range(shape.num_layers))
+    used = 0
+    if shape.experts is not None:
+        used = _experts(shape) // shape.experts.count * shape.experts.per_token + _router(shape)
+    dense = (shape.num_layers - sparse) * _mlp(shape, 1)
+    return shape.num_layers * _attention(shape, 1) + dense + sparse * used
+
+
+def _attention(shape: ModelShape, tensor: int) -> int:
+    """Of one layer, with both its norms."""
+    h, q, kv = shape.hidden_size, shape.q_width, shape.kv_width
+    weights = (q + 2 * kv) // tensor * h + q // tensor * h
+    bias = shape.qkv_bias * (q + 2 * kv) // tensor
+    return weights + bias + 2 * h + shape.qk_norm * 2 * shape.head_dim
+
+
+def _mlp(shape: ModelShape, tensor: int) -> int:
+    return 3 * shape.ffn_hidden_size // tensor * shape.hidden_size
+
+
+def _router(shape: ModelShape) -> int:
+    return shape.experts.count * shape.hidden_size if shape.experts else 0
+
+
+def _experts(shape: ModelShape) -> int:
+    """Of one layer, all of them; none is cut by tensor parallelism."""
+    if shape.experts is None:
+        return 0
+    return shape.experts.count * 3 * shape.experts.ffn_hidden_size * shape.hidden_size
+
+
+def _sparse_layers(shape: ModelShape, layers: Iterable[int]) -> int:
+    return sum(layer in shape.experts.layers for layer in layers) if shape.experts else 0

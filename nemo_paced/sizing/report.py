@@ -1,0 +1,197 @@
+"""A plan as text: the layout that was asked for, what fits, and every assumption behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from rich.table import Table
+
+from nemo_paced.config import Recompute
+from nemo_paced.sizing.flops import kv_cache_tokens, rollout_seconds, step_flops
+from nemo_paced.sizing.hardware import GIB
+from nemo_paced.sizing.parameters import model_parameters
+from nemo_paced.sizing.search import Candidate, Problem
+from nemo_paced.sizing.shapes import Layout, Placement, Work
+
+_PARTS = {
+    "weights": "student weights",
+    "gradients": "gradients (fp32)",
+    "optimizer": "optimizer (fp32)",
+    "activations": "activations in flight",
+    "loss": "loss or one layer's backward",
+    "teacher": "teacher weights",
+    "teacher_head": "teacher LM head",
+    "signal": "teacher signal",
+    "teacher_work": "teacher forward",
+}
+
+
+def memory_table(candidate: Candidate, problem: Problem) -> Table:
+    """GiB of a rank of each pipeline stage."""
+    table = Table(title=f"GiB a GPU: {describe(candidate)}", title_justify="left")
+    table.add_column("")
+    for stage in range(len(candidate.stages)):
+        table.add_column(f"stage {stage}", justify="right")
+    for part, label in _PARTS.items():
+        table.add_row(label, *(_gib(m.parts()[part]) for m in candidate.stages))
+    table.add_section()
+    table.add_row("student's phase", *(_gib(m.student_phase) for m in candidate.stages))
+    table.add_row("teacher's phase", *(_gib(m.teacher_phase) for m in candidate.stages))
+    if problem.server:
+        others = [""] * (len(candidate.stages) - 1)
+        table.add_row("rollout server (rank 0's GPU)", _gib(problem.server.memory), *others)
+    table.add_row("reserve", *[_gib(problem.assume.reserve)] * len(candidate.stages))
+    return table
+
+
+def verdict(candidate: Candidate, problem: Problem) -> str:
+    gpu = problem.cluster.gpu
+    room = gpu.memory - candidate.needed
+    told = f"fits with {_gib(room)} GiB to spare" if candidate.fits else (
+        f"does not fit: {_gib(-room)} GiB too much"
+    )  # fmt: skip
+    return f"fullest GPU {_gib(candidate.needed)} of {_gib(gpu.memory)} GiB ({gpu.name}): {told}"
+
+
+def time_lines(candidate: Candidate, problem: Problem) -> Iterator[str]:
+    """FLOPs, seconds, tokens a second and hours."""
+    work, time = candidate.work, candidate.time
+    flops = asdict(
+        step_flops(
+            problem.student, problem.teacher, candidate.layout, candidate.teacher, work
+        )
+    )  # fmt: skip
+    yield "FLOPs a step: " + _joined({k: f"{v:.3g}" for k, v in flops.items()})
+    yield f"seconds a step: {time.total:.2f} = " + _joined(
+        {k: f"{v:.2f}" for k, v in asdict(time).items()}
+    )
+    responses = work.global_batch_size * work.mean_response
+    hours = time.total * work.max_steps / 3600
+    yield (
+        f"{responses / time.total:,.0f} response tokens/s; {work.max_steps} steps: {hours:.2f} h, "
+        f"{candidate.gpu_hours:.1f} GPU-hours"
+    )
+    held = kv_cache_tokens(problem.student, work, problem.served, problem.assume)
+    estimate = rollout_seconds(
+        problem.student,
+        1000 * work.num_rollouts,
+        work,
+        problem.cluster,
+        problem.served,
+        problem.assume,
+    )
+    yield (
+        f"rollout server: KV cache of {held:,.0f} tokens; pass rates of 1,000 problems with "
+        f"{work.num_rollouts} rollouts each: {estimate / 60:.1f} min"
+    )
+
+
+def assumption_lines(problem: Problem, work: Work) -> Iterator[str]:
+    gpu = problem.cluster.gpu
+    yield (
+        f"{gpu.name}: {gpu.bf16 / 1e12:.0f} bf16 and {gpu.fp8 / 1e12:.0f} fp8 TFLOP/s, "
+        f"{gpu.hbm / 1e12:.2f} TB/s memory, {gpu.nvlink / 1e9:.0f} GB/s NVLink, "
+        f"{gpu.network / 1e9:.0f} GB/s network and {gpu.pcie / 1e9:.0f} GB/s PCIe, each way "
+        "(data sheets)"
+    )
+    yield from problem.assume.lines()
+    yield (
+        f"tokens of a problem: memory for the longest, {work.prompt} (teacher "
+        f"{work.teacher_prompt}) + {work.response}; time for "
+        f"{work.mean_prompt:.0f} + {work.mean_response:.0f}"
+        + (", packed" if work.packed else " in loss and rollouts, elsewhere padded to the longest")
+    )
+    yield (
+        f"rollouts in {work.on_policy:.0%} of the steps; the one pass of a cached teacher over all "
+        "stored responses is not counted"
+    )
+    yield "a projection: no figure here was measured on a GPU"
+
+
+def candidates_table(candidates: Sequence[Candidate]) -> Table:
+    table = Table(title="layouts that fit, cheapest first", title_justify="left")
+    for name in ("layout", "teacher", "micro-batch", "GiB a GPU", "s a step", "GPU-hours"):
+        table.add_column(name, justify="left" if name in ("layout", "teacher") else "right")
+    for candidate in candidates:
+        table.add_row(
+            describe_layout(candidate.layout),
+            describe_teacher(candidate),
+            str(candidate.work.micro_batch_size),
+            _gib(candidate.needed),
+            f"{candidate.time.total:.2f}",
+            f"{candidate.gpu_hours:.1f}",
+        )
+    return table
+
+
+def overrides(candidate: Candidate, gpus_per_node: int) -> list[str]:
+    """The settings of a layout, as they are typed."""
+    layout, teacher = candidate.layout, candidate.teacher
+    ranks = layout.world_size
+    per_node = min(ranks, gpus_per_node)
+    settings: dict[str, object] = {
+        "trainer.num_nodes": -(-ranks // per_node),
+        "trainer.devices": per_node,
+        "model.tensor_model_parallel_size": layout.tensor,
+        "model.pipeline_model_parallel_size": layout.pipeline,
+        "model.context_parallel_size": layout.context,
+        "model.expert_model_parallel_size": layout.expert,
+        "model.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "model.micro_batch_size": candidate.work.micro_batch_size,
+        "model.optim.use_distributed_optimizer": str(layout.distributed_optimizer).lower(),
+        "teacher.placement": teacher.placement.value,
+    }
+    if layout.recompute is not Recompute.none:
+        settings["model.recompute_granularity"] = layout.recompute.value
+    if teacher.placement is not Placement.cached:
+        settings["teacher.tensor_model_parallel_size"] = teacher.layout.tensor
+        settings["teacher.pipeline_model_parallel_size"] = teacher.layout.pipeline
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def models_line(problem: Problem) -> str:
+    student, teacher = model_parameters(problem.student), model_parameters(problem.teacher)
+    return f"student {student / 1e9:.2f} B parameters, teacher {teacher / 1e9:.2f} B"
+
+
+def describe(candidate: Candidate) -> str:
+    return f"{describe_layout(candidate.layout)}, teacher {describe_teacher(candidate)}"
+
+
+def describe_layout(layout: Layout) -> str:
+    sizes = {
+        "TP": layout.tensor,
+        "PP": layout.pipeline,
+        "VPP": layout.virtual,
+        "CP": layout.context,
+        "EP": layout.expert,
+        "DP": layout.data,
+    }
+    told = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 GPU"
+    extras = [
+        *(["SP"] if layout.sequence_parallel else []),
+        *(["distributed optimizer"] if layout.distributed_optimizer else []),
+        *(
+            [f"recompute {layout.recompute.value}"]
+            if layout.recompute is not Recompute.none
+            else []
+        ),
+    ]
+    return ", ".join([told, *extras])
+
+
+def describe_teacher(candidate: Candidate) -> str:
+    plan = candidate.teacher
+    if plan.placement is Placement.cached:
+        return plan.placement.value
+    size = f"TP{plan.layout.tensor} PP{plan.layout.pipeline}"
+    return f"{plan.placement.value} {size}{' fp8' if plan.fp8 else ''}"
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:.1f}"
+
+
+def _joined(parts: dict[str, str]) -> str:
+    return " + ".join(f"{name} {value}" for name, value in parts.items())

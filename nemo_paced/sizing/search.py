@@ -1,0 +1,207 @@
+"""Which layouts fit, and which of them is cheapest.
+
+Layouts are those that divide the models: tensor parallelism within a node, pipeline stages of equal
+layers, any number of data-parallel replicas (uneven batches are padded). The smaller of micro-batch
+1 and the configured one, all placements of the teacher and all recomputation settings are tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nemo_paced.config import Recompute
+from nemo_paced.sizing.flops import Server, StepTime, step_time
+from nemo_paced.sizing.hardware import Assumptions, Cluster
+from nemo_paced.sizing.memory import Memory, stages_memory
+from nemo_paced.sizing.shapes import (
+    Layout,
+    ModelShape,
+    Placement,
+    TeacherPlan,
+    Work,
+)
+
+POWERS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is planned for.
+
+    Attributes:
+        server: of rollouts on the trainer's first GPUs; ``None``: it runs elsewhere.
+        served: how rollouts are timed, wherever they run.
+    """
+
+    student: ModelShape
+    teacher: ModelShape
+    cluster: Cluster
+    server: Server | None
+    served: Server
+    assume: Assumptions
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A layout with what it needs.
+
+    Attributes:
+        stages: memory of a rank of each pipeline stage.
+        needed: bytes of the fullest GPU, reserve and rollout server included.
+    """
+
+    layout: Layout
+    teacher: TeacherPlan
+    work: Work
+    stages: tuple[Memory, ...]
+    needed: float
+    fits: bool
+    time: StepTime
+
+    @property
+    def gpus(self) -> int:
+        own = self.teacher.layout.world_size if self.teacher.placement is Placement.separate else 0
+        return self.layout.world_size + own
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.time.total * self.work.max_steps / 3600
+
+
+def evaluate(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work) -> Candidate:
+    """Memory and time of one layout."""
+    stages = tuple(stages_memory(problem.student, problem.teacher, layout, teacher, work))
+    # ranks of the first stage come first, and so does the server's GPU
+    server = problem.server.memory if problem.server else 0.0
+    needed = problem.assume.reserve + max(
+        memory.peak + (server if stage == 0 else 0.0) for stage, memory in enumerate(stages)
+    )
+    if teacher.placement is Placement.separate:
+        needed = max(needed, _separate_teacher(problem, layout, teacher, work))
+    time = step_time(
+        problem.student,
+        problem.teacher,
+        layout,
+        teacher,
+        work,
+        problem.cluster,
+        problem.served,
+        problem.assume,
+    )
+    fits = needed <= problem.cluster.gpu.memory
+    return Candidate(layout, teacher, work, stages, needed, fits, time)
+
+
+def search(
+    problem: Problem, work: Work, *, gpus: int, fp8: bool, placements: tuple[Placement, ...]
+) -> list[Candidate]:
+    """Every layout of ``gpus`` GPUs that fits, cheapest first."""
+    found = [
+        candidate
+        for layout, teacher in _layouts(problem, gpus, fp8=fp8, placements=placements)
+        for sized in _micro_batches(work)
+        if (candidate := evaluate(problem, layout, teacher, sized)).fits
+    ]
+    return sorted(found, key=_cost)
+
+
+def fewest_gpus(
+    problem: Problem, work: Work, *, limit: int, fp8: bool, placements: tuple[Placement, ...]
+) -> list[Candidate]:
+    """The fitting layouts of the smallest number of GPUs (a power of two) that has one."""
+    for gpus in itertools.takewhile(lambda n: n <= limit, (2**k for k in range(20))):
+        found = search(problem, work, gpus=gpus, fp8=fp8, placements=placements)
+        if found:
+            return found
+    return []
+
+
+def best_of_each_cut(candidates: list[Candidate]) -> list[Candidate]:
+    """The first of those that cut the student alike and differ in the rest."""
+    best: dict[tuple[int, ...], Candidate] = {}
+    for candidate in candidates:
+        of = candidate.layout
+        best.setdefault((of.tensor, of.pipeline, of.context, of.expert), candidate)
+    return list(best.values())
+
+
+def _cost(candidate: Candidate) -> tuple[float, ...]:
+    """Time; then, where it is the same, what is simpler."""
+    layout = candidate.layout
+    return (
+        round(candidate.time.total, 3),
+        layout.tensor * layout.pipeline * layout.context,
+        list(Placement).index(candidate.teacher.placement),
+        list(Recompute).index(layout.recompute),
+        candidate.needed,
+    )
+
+
+def _micro_batches(work: Work) -> Iterator[Work]:
+    follows = work.teacher_micro_batch_size == work.micro_batch_size
+    for size in sorted({1, work.micro_batch_size}):  # of packed rows always 1
+        of_teacher = size if follows else work.teacher_micro_batch_size
+        yield replace(work, micro_batch_size=size, teacher_micro_batch_size=of_teacher)
+
+
+def _layouts(
+    problem: Problem, gpus: int, *, fp8: bool, placements: tuple[Placement, ...]
+) -> Iterator[tuple[Layout, TeacherPlan]]:
+    for placement in placements:
+        if placement is Placement.separate:
+            splits = [(gpus - own, own) for own in POWERS if own < gpus]
+        else:
+            splits = [(gpus, gpus)]
+        for student_gpus, teacher_gpus in splits:
+            for layout in cuts(problem.student, problem.cluster, student_gpus, trained=True):
+                if placement is Placement.cached:  # only its head and signals are there
+                    yield layout, TeacherPlan(Layout(data=gpus), placement, fp8)
+                    continue
+                for own in cuts(problem.teacher, problem.cluster, teacher_gpus, trained=False):
+                    yield layout, TeacherPlan(own, placement, fp8)
+
+
+def cuts(shape: ModelShape, cluster: Cluster, gpus: int, *, trained: bool) -> Iterator[Layout]:
+    """Layouts over exactly ``gpus`` ranks that divide the model.
+
+    Args:
+        trained: with context parallelism and recomputation, which a frozen teacher has no use for.
+    """
+    contexts, recomputes = (
+        ((1, 2, 4, 8), tuple(Recompute)) if trained else ((1,), (Recompute.none,))
+    )
+    for tensor, pipeline, context in itertools.product(POWERS, POWERS, contexts):
+        ranks = tensor * pipeline * context
+        if tensor > cluster.gpus_per_node or gpus % ranks or not divides(shape, tensor, pipeline):
+            continue
+        data = gpus // ranks
+        for expert in POWERS if shape.experts else (1,):
+            if shape.experts and (shape.experts.count % expert or gpus % (expert * pipeline)):
+                continue
+            for recompute in recomputes:
+                yield Layout(
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    context=context,
+                    expert=expert,
+                    data=data,
+                    sequence_parallel=tensor > 1,
+                    recompute=recompute,
+                    distributed_optimizer=trained and data * context > 1,
+                )
+
+
+def divides(shape: ModelShape, tensor: int, pipeline: int) -> bool:
+    """Whether heads, key-value heads, MLP columns and layers can be cut so."""
+    dense = shape.experts is None or len(shape.experts.layers) < shape.num_layers
+    columns = (shape.num_heads, shape.num_kv_heads, *([shape.ffn_hidden_size] if dense else []))
+    return not any(size % tensor for size in columns) and shape.num_layers % pipeline == 0
+
+
+def _separate_teacher(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work) -> float:
+    """Of a GPU that holds the teacher alone."""
+    alone = replace(teacher, placement=Placement.colocated)
+    memory = stages_memory(problem.student, problem.teacher, layout, alone, work)[0]
+    return problem.assume.reserve + memory.teacher + memory.teacher_work

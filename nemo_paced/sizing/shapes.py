@@ -1,0 +1,281 @@
+"""What a plan is made from: shapes of two models, a layout, the work of a step. Numbers only.
+
+No torch here or anywhere in this folder: a plan takes two ``config.json`` files and no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.config import ModelConfig, PacedConfig, Precision, Recompute, ResponseSource
+from nemo_paced.errors import ConfigError
+from nemo_paced.hf.architectures import Architecture, Experts
+
+
+class Placement(Enum):
+    """``teacher.placement``, and ``separate``: on GPUs of its own."""
+
+    colocated = "colocated"
+    offloaded = "offloaded"
+    cached = "cached"
+    separate = "separate"
+
+
+class Accelerator(Enum):
+    """What is kept for backward differs: see ``activations.py``."""
+
+    gpu = "gpu"
+    cpu = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A model's sizes.
+
+    Attributes:
+        ffn_hidden_size: of the MLP of the layers without experts.
+        experts: ``None``: no layer has any.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: Experts | None = None
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of keys, or of values."""
+        return self.num_kv_heads * self.head_dim
+
+    @staticmethod
+    def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
+        """Of a Hugging Face configuration.
+
+        Raises:
+            ConfigError: an architecture that is not supported.
+        """
+        of = Architecture.from_config(dict(config), where)
+        return ModelShape(
+            num_layers=of.num_layers,
+            hidden_size=of.hidden_size,
+            ffn_hidden_size=of.ffn_hidden_size,
+            num_heads=of.num_heads,
+            num_kv_heads=of.num_kv_heads,
+            head_dim=of.head_dim,
+            vocab_size=of.vocab_size,
+            tied=of.tied,
+            qkv_bias=of.qkv_bias,
+            qk_norm=of.qk_norm,
+            experts=of.experts,
+        )
+
+    @staticmethod
+    def read(hf_dir: str, key: str) -> ModelShape:
+        """Of a directory with a ``config.json``; its weights are not needed.
+
+        Raises:
+            ConfigError: no such file, no JSON, or not supported.
+        """
+        path = Path(hf_dir) / "config.json"
+        if not hf_dir or not path.is_file():
+            raise ConfigError(
+                f"{key} is {hf_dir!r}: give a directory with the model's config.json (a plan needs "
+                "nothing else of it)"
+            )
+        try:
+            return ModelShape.from_hf(json.loads(path.read_text()), str(path))
+        except ValueError as told:
+            if isinstance(told, ConfigError):
+                raise
+            raise ConfigError(f"{path} is no JSON: {told}") from told
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one model is cut over ``world_size`` ranks.
+
+    Attributes:
+        data: data-parallel replicas.
+        virtual: interleaved chunks of layers a stage.
+        distributed_optimizer: master weights and moments are divided over data x context ranks.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    data: int = 1
+    virtual: int = 1
+    sequence_parallel: bool = False
+    recompute: Recompute = Recompute.none
+    distributed_optimizer: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    def layers(self, of: int, stage: int) -> list[int]:
+        """The layers of a stage, of ``of`` in all."""
+        a_chunk = of // (self.pipeline * self.virtual)
+        firsts = ((self.pipeline * k + stage) * a_chunk for k in range(self.virtual))
+        return [first + layer for first in firsts for layer in range(a_chunk)]
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts, which tensor parallelism does not cut."""
+        return self.world_size // (self.expert * self.pipeline)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlan:
+    """Attributes: fp8, the linear layers' weights are held in 8 bits."""
+
+    layout: Layout
+    placement: Placement = Placement.colocated
+    fp8: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step does. Longest lengths decide memory, mean ones decide time.
+
+    Attributes:
+        response, prompt, teacher_prompt: longest, tokens.
+        mean_response, mean_prompt: tokens of a problem, as assumed or measured.
+        precision_bytes: of weights and activations: 2 for bf16, 4 for fp32.
+        top_k: of the teacher's signal; 0: hidden states.
+        vocab_multiple: ``model.make_vocab_size_divisible_by``.
+        packed: ``model.packed_sequence_size``: tokens of a row; 0: sequences are padded.
+        chunk_size: ``loss.chunk_size``; ``None``: the loss's own choice.
+        on_policy: share of the steps that train on fresh rollouts.
+    """
+
+    micro_batch_size: int
+    global_batch_size: int
+    teacher_micro_batch_size: int
+    prompt: int
+    teacher_prompt: int
+    response: int
+    mean_prompt: float
+    mean_response: float
+    precision_bytes: int = 2
+    top_k: int = 0
+    vocab_multiple: int = 128
+    packed: int = 0
+    chunk_size: int | None = None
+    on_policy: float = 0.0
+    num_rollouts: int = 8
+    max_steps: int = 1
+    accelerator: Accelerator = Accelerator.gpu
+
+    def sequence(self, layout: Layout, *, teacher: bool = False) -> int:
+        """Tokens of a row, over all context-parallel ranks, as ``data/packing.py`` cuts it."""
+        pieces = 2 * layout.context if layout.context > 1 else 1
+        multiple = math.lcm(8, pieces * layout.tensor)
+        longest = (self.teacher_prompt if teacher else self.prompt) + self.response
+        row = max(self.packed, longest) if self.packed else longest
+        return -(-row // multiple) * multiple
+
+    def attended(self, layout: Layout, *, teacher: bool = False) -> float:
+        """Tokens that see each other: packed sequences do not."""
+        if self.packed:
+            return self._mean_tokens(teacher=teacher)
+        return self.sequence(layout, teacher=teacher)
+
+    def responses_of_a_row(self, layout: Layout) -> int:
+        """Most response tokens of a row."""
+        return self.sequence(layout) if self.packed else self.response
+
+    def micro_batches(self, layout: Layout, *, teacher: bool = False) -> int:
+        """Of each data-parallel rank in a step."""
+        if self.packed:
+            tokens = self.share(layout) * self._mean_tokens(teacher=teacher)
+            return max(1, math.ceil(tokens / self.sequence(layout, teacher=teacher)))
+        size = self.teacher_micro_batch_size if teacher else self.micro_batch_size
+        return max(1, -(-self.share(layout) // size))
+
+    def _mean_tokens(self, *, teacher: bool) -> float:
+        """Of a problem; the teacher's prompt is taken to fill its limit as the student's does."""
+        longer = self.teacher_prompt / self.prompt if teacher else 1.0
+        return self.mean_prompt * longer + self.mean_response
+
+    def share(self, layout: Layout) -> int:
+        """Problems of a data-parallel rank in a step; the largest share."""
+        return -(-self.global_batch_size // layout.data)
+
+
+def padded_vocab(student: ModelShape, teacher: ModelShape, work: Work, tensor: int) -> int:
+    """Rows of both LM heads over all ranks of the student's layout."""
+    multiple = work.vocab_multiple * tensor
+    return -(-max(student.vocab_size, teacher.vocab_size) // multiple) * multiple
+
+
+def student_layout(config: PacedConfig) -> Layout:
+    """As the configuration asks for it."""
+    return _layout(config.model, config.world_size)
+
+
+def teacher_plan(config: PacedConfig) -> TeacherPlan:
+    """As the configuration asks for it."""
+    layout = _layout(config.teacher_model, config.world_size)
+    return TeacherPlan(
+        layout, Placement(config.teacher.placement.value), config.teacher.fp8.enabled
+    )
+
+
+def _layout(model: ModelConfig, world_size: int) -> Layout:
+    return Layout(
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+        context=model.context_parallel_size,
+        expert=model.expert_model_parallel_size,
+        data=world_size // model.model_parallel_size,
+        virtual=model.virtual_pipeline_model_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        recompute=model.recompute_granularity,
+        distributed_optimizer=model.optim.use_distributed_optimizer,
+    )
+
+
+def work_of(
+    config: PacedConfig, *, mean_prompt: float, mean_response: float, accelerator: Accelerator
+) -> Work:
+    """A configuration's step, with the tokens of a problem that are assumed."""
+    data, model = config.data, config.model
+    on_policy = sum(s.fraction for s in config.stages if s.responses is ResponseSource.rollouts)
+    return Work(
+        micro_batch_size=model.micro_batch_size,
+        global_batch_size=model.global_batch_size,
+        teacher_micro_batch_size=config.teacher.micro_batch_size or model.micro_batch_size,
+        prompt=data.max_prompt_length,
+        teacher_prompt=data.max_teacher_prompt_length,
+        response=data.max_response_length,
+        mean_prompt=mean_prompt,
+        mean_response=mean_response,
+        precision_bytes=2 if config.trainer.compute_precision is Precision.bf16 else 4,
+        top_k=config.teacher.top_k,
+        vocab_multiple=model.make_vocab_size_divisible_by,
+        packed=model.packed_sequence_size,
+        chunk_size=config.loss.chunk_size,
+        on_policy=on_policy,
+        num_rollouts=config.weights.num_rollouts,
+        max_steps=config.trainer.max_steps,
+        accelerator=accelerator,
+    )

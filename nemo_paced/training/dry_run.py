@@ -1,0 +1,248 @@
+"""One step of a whole job in one process: every group and shape of the layout, two layers a stage.
+
+The process takes the part of one rank of the full world on torch's fake process groups, whose
+collectives and sends return at once with whatever the buffers hold. So what is exercised is real:
+all process groups, both models at their true widths (only the number of layers is cut), Megatron's
+schedule with its sends and receives, the teacher's signal, each stage's loss, gradient reduction,
+clipping, the optimizer, and the gathering of weights for the rollout server. What is computed means
+nothing, and is not looked at; a collective whose ranks disagree among themselves is not noticed,
+and experts get the tokens that their own rank routes.
+
+Not covered: that ranks reach each other (``preflight``), memory and speed (``plan``), attention and
+kernels of a GPU, more than a short sequence, checkpoints, the rollout server.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_paced import parallel as parallel_module
+from nemo_paced.config import PacedConfig, TeacherPlacement
+from nemo_paced.data.packing import TrainItem
+from nemo_paced.errors import PacedError
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.model import PacedGPTModel, load_hf_config
+from nemo_paced.parallel import Parallel
+from nemo_paced.training.setup import Models, WeightReader, build_models
+
+logger = logging.getLogger(__name__)
+
+LAYERS_A_STAGE = 2
+PROMPT, RESPONSE = 8, 8  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class DryRank:
+    """What one rank of the job built and ran.
+
+    Attributes:
+        layers, parameters: of its part of the student.
+        problems: of the global batch that was run.
+        peak_bytes: of this process so far, resident.
+    """
+
+    rank: int
+    stage: int
+    layers: int
+    parameters: int
+    problems: int
+    seconds: float
+    peak_bytes: int
+
+
+def dry_run(config: PacedConfig, folder: Path) -> list[DryRank]:
+    """Run a step as the first rank of the first, a middle and the last pipeline stage.
+
+    Args:
+        folder: takes two model directories without weights.
+
+    Raises:
+        PacedError: a rank failed; its traceback is in the log.
+    """
+    short = shortened(config, folder)
+    return [_run_rank(short, rank) for rank in chosen_ranks(config)]
+
+
+def chosen_ranks(config: PacedConfig) -> list[int]:
+    """First ranks of the stages that differ; stages are the slowest axis of Megatron's order."""
+    stages = config.model.pipeline_model_parallel_size
+    a_stage = config.world_size // stages
+    return [a_stage * stage for stage in sorted({0, min(1, stages - 1), stages - 1})]
+
+
+def shortened(config: PacedConfig, folder: Path) -> PacedConfig:
+    """The same configuration with models of few layers, on CPU tensors, without a cache."""
+    both = (config.model, config.teacher_model)
+    stages = math.lcm(
+        *(m.pipeline_model_parallel_size * m.virtual_pipeline_model_parallel_size for m in both)
+    )
+    student = _short_model(stages, Path(config.student.hf_path), folder / "student")
+    teacher = ""
+    if config.teacher.hf_path:
+        teacher = _short_model(stages, Path(config.teacher.hf_path), folder / "teacher")
+    own = replace(config.teacher, hf_path=teacher, cache_dir=None)
+    if own.placement is TeacherPlacement.cached:  # what would fill the cache is run each time
+        own.placement = TeacherPlacement.colocated
+    return replace(
+        config,
+        trainer=replace(config.trainer, accelerator="cpu"),
+        student=replace(config.student, hf_path=student),
+        teacher=own,
+    )
+
+
+def _short_model(stages: int, source: Path, target: Path) -> str:
+    """``config.json`` with fewer layers, and links to what else is small (the tokenizer).
+
+    Args:
+        stages: a number that the layers must divide into.
+    """
+    target.mkdir()
+    hf_config = load_hf_config(source)
+    whole = hf_config["num_hidden_layers"]
+    layers = stages * max(1, min(LAYERS_A_STAGE, whole // stages))
+    cut = {
+        key: value[:layers]  # what it lists of each layer (`layer_types`)
+        for key, value in hf_config.items()
+        if isinstance(value, list) and len(value) == whole
+    }
+    (target / "config.json").write_text(
+        json.dumps({**hf_config, **cut, "num_hidden_layers": layers})
+    )
+    for path in source.iterdir():
+        if path.is_file() and path.name != "config.json" and "safetensors" not in path.name:
+            (target / path.name).symlink_to(path.resolve())
+    return str(target)
+
+
+def _run_rank(config: PacedConfig, rank: int) -> DryRank:
+    began = time.monotonic()
+    stages = config.model.pipeline_model_parallel_size
+    stage = rank * stages // config.world_size
+    try:
+        with _as_rank(config, rank) as parallel:
+            models = build_models(config, parallel, weights=RANDOM)
+            items = _items(config, models.step.vocab_size)
+            for each in config.stages:  # their divergences and responses differ
+                models.step(items, each, config.model.optim.lr)
+            _update(models)
+            models.push_weights(None, step=1)
+            return DryRank(
+                rank=rank,
+                stage=stage,
+                layers=sum(len(gpt.decoder.layers) for gpt in models.student.chunks),
+                parameters=sum(
+                    p.numel() for gpt in models.student.chunks for p in gpt.parameters()
+                ),
+                problems=len(items),
+                seconds=time.monotonic() - began,
+                peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            )
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, PacedError):
+            raise
+        logger.exception("rank %d", rank)
+        raise PacedError(
+            f"dry run: rank {rank} (pipeline stage {stage}) failed: {type(error).__name__}: "
+            f"{error}; the traceback is above"
+        ) from error
+
+
+@contextmanager
+def _as_rank(config: PacedConfig, rank: int) -> Iterator[Parallel]:
+    """This process as one rank of the full world."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=rank, world_size=config.world_size
+    )
+    try:
+        yield parallel_module.initialize(config.model, accelerator="cpu")
+    finally:
+        parallel_module.shutdown()
+        gc.collect()  # hooks and models refer to each other: the next rank needs the memory
+
+
+def _random_model(
+    chunks: Sequence[PacedGPTModel],
+    hf_dir: Path,
+    parallel: Parallel,
+    *,
+    on_loaded: Callable[[torch.nn.Parameter], None] | None = None,
+) -> None:
+    """Small values in place of those of a checkpoint, and of what another stage would send."""
+    for gpt in chunks:
+        gpt.decoder.register_forward_pre_hook(_receive_values)
+        with torch.no_grad():
+            for parameter in list(gpt.parameters()):
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0, 0.02)
+                if on_loaded is not None:
+                    on_loaded(parameter)
+
+
+def _receive_values(decoder: Any, _: object) -> None:
+    """A router must find tokens that differ, or experts would go without any."""
+    if decoder.input_tensor is not None:
+        with torch.no_grad():
+            decoder.input_tensor.normal_()
+
+
+def _random_head(
+    architecture: Architecture,
+    hf_dir: Path,
+    parallel: Parallel,
+    *,
+    padded_vocab: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    shape = padded_vocab // parallel.tp_size, architecture.hidden_size
+    return torch.randn(shape, dtype=dtype, device=parallel.device).mul_(0.02)
+
+
+RANDOM = WeightReader(_random_model, _random_head)
+
+
+def _tokens(count: int, first: int, vocab_size: int) -> tuple[int, ...]:
+    return tuple((first + position) % vocab_size for position in range(count))
+
+
+def _items(config: PacedConfig, vocab_size: int) -> list[TrainItem]:
+    """Short ones, enough for a pipeline's steady state, unless a batch has fewer."""
+    model = config.model
+    micro_batches = model.pipeline_model_parallel_size + 1
+    count = config.data_parallel_size * model.micro_batch_size * micro_batches
+    return [
+        TrainItem(
+            response_id=f"r{index}",
+            problem_id=f"p{index}",
+            student_prompt_ids=_tokens(PROMPT, index, vocab_size),
+            teacher_prompt_ids=_tokens(2 * PROMPT, index, vocab_size),
+            response_ids=_tokens(RESPONSE, index + 1, vocab_size),
+            token_weight=1.0,
+        )
+        for index in range(min(count, model.global_batch_size))
+    ]
+
+
+def _update(models: Models) -> None:
+    """The optimizer's part: what was received is no number, and a step would leave it out."""
+    models.student.zero_grad()
+    assert models.student.update() is not None, "gradients of zero are finite"

@@ -1,0 +1,61 @@
+"""The command: what it prints, and that its settings are settings."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from nemo_paced.cli import main
+from nemo_paced.compose import _all_keys
+from nemo_paced.sizing import report
+from nemo_paced.sizing.search import search
+from tests.unit.sizing.test_memory_and_time import EVERYWHERE, WORK, problem
+
+QUICKSTART = ["plan", "--config-name", "quickstart"]
+
+
+def test_a_plan_says_what_fits_and_on_what_assumptions(capsys):
+    assert main([*QUICKSTART, "--nodes", "1", "--gpus-per-node", "4", "--gpu", "a100"]) == 0
+    printed = capsys.readouterr().out
+    for told in ("GiB a GPU: TP2", "activations in flight", "fits with", "FLOPs a step",
+                 "response tokens/s", "cheapest (4 GPUs)", "A100 SXM 80GB: 312 bf16",
+                 "MFU 40%", "no figure here was measured on a GPU"):  # fmt: skip
+        assert told in printed, told
+    assert main([*QUICKSTART, "--response-tokens", "12", "--mfu", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "cheapest (1 GPUs)" in printed and "MFU 50%" in printed and "8 + 12" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["plan"], "student.hf_path is ''"),
+        ([*QUICKSTART, "--gpu", "v100"], "invalid choice: 'v100'"),
+        ([*QUICKSTART, "--mfu", "0"], "--mfu must be above 0"),
+        ([*QUICKSTART, "model.tensor_model_parallel_siez=2"], "Did you mean"),
+    ],
+)
+def test_a_mistake_is_named(arguments, told, capsys):
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_layout_that_does_not_divide_is_left_out_and_others_are_found(capsys):
+    assert main([*QUICKSTART, "model.tensor_model_parallel_size=4", "trainer.devices=4"]) == 0
+    printed = capsys.readouterr().out
+    assert "GiB a GPU: TP" not in printed and "cheapest (1 GPUs)" in printed
+
+
+def test_the_settings_of_a_layout_are_keys_of_the_configuration():
+    found = search(problem(), WORK, gpus=8, fp8=False, placements=EVERYWHERE)
+    keys = {o.partition("=")[0] for c in found for o in report.overrides(c, 8)}
+    assert keys <= set(_all_keys())
+    assert "model.recompute_granularity" in keys and "teacher.placement" in keys
+
+
+def test_tables_hold_every_part():
+    (candidate, *_) = search(problem(), WORK, gpus=8, fp8=True, placements=EVERYWHERE[:1])
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.memory_table(candidate, problem()))
+    printed = console.file.getvalue()
+    assert "teacher LM head" in printed and "rollout server" in printed and "fp8" in printed
