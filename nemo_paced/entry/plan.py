@@ -137,7 +137,7 @@ def _search(
     placements = [Placement.colocated, Placement.offloaded, Placement.separate]
     if not work.on_policy:  # signals of fresh samples cannot be known before
         placements.append(Placement.cached)
-    chosen = {"fp8": teacher_plan(config).fp8, "placements": tuple(placements)}
+    fp8, where = teacher_plan(config).fp8, tuple(placements)
     if options.nodes:
-        return search(problem, work, gpus=problem.cluster.gpus, **chosen)
-    return fewest_gpus(problem, work, limit=MAX_GPUS, **chosen)
+        return search(problem, work, gpus=problem.cluster.gpus, fp8=fp8, placements=where)
+    return fewest_gpus(problem, work, limit=MAX_GPUS, fp8=fp8, placements=where)
