@@ -48,8 +48,9 @@ def _share(curves: Curves, estimator: str, against: str) -> str:
     needed = curves.needed(estimator, against)
     if mean != mean:
         return f"none (it needs more than {MAX_ROLLOUTS})"
-    floor = " (the fewest tried)" if (needed <= MIN_ROLLOUTS).mean() > 0.5 else ""
-    return f"{100 * mean:.0f} % ± {100 * error:.0f}{floor}"
+    floor = (needed <= MIN_ROLLOUTS).mean() > 0.5
+    note = f" or more ({MIN_ROLLOUTS} rollouts a problem are enough)" if floor else ""
+    return f"{100 * mean:.0f} % ± {100 * error:.0f}{note}"
 
 
 def write_csv(path: Path, results: dict[str, Curves]) -> None:

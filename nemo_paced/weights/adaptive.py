@@ -18,8 +18,8 @@ from nemo_paced.weights.posterior import (
 )
 from nemo_paced.weights.prior import fit_prior
 
-# A single rollout at c = 1 of 2 is worth nothing by itself (right or wrong, the weight is the
-# same), two are worth much: so many at a time are looked at.
+# A single rollout at c = 1 of 2 is worth nothing by itself (right or wrong, the weight is the same)
+# though several are worth something: so many at a time are looked at.
 LOOK_AHEAD = 8
 
 

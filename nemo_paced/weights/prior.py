@@ -8,7 +8,7 @@ import torch
 # Where all problems are alike the likelihood has its maximum at infinity, where none is in the
 # middle at 0: a prior of a thousand rollouts, or of a hundredth of one, is as far as counts go.
 BOUNDS = (0.01, 1000.0)
-TOLERANCE = 1e-6  # relative, of a step
+TOLERANCE = 1e-5  # relative, of a step
 MAX_STEPS = 2000
 
 
