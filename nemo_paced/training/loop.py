@@ -24,6 +24,7 @@ from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
 from nemo_paced.errors import CheckpointError, PacedError
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
+from nemo_paced.teacher.remote import RemoteTeacher
 from nemo_paced.training import checkpoint, schedule
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
@@ -35,6 +36,7 @@ from nemo_paced.training.progress import RunLog
 from nemo_paced.training.schedule import Stage
 from nemo_paced.training.setup import Models, build_models
 from nemo_paced.training.step import StepResult
+from nemo_paced.training.teacher_setup import serve_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +55,14 @@ def train(config: PacedConfig, run_dir: Path) -> None:
         config.model,
         accelerator=config.trainer.accelerator,
         timeout_s=config.training.collective_timeout_s,
+        teacher=config.teacher_model,
+        separate_ranks=config.teacher.separate_ranks,
     )
     config = with_cache_folder(config, run_dir)
     try:
+        if parallel.link is not None and parallel.link.is_teacher:
+            serve_teacher(config, parallel)
+            return
         resume_from = agreed_checkpoint(config, run_dir, parallel)
         driver_context = Driver(config, run_dir) if parallel.rank == 0 else nullcontext()
         with driver_context as driver:
@@ -63,6 +70,8 @@ def train(config: PacedConfig, run_dir: Path) -> None:
                 config, parallel, certify_fp8=certificate_due(config, run_dir, parallel)
             )
             Loop(config, run_dir, all_stages, models, driver, parallel).run(resume_from)
+            if models.step.teacher.remote is not None:
+                models.step.teacher.remote.close()
     finally:
         parallel_module.shutdown()
 
@@ -135,6 +144,8 @@ class Loop:
         self.background = AsyncCallsQueue() if async_save else None
         self.served_step: int | None = None  # optimizer steps behind the server's weights
         self.saved_step: int | None = None
+        self.prepared: dict[int, Batch] = {}  # by step, made before their turn
+        self.told_until = 0  # a teacher of its own ranks knows the batches below this step
         self.times: dict[str, float] = {}
 
     def run(self, resume_from: Path | None) -> None:
@@ -150,7 +161,8 @@ class Loop:
         ):
             if self.driver is not None:
                 self.driver.prepare(log)
-            if self.models.step.teacher.held.to_be_quantized:
+            held = self.models.step.teacher.held
+            if held is not None and held.to_be_quantized:
                 self._certify_teacher()
             if self.driver is not None:
                 self.driver.first_pass_rates(resume_from)
@@ -248,7 +260,7 @@ class Loop:
                 break
             source.fill(batch.items)
             self._forget(key)  # collective above: every rank has read it
-        source.held.release()
+        source.release()
 
     def _refit_if_due(self) -> None:
         every = self.config.rollout.refit_every_n_steps
@@ -264,11 +276,34 @@ class Loop:
         self.served_step = self.step
 
     def _batch(self, stage: Stage) -> Batch:
-        def sample() -> Batch:
-            assert self.driver is not None, "rank 0 has one"
-            return self.driver.batch(self.step, self.consumed, stage.config)
+        batch = self._exchange(_batch_key(self.step), lambda: self._make_batch(stage, self.step))
+        remote = self.models.step.teacher.remote
+        if remote is not None and self.driver is not None:
+            self._tell_ahead(remote, batch, stage)
+        return batch
 
-        return self._exchange(_batch_key(self.step), sample)
+    def _make_batch(self, stage: Stage, step: int) -> Batch:
+        if step in self.prepared:
+            return self.prepared.pop(step)
+        assert self.driver is not None, "rank 0 has one"
+        later = (step - self.step) * self.config.model.global_batch_size
+        return self.driver.batch(step, self.consumed + later, stage.config)
+
+    def _tell_ahead(self, remote: RemoteTeacher, batch: Batch, stage: Stage) -> None:
+        """A teacher on ranks of its own gets this batch, and the next one if it is known."""
+        if batch.items and self.told_until <= self.step:
+            remote.announce(batch.items)
+        self.told_until = max(self.told_until, self.step + 1)
+        following = self.step + 1
+        same = following < self.config.trainer.max_steps and (
+            schedule.stage_at(self.stages, following) is stage
+        )
+        if same and stage.config.responses is ResponseSource.references:
+            ahead = self._make_batch(stage, following)
+            self.prepared[following] = ahead
+            if ahead.items:
+                remote.announce(ahead.items)
+            self.told_until = following + 1
 
     def _exchange(self, key: str, make: Callable[[], Batch]) -> Batch:
         """What rank 0 makes, on every rank."""
