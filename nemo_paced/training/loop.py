@@ -37,6 +37,7 @@ from nemo_paced.training.schedule import Stage
 from nemo_paced.training.setup import Models, build_models
 from nemo_paced.training.step import StepResult
 from nemo_paced.training.teacher_setup import serve_teacher
+from nemo_paced.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class Loop:
         self.step = 0
         self.consumed = 0
         self.guard = Guard(config)
+        self.throughput = Throughput(config, parallel)
         self.watch = Watch(parallel, config.training.collective_timeout_s)
         self.accuracy: float | None = None  # of the last validation, at step ``validated``
         self.validated: int | None = None
@@ -205,6 +207,7 @@ class Loop:
             "stage": stage.config.name,
             "learning_rate": rate,
             **self._result_metrics(result),
+            **(self.throughput.metrics(batch.items, result) if result is not None else {}),
             "weights/active_problems": len(batch.items),
             **batch.metrics,
             **({"rollout/staleness": staleness} if on_policy else {}),
