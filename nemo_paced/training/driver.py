@@ -52,6 +52,7 @@ class Driver:
         check_data(run_dir, self.problems)
         self.order = ProblemOrder(len(self.problems), config.model.seed, config.data.shuffle)
         self.references: dict[str, Response] = {}
+        self._tables: dict[int, PassRateTable] = {}  # before the batch of a step was made
         self._stack = ExitStack()
 
     def __enter__(self) -> Driver:
@@ -85,6 +86,7 @@ class Driver:
 
     def batch(self, step: int, consumed: int, stage: StageConfig) -> Batch:
         """The global batch of a step; samples it first in an on-policy stage."""
+        self._keep_table_before(step)
         positions = self.order.take(consumed, self.config.model.global_batch_size)
         problems = [self.problems[position] for position in positions]
         by_id = self.table.weights()
@@ -111,9 +113,21 @@ class Driver:
         return Batch(items, metrics)
 
     def save_pass_rates(self, step: int) -> None:
-        """What the checkpoint of ``step`` has to hold: free re-estimation moves it at each step."""
+        """What the checkpoint of ``step`` has to hold: free re-estimation moves it at each step.
+
+        Rollouts that were sampled ahead are in the store: a resumed run counts them in their turn.
+        """
         if self.config.weights.reestimate is Reestimation.free:
-            prepare.save_table(self.table, self.run_dir, step)
+            # in this order: the sampler's thread may begin with this very batch meanwhile
+            table = self.table
+            prepare.save_table(self._tables.get(step, table), self.run_dir, step)
+
+    def _keep_table_before(self, step: int) -> None:
+        """For a checkpoint written while batches ahead of it are made."""
+        if self.config.weights.reestimate is Reestimation.free:
+            oldest = step - self.config.rollout.steps_ahead
+            self._tables = {k: t for k, t in self._tables.items() if k >= oldest}
+            self._tables[step] = self.table
 
     def uncached_references(self, cache: SignalCache) -> Iterator[Batch]:
         """Stored responses that will be trained on and have no teacher signal yet, in batches."""

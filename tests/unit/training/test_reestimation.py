@@ -136,26 +136,28 @@ def test_a_target_error_ends_before_the_budget(make_config, tmp_path):
     assert sum(row.num_rollouts for row in table.rows) == client.samples_asked
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize("weights", [FREE, FREE_PLUG_IN])
-def test_a_resumed_run_weighs_as_an_uninterrupted_one(make_config, tmp_path, weights):
+def test_a_resumed_run_weighs_as_an_uninterrupted_one(make_config, tmp_path, weights, ahead):
     config = make_config(weights)
+    config.rollout.max_staleness = ahead
     with start(config, tmp_path / "whole") as driver:
         batches = train(driver, range(8))
         whole = driver.table
     with start(config, tmp_path / "killed") as driver:
-        train(driver, range(3))
-        driver.save_pass_rates(3)  # as the checkpoint of step 3 does; two more steps are lost
+        train(driver, range(3 + ahead))
+        driver.save_pass_rates(3)  # as the checkpoint of step 3 does; what follows is lost
         saved = tmp_path / "checkpoint"
         saved.mkdir()
         (saved / "pass_rates.parquet").write_bytes(
             (tmp_path / "killed" / "pass_rates.parquet").read_bytes()
         )
-        train(driver, range(3, 5))
+        train(driver, range(3 + ahead, 6))
     with start(config, tmp_path / "killed", resumed_from=saved) as driver:
         again = train(driver, range(3, 8))
         assert driver.table == whole
         assert again == batches[3:]
-        assert driver.sampler.client.requests < sum(8 for _ in again), "the store had steps 3, 4"
+        assert driver.sampler.client.requests < sum(8 for _ in again), "the store had steps 3 to 5"
     versions = {p.name for p in (tmp_path / "killed" / "pass_rates").iterdir()}
     assert versions == {"step_00000000.parquet", "step_00000003.parquet"}
     assert (
