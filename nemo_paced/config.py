@@ -935,6 +935,12 @@ class PacedConfig:
             "cannot be computed beforehand; set teacher.placement=offloaded, or keep to stages "
             "with responses=references",
         )
+        stored = any(s.responses is ResponseSource.references for s in self.stages)
+        _require(
+            stored or self.teacher.cache_dir is None,
+            "teacher.cache_dir is set and every stage trains on rollouts: fresh samples never come "
+            "again, and nothing would be kept; leave it out",
+        )
         fp8 = self.teacher.fp8
         _require(
             not (self.teacher.separate_ranks and fp8.enabled and fp8.certificate),
@@ -956,6 +962,13 @@ class PacedConfig:
             not keep.save_best_k or bool(self.trainer.val_check_interval),
             f"exp_manager.checkpoint_callback_params.save_best_k is {keep.save_best_k} and "
             "trainer.val_check_interval is 0: nothing says which is best; set the interval",
+        )
+        _require(
+            not keep.save_best_k or keep.every_n_train_steps % self.trainer.val_check_interval == 0,
+            f"exp_manager.checkpoint_callback_params.every_n_train_steps is "
+            f"{keep.every_n_train_steps} and trainer.val_check_interval "
+            f"{self.trainer.val_check_interval}: with save_best_k each checkpoint must be "
+            "validated; make the first a multiple of the second",
         )
         _require(
             not self.trainer.val_check_interval or bool(self.data.validation_problems),

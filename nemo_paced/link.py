@@ -20,6 +20,26 @@ from torch.distributed import PrefixStore, Store
 
 from nemo_paced.errors import ConfigError
 
+# Rank 0 may sample pass rates of a whole data set between two messages; if it dies meanwhile, the
+# launcher ends the ranks that wait.
+MESSAGE_TIMEOUT_S = 7 * 24 * 3600.0
+
+
+def publish(store: Store, key: str, value: Any) -> None:
+    """Put a JSON value into a key-value store."""
+    payload: Any = zlib.compress(json.dumps(value).encode(), level=1)
+    store.set(key, payload)
+
+
+def await_value(store: Store, key: str, timeout_s: float) -> Any:
+    """Wait for :func:`publish` of the key.
+
+    Raises:
+        torch.distributed.DistStoreError: after ``timeout_s``.
+    """
+    store.wait([key], timedelta(seconds=timeout_s))
+    return json.loads(zlib.decompress(store.get(key)))
+
 
 class Link:
     """This rank's end.
@@ -50,17 +70,11 @@ class Link:
 
     def publish(self, key: str, value: Any) -> None:
         """Give the other world a JSON value under a key of its own."""
-        payload: Any = zlib.compress(json.dumps(value).encode(), level=1)
-        self._store.set(key, payload)
+        publish(self._store, key, value)
 
     def await_value(self, key: str, timeout_s: float) -> Any:
-        """Wait for :meth:`publish` of the key.
-
-        Raises:
-            torch.distributed.DistStoreError: after ``timeout_s``.
-        """
-        self._store.wait([key], timedelta(seconds=timeout_s))
-        return json.loads(zlib.decompress(self._store.get(key)))
+        """Wait for :meth:`publish` of the key, as :func:`await_value`."""
+        return await_value(self._store, key, timeout_s)
 
     def forget(self, key: str) -> None:
         self._store.delete_key(key)

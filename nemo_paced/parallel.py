@@ -10,11 +10,9 @@ store that torch.distributed starts with, so that a wait of hours times out noth
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import zlib
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -25,6 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from nemo_paced import cpu_megatron
+from nemo_paced import link as link_module
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.link import Link, split_world
@@ -166,15 +165,15 @@ def initialize(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_s)
-    link = None
+    link, prefix = None, "model"
     if separate_ranks:
         link = split_world(separate_ranks, backend=backend, device=device, timeout=timeout)
         if link.is_teacher:
             assert teacher is not None, "separate ranks have a layout"
-            model = teacher
+            model, prefix = teacher, "teacher"
     else:
         _join(backend=backend, timeout=timeout)
-    _check_layout(model, torch.distributed.get_world_size())
+    _check_layout(model, torch.distributed.get_world_size(), prefix=prefix)
     chunks = model.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
@@ -289,8 +288,7 @@ def shutdown() -> None:
 
 def publish(key: str, value: Any) -> None:
     """Give the other ranks a JSON value under a key of its own."""
-    payload: Any = zlib.compress(json.dumps(value).encode(), level=1)
-    _store().set(key, payload)
+    link_module.publish(_store(), key, value)
 
 
 def await_value(key: str, timeout_s: float) -> Any:
@@ -299,9 +297,12 @@ def await_value(key: str, timeout_s: float) -> Any:
     Raises:
         torch.distributed.DistStoreError: after ``timeout_s``.
     """
-    store = _store()
-    store.wait([key], timedelta(seconds=timeout_s))
-    return json.loads(zlib.decompress(store.get(key)))
+    return link_module.await_value(_store(), key, timeout_s)
+
+
+def are_published(keys: list[str]) -> bool:
+    """Whether all of these keys are there, without waiting."""
+    return _store().check(keys)
 
 
 def forget(key: str) -> None:
@@ -331,17 +332,17 @@ def _join(backend: str, timeout: timedelta) -> None:
         )
 
 
-def _check_layout(model: ModelConfig, world_size: int) -> None:
+def _check_layout(model: ModelConfig, world_size: int, *, prefix: str) -> None:
     ranks = model.model_parallel_size
     if world_size % ranks:
         raise ConfigError(
-            f"{world_size} ranks were started, and model.tensor_model_parallel_size x "
+            f"{world_size} ranks were started, and {prefix}.tensor_model_parallel_size x "
             f"pipeline_model_parallel_size x context_parallel_size is {ranks}, which does not "
             "divide them"
         )
     if world_size % model.expert_layout_size:
         raise ConfigError(
-            f"{world_size} ranks were started, and model.expert_model_parallel_size x "
+            f"{world_size} ranks were started, and {prefix}.expert_model_parallel_size x "
             f"pipeline_model_parallel_size is {model.expert_layout_size}, which does not divide "
             "them"
         )

@@ -2,8 +2,8 @@
 
 Megatron's own (``DotProductAttention``) knows neither and builds the whole matrix of scores. This
 one is torch's ``scaled_dot_product_attention`` behind the same interface. Under context parallelism
-keys and values of the group are gathered: right and simple, for tests on a CPU; on a GPU
-Transformer Engine's attention passes them around a ring.
+keys and values of the group are gathered: right and simple. On a GPU it serves only where there is
+no Transformer Engine, and a teacher whose FP8 is PyTorch's.
 
 Axes: S positions on this rank, B rows, N heads of this rank, D head dimension.
 """

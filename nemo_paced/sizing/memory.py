@@ -95,10 +95,11 @@ def stage_memory(
     resident = plan.placement is Placement.colocated
     same_stages = plan.layout.pipeline == layout.pipeline
     teacher_bytes = teacher_weights(teacher, plan, work, rows, stage if same_stages else None)
-    offloaded = plan.placement is Placement.offloaded
+    # offloaded for each of its phases, cached while the cache is filled
+    comes = plan.placement in (Placement.offloaded, Placement.cached)
     teacher_work = 0.0
-    if resident or offloaded:
-        teacher_work = teacher_forward(teacher, plan.layout, work) + offloaded * teacher_bytes
+    if resident or comes:
+        teacher_work = teacher_forward(teacher, plan.layout, work) + comes * teacher_bytes
     return Memory(
         weights=work.precision_bytes * own.total,
         gradients=4 * own.total,

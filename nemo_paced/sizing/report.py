@@ -128,10 +128,11 @@ def candidates_table(candidates: Sequence[Candidate]) -> Table:
 def overrides(candidate: Candidate, gpus_per_node: int) -> list[str]:
     """The settings of a layout, as they are typed."""
     layout, teacher = candidate.layout, candidate.teacher
-    ranks = layout.world_size
-    per_node = min(ranks, gpus_per_node)
+    separate = teacher.layout.world_size if teacher.placement is Placement.separate else 0
+    ranks = layout.world_size + separate
+    per_node = max(n for n in range(1, gpus_per_node + 1) if ranks % n == 0)
     settings: dict[str, object] = {
-        "trainer.num_nodes": -(-ranks // per_node),
+        "trainer.num_nodes": ranks // per_node,
         "trainer.devices": per_node,
         "model.tensor_model_parallel_size": layout.tensor,
         "model.pipeline_model_parallel_size": layout.pipeline,
@@ -140,13 +141,14 @@ def overrides(candidate: Candidate, gpus_per_node: int) -> list[str]:
         "model.sequence_parallel": str(layout.sequence_parallel).lower(),
         "model.micro_batch_size": candidate.work.micro_batch_size,
         "model.optim.use_distributed_optimizer": str(layout.distributed_optimizer).lower(),
+        "model.virtual_pipeline_model_parallel_size": layout.virtual,
+        "model.recompute_granularity": layout.recompute.value,
         "teacher.placement": teacher.placement.value,
+        "teacher.separate_ranks": separate,
+        "teacher.tensor_model_parallel_size": teacher.layout.tensor,
+        "teacher.pipeline_model_parallel_size": teacher.layout.pipeline,
+        "teacher.expert_model_parallel_size": teacher.layout.expert,
     }
-    if layout.recompute is not Recompute.none:
-        settings["model.recompute_granularity"] = layout.recompute.value
-    if teacher.placement is not Placement.cached:
-        settings["teacher.tensor_model_parallel_size"] = teacher.layout.tensor
-        settings["teacher.pipeline_model_parallel_size"] = teacher.layout.pipeline
     return [f"{key}={value}" for key, value in settings.items()]
 
 

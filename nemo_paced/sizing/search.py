@@ -156,9 +156,6 @@ def _layouts(
             splits = [(gpus, gpus)]
         for student_gpus, teacher_gpus in splits:
             for layout in cuts(problem.student, problem.cluster, student_gpus, trained=True):
-                if placement is Placement.cached:  # only its head and signals are there
-                    yield layout, TeacherPlan(Layout(data=gpus), placement, fp8)
-                    continue
                 for own in cuts(problem.teacher, problem.cluster, teacher_gpus, trained=False):
                     yield layout, TeacherPlan(own, placement, fp8)
 

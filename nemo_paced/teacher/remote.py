@@ -18,16 +18,13 @@ from typing import Any
 import torch
 
 from nemo_paced.data.packing import Cut, TrainItem, cut_batch
-from nemo_paced.link import Link
+from nemo_paced.errors import PacedError
+from nemo_paced.link import MESSAGE_TIMEOUT_S, Link
 from nemo_paced.parallel import Parallel, RankGrid
 from nemo_paced.teacher.model import Teacher
 from nemo_paced.teacher.reshard import exchange, routes
 
 logger = logging.getLogger(__name__)
-
-# The student's world may sample pass rates of a whole data set between two batches; if it dies
-# meanwhile, the launcher ends the teacher's ranks.
-REQUEST_TIMEOUT_S = 7 * 24 * 3600.0
 
 
 class RemoteTeacher:
@@ -67,7 +64,14 @@ class RemoteTeacher:
             announced = self._announced.popleft()
             assert announced == [i.response_id for i in items], "batches are asked for in order"
             self.link.publish(f"want/{number}", True)
-        self.link.await_value(f"ready/{number}", self.answer_timeout_s)
+        try:
+            self.link.await_value(f"ready/{number}", self.answer_timeout_s)
+        except torch.distributed.DistStoreError as error:
+            raise PacedError(
+                f"the teacher, on ranks {self.link.students} to {self.link.size - 1}, has not "
+                f"answered for {self.answer_timeout_s:g} s (training.collective_timeout_s): one of "
+                "them hangs or has ended"
+            ) from error
         ways = routes(items, items, teacher=self.grid, student=student.grid)
         return exchange({}, ways, self.link, student.device, width=width, dtype=dtype)
 
@@ -75,6 +79,9 @@ class RemoteTeacher:
         """No batch comes any more: the teacher's ranks end."""
         if self.link.rank == 0:
             self.link.publish(f"items/{self._next_announced}", None)
+            # where this rank hosts the store, leaving at once would take it from under them
+            for rank in range(self.link.students, self.link.size):
+                self.link.await_value(f"closed/{rank}", self.answer_timeout_s)
 
 
 def serve(
@@ -84,13 +91,13 @@ def serve(
     parallel = teacher.parallel
     own = parallel.grid.beginning_at(link.students)
     number = 0
-    while (message := link.await_value(f"items/{number}", REQUEST_TIMEOUT_S)) is not None:
+    while (message := link.await_value(f"items/{number}", MESSAGE_TIMEOUT_S)) is not None:
         items = [_item(fields) for fields in message]
         hidden = teacher.hidden_states(cut_batch(items, cut, parallel, teacher=True))
         torch.distributed.barrier()
         if parallel.rank == 0:
             link.publish(f"ready/{number}", True)
-        link.await_value(f"want/{number}", REQUEST_TIMEOUT_S)
+        link.await_value(f"want/{number}", MESSAGE_TIMEOUT_S)
         ways = routes(items, items, teacher=own, student=student)
         exchange(hidden, ways, link, parallel.device, width=width, dtype=dtype)
         torch.distributed.barrier()
@@ -100,6 +107,7 @@ def serve(
             if number:  # all of the student's ranks have read it before they asked for this one
                 link.forget(f"ready/{number - 1}")
         number += 1
+    link.publish(f"closed/{link.rank}", True)
     logger.info("teacher: %d batches answered", number)
 
 

@@ -141,7 +141,6 @@ def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
     _complete_steps(loaded["optimizer"])
     with steps_aside(student.optimizer):
         student.optimizer.load_state_dict(loaded["optimizer"])
-    student.optimizer.reload_model_params()
     if same_layout:
         _set_rng_state(loaded["rng_state"])
     return state

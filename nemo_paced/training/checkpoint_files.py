@@ -97,6 +97,10 @@ def damage(directory: Path) -> str | None:
 
 def newest_whole(run_dir: Path) -> Path | None:
     """The newest checkpoint that can be resumed from; damaged ones are named and passed over."""
+    folder = run_dir / "checkpoints"
+    for left in sorted({*folder.glob(".step_*.tmp"), *folder.glob("step_????????")}):
+        if left not in checkpoints(run_dir):
+            logger.warning("%s is no whole checkpoint: passed over, and safe to remove", left)
     for directory in reversed(checkpoints(run_dir)):
         found = damage(directory)
         if found is None:
@@ -113,7 +117,7 @@ def prune(run_dir: Path, keep: CheckpointCallbackParams) -> None:
     kept = set(found[-keep.save_top_k :])
     judged = [(read_state(path).accuracy, path) for path in found]
     best = sorted((accuracy, path) for accuracy, path in judged if accuracy is not None)
-    kept |= {path for _, path in best[len(best) - keep.save_best_k :]}
+    kept |= {path for _, path in best[max(0, len(best) - keep.save_best_k) :]}
     for path in found:
         if path not in kept:
             shutil.rmtree(path)

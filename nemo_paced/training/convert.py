@@ -20,7 +20,7 @@ from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import PacedGPTModel, build_chunks, load_hf_config
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint
-from nemo_paced.training.checkpoint_files import checkpoints
+from nemo_paced.training.checkpoint_files import newest_whole
 from nemo_paced.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,11 @@ def check_ranks(config: PacedConfig) -> None:
         ConfigError: more ranks, which would hold copies.
     """
     model = config.model
+    if model.context_parallel_size > 1:
+        raise ConfigError(
+            f"model.context_parallel_size is {model.context_parallel_size}: a conversion computes "
+            "nothing, and its ranks would hold copies; set it to 1"
+        )
     dense = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     needed = max(dense, model.expert_layout_size)
     if config.world_size != needed:
@@ -131,16 +136,16 @@ def _progress(what: str, parallel: Parallel) -> Iterator[Callable[[int, int], No
 
 
 def find_checkpoint(source: Path) -> Path:
-    """``source`` itself if it is a checkpoint, else the newest one of the run directory."""
+    """``source`` itself if it is a checkpoint, else the newest whole one of the run directory."""
     if (source / "metadata.json").exists():  # Megatron's; a run directory may hold an export hf/
         return source
-    found = checkpoints(source)
-    if not found:
+    found = newest_whole(source)
+    if found is None:
         raise CheckpointError(
-            f"{source} is no checkpoint and holds none: give RUN/checkpoints/step_... or a run "
-            "directory"
+            f"{source} is no checkpoint and holds no whole one: give RUN/checkpoints/step_... or a "
+            "run directory"
         )
-    return found[-1]
+    return found
 
 
 def _dtype(directory: Path) -> Precision:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from nemo_paced import parallel as parallel_module
-from nemo_paced.config import PacedConfig, TeacherPlacement
+from nemo_paced.config import Fp8Config, OptimBackend, PacedConfig, TeacherPlacement
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.hf.architectures import Architecture
@@ -102,9 +102,13 @@ def shortened(config: PacedConfig, folder: Path) -> PacedConfig:
     own = replace(config.teacher, hf_path=teacher, cache_dir=None)
     if own.placement is TeacherPlacement.cached:  # what would fill the cache is run each time
         own.placement = TeacherPlacement.colocated
+    if own.fp8.enabled:  # PyTorch's GEMM runs on a CPU; there are fewer layers to keep in BF16
+        own = replace(own, fp8=Fp8Config(enabled=True))
+    torch_adam = replace(config.model.optim, backend=OptimBackend.torch)
     return replace(
         config,
         trainer=replace(config.trainer, accelerator="cpu"),
+        model=replace(config.model, optim=torch_adam),
         student=replace(config.student, hf_path=student),
         teacher=own,
     )

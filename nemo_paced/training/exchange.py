@@ -15,16 +15,13 @@ from dataclasses import replace
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource
+from nemo_paced.link import MESSAGE_TIMEOUT_S
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.remote import RemoteTeacher
 from nemo_paced.training import schedule
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.driver import Driver
 from nemo_paced.training.schedule import Stage
-
-# Rank 0 may sample pass rates of a whole data set before the first message; if it dies meanwhile,
-# the launcher ends the other ranks.
-MESSAGE_TIMEOUT_S = 7 * 24 * 3600.0
 
 
 class BatchExchange:
@@ -51,6 +48,8 @@ class BatchExchange:
         self._sampled_until = 0  # rollouts of the steps below are made or being made
         self._announced_until = 0  # the remote teacher knows the batches of the steps below
         self._ahead: dict[int, Future[Batch]] = {}  # rank 0's
+        self._given = 0
+        self._published: list[str] = []
         self._sampler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
 
     def __enter__(self) -> BatchExchange:
@@ -95,9 +94,10 @@ class BatchExchange:
         for future in list(self._ahead.values()):
             future.result()
 
-    def read_everywhere(self, step: int) -> None:
-        """The step was collective: every rank has its batch, and the message can go."""
-        self.forget(_key(step))
+    def give_all(self, make: Callable[[], Batch]) -> Batch:
+        """What rank 0 makes now, on every rank, beside the steps' batches."""
+        self._given += 1
+        return self.give(f"given/{self._given}", make)
 
     def give(self, key: str, make: Callable[[], Batch]) -> Batch:
         """What rank 0 makes, on every rank."""
@@ -106,11 +106,13 @@ class BatchExchange:
         batch = make()
         if self.parallel.world_size > 1:
             parallel_module.publish(key, batch.to_message())
+            self._published.append(key)
         return batch
 
-    def forget(self, key: str) -> None:
-        if self.driver is not None:
-            parallel_module.forget(key)
+    def read_everywhere(self) -> None:
+        """A collective has gone through: every rank has read what was given before it."""
+        while self._published:
+            parallel_module.forget(self._published.pop())
 
     @property
     def _size(self) -> int:

@@ -25,6 +25,10 @@ SPIKE_WINDOW = 50  # steps of a stage that a loss is compared with
 _ENOUGH = 10  # of them at least
 
 
+class RunStopped(PacedError):
+    """A bound was passed; raised on every rank at the same step."""
+
+
 class Guard:
     """Looks at each step's result; counts skipped steps over the whole run."""
 
@@ -43,7 +47,7 @@ class Guard:
             fresh: whether the batch was sampled with the weights that the step began with.
 
         Raises:
-            PacedError: too many skipped steps, or a server that does not sample from the student.
+            RunStopped: too many skipped steps, or a server that does not sample from the student.
         """
         if result is None:
             logger.info("step %d: every problem of the batch has weight 0: no-op", step)
@@ -55,7 +59,7 @@ class Guard:
             self._look_for_spike(step, stage, result.loss, problems)
         bound = self.config.rollout.max_logprob_gap
         if fresh and result.logprob_gap > bound:
-            raise PacedError(
+            raise RunStopped(
                 f"step {step}: rollout/logprob_gap is {result.logprob_gap:.4g} nats, above "
                 f"rollout.max_logprob_gap {bound:g}: the server does not sample from the student "
                 "being trained. Check that both have the same dtype (rollout.dtype, "
@@ -69,7 +73,7 @@ class Guard:
             step, result.loss, problems,
         )  # fmt: skip
         if self.skipped > self.config.training.max_skipped_steps:
-            raise PacedError(
+            raise RunStopped(
                 f"{self.skipped} steps had NaN or Inf in loss or gradients, more than "
                 f"training.max_skipped_steps {self.config.training.max_skipped_steps}; the last "
                 f"one, step {step}, trained on problems {problems}"
@@ -149,6 +153,8 @@ class Watch:
     def _described(self) -> str:
         """Ranks that are behind the others and have not moved for a while; empty: none."""
         ranks = range(self.parallel.world_size)
+        if not parallel_module.are_published([f"reached/{rank}" for rank in ranks]):
+            return ""  # some are still loading
         told = [parallel_module.await_value(f"reached/{rank}", 1.0) for rank in ranks]
         furthest = max(passed for passed, *_ in told)
         behind = [

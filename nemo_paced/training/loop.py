@@ -7,7 +7,6 @@ on a key of the store, never inside a collective.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -24,13 +23,14 @@ from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
 from nemo_paced.errors import CheckpointError, PacedError
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
+from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.training import checkpoint, schedule
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
 from nemo_paced.training.driver import Driver
 from nemo_paced.training.exchange import BatchExchange
-from nemo_paced.training.faults import Guard, Watch
+from nemo_paced.training.faults import Guard, RunStopped, Watch
 from nemo_paced.training.fingerprint import check_config
 from nemo_paced.training.progress import RunLog
 from nemo_paced.training.schedule import Stage
@@ -167,12 +167,19 @@ class Loop:
             if self.driver is not None:
                 self.driver.first_pass_rates(resume_from)
             self._fill_teacher_cache()
-            while self.step < max_steps:
-                log.step(self._one_step())
-            self._save()
-            if self.background is not None:
-                checkpoint.finish(self.background, wait=True)
+            try:
+                while self.step < max_steps:
+                    log.step(self._one_step())
+                self._save()
+            except RunStopped:
+                self._finish_saving()  # on every rank: what is being written is not lost
+                raise
+            self._finish_saving()
             log.finished()
+
+    def _finish_saving(self) -> None:
+        if self.background is not None:
+            checkpoint.finish(self.background, wait=True)
 
     def _one_step(self) -> dict[str, Any]:
         """Batch, teacher, student, update, and what is due after it; returns the log line."""
@@ -196,7 +203,7 @@ class Loop:
         )
         result = self.models.step(batch.items, stage.config, rate) if batch.items else None
         if result is not None:
-            self.exchange.read_everywhere(self.step)
+            self.exchange.read_everywhere()
         fresh = on_policy and batch.metrics.get("rollout/staleness", 0) == 0
         self.guard.check(self.step, stage, batch, result, fresh=fresh)
         self.step += 1
@@ -241,7 +248,7 @@ class Loop:
             assert self.driver is not None, "rank 0 has one"
             return self.driver.certificate_batch(self.step, self.consumed)
 
-        batch = self.exchange.give("fp8_certificate", make)
+        batch = self.exchange.give_all(make)
         stage = schedule.stage_at(self.stages, self.step)
         kind = Divergence(stage.config.divergence.value)
         certify(self.models, batch.items, responses, kind, self.run_dir)
@@ -255,14 +262,25 @@ class Loop:
         chunks: Iterator[Batch] = iter(())
         if self.driver is not None:
             chunks = self.driver.uncached_references(source.cache)
-        for number in itertools.count():
-            key = f"uncached/{self.step}/{number}"
-            batch = self.exchange.give(key, lambda: next(chunks, Batch([], {})))
+        while True:
+            batch = self.exchange.give_all(lambda: next(chunks, Batch([], {})))
             if not batch.items:
                 break
             source.fill(batch.items)
-            self.exchange.forget(key)  # collective above: every rank has read it
+            self.exchange.read_everywhere()
         source.release()
+        self._check_cache(source.cache)
+
+    def _check_cache(self, cache: SignalCache) -> None:
+        """A disk that filled up would have the teacher loaded again for every step."""
+        if self.driver is not None:
+            lacking = sum(len(b.items) for b in self.driver.uncached_references(cache))
+            if lacking:
+                raise PacedError(
+                    f"{lacking} signals of the teacher could not be written to {cache.folder}: "
+                    "free space or set teacher.cache_dir to another disk, then start the same "
+                    "command again (what is there is kept)"
+                )
 
     def _refit_if_due(self) -> None:
         every = self.config.rollout.refit_every_n_steps
@@ -318,8 +336,7 @@ class Loop:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
-        if self.background is not None:  # one at a time
-            checkpoint.finish(self.background, wait=True)
+        self._finish_saving()  # one at a time
         if self.driver is not None:
             self.driver.save_pass_rates(self.step)
         self.models.save(

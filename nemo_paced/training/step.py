@@ -80,6 +80,8 @@ class Step:
         begin = time.perf_counter()
         stored = stage.responses is ResponseSource.references
         signal, cached = self.teacher.signal(items, stored=stored)
+        if self.parallel.device.type == "cuda":  # what is only enqueued has taken no time yet
+            torch.cuda.synchronize()
         teacher_s = time.perf_counter() - begin
 
         self.student.zero_grad()

@@ -80,6 +80,8 @@ class Student:
         for optimizer in chained(self.optimizer):
             if optimizer.optimizer is not None:
                 optimizer.optimizer.state.clear()
+                for group in optimizer.optimizer.param_groups:
+                    group.pop("step", None)  # Transformer Engine's and Apex's Adam count there
 
 
 def build_student(

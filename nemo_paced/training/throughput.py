@@ -27,6 +27,7 @@ class Throughput:
         self.teacher = ModelShape.read(config.teacher_hf_path, "teacher.hf_path")
         self.student_ranks = config.student_ranks
         self.teacher_ranks = config.teacher_ranks
+        self.separate = bool(config.teacher.separate_ranks)  # its time is not seen here
         bf16 = config.trainer.compute_precision is Precision.bf16
         self.peak = peak_flops(parallel.device) if bf16 else None
 
@@ -38,7 +39,7 @@ class Throughput:
             "throughput/tokens_per_second": result.tokens / seconds,
             "throughput/student_tflops_per_rank": student / result.student_s / 1e12,
         }
-        if result.cached == 0 and result.teacher_s > 0:
+        if result.cached == 0 and result.teacher_s > 0 and not self.separate:
             teacher = self.teacher_flops(items) / self.teacher_ranks
             told["throughput/teacher_tflops_per_rank"] = teacher / result.teacher_s / 1e12
         if self.peak is not None:

@@ -27,6 +27,7 @@ from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training import checkpoint, checkpoint_files, setup
 from nemo_paced.training import step as step_module
 from nemo_paced.training import student as student_module
+from nemo_paced.training.optimizer import chained
 from nemo_paced.training.setup import build_models
 from tests.dense import dense_divergence
 from tests.distributed.harness import run_ranks
@@ -412,6 +413,62 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(models, single, tmp_path, aft
     torch.testing.assert_close(
         losses, torch.tensor(single["forward_kl"][0][1:]), rtol=1e-4, atol=1e-4
     )
+
+
+def _save_and_load_in_bf16(rank, world_size, folder, layout, distributed, out):
+    """Master weights and moments before a save, and after loading into a new student."""
+    optim = OptimConfig(lr=1e-5, use_distributed_optimizer=distributed)
+    config = make_config(folder, layout, model={"optim": optim})
+    config.trainer.precision = "bf16"
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+
+    def state(models):
+        (inner,) = (one.optimizer for one in chained(models.student.optimizer))
+        weights = [p for group in inner.param_groups for p in group["params"]]
+        names = ("step", "exp_avg", "exp_avg_sq")
+        return [t.clone() for p in weights for t in (p, *(inner.state[p][n] for n in names))]
+
+    models = build_models(config, parallel)
+    for step in range(3):
+        models.step(make_items(step), STAGES["forward_kl"], 1e-5)
+    models.save(Path(out), step=3, consumed_problems=0, skipped=0)
+    before = state(models)
+    again = build_models(config, parallel)
+    checkpoint.load(checkpoint.checkpoint_dir(Path(out), 3), again.student, parallel)
+    after = state(again)
+    losses = [each.step(make_items(3), STAGES["forward_kl"], 1e-5).loss for each in (models, again)]
+    return before, after, losses
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "dp2"])
+def test_master_weights_of_a_bf16_run_survive_a_resume(models, tmp_path, layout, distributed):
+    """They hold what updates at small rates add up to, far below what bf16 can tell apart."""
+    options = (str(models), LAYOUTS[layout], distributed, str(tmp_path))
+    for before, after, losses in run_ranks(LAYOUTS[layout][2], _save_and_load_in_bf16, *options):
+        assert any(t.dtype is torch.float32 and not torch.equal(t, t.bfloat16()) for t in before)
+        assert len(before) == len(after)
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        assert losses[0] == losses[1]
+
+
+def _reset(rank, world_size, folder):
+    """The update right after a reset, and the first one of a run with the same weights."""
+    config = make_config(folder, LAYOUTS["tp1"])
+    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    models = build_models(config, parallel)
+    for step in range(2):
+        models.step(make_items(step), STAGES["forward_kl"], LR)
+    (inner,) = (one.optimizer for one in chained(models.student.optimizer))
+    inner.param_groups[0]["step"] = 2  # where the fused Adams count
+    models.student.reset_optimizer()
+    assert not inner.state and all("step" not in group for group in inner.param_groups)
+    models.step(make_items(2), STAGES["forward_kl"], LR)
+    return [float(state["step"]) for state in inner.state.values()]
+
+
+def test_a_reset_optimizer_begins_to_count_anew(models):
+    assert set(run_ranks(1, _reset, str(models))[0]) == {1.0}
 
 
 def _save_on_a_full_disk(rank, world_size, folder, out):

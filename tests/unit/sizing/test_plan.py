@@ -3,12 +3,14 @@
 import io
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from nemo_paced.cli import main
-from nemo_paced.compose import _all_keys
+from nemo_paced.compose import to_config
 from nemo_paced.sizing import report
 from nemo_paced.sizing.search import search
+from nemo_paced.sizing.shapes import student_layout, teacher_plan
 from tests.unit.sizing.test_memory_and_time import EVERYWHERE, WORK, problem
 
 QUICKSTART = ["plan", "--config-name", "quickstart"]
@@ -48,9 +50,21 @@ def test_a_layout_that_does_not_divide_is_left_out_and_others_are_found(capsys):
 
 def test_the_settings_of_a_layout_are_keys_of_the_configuration():
     found = search(problem(), WORK, gpus=8, fp8=False, placements=EVERYWHERE)
-    keys = {o.partition("=")[0] for c in found for o in report.overrides(c, 8)}
-    assert keys <= set(_all_keys())
-    assert "model.recompute_granularity" in keys and "teacher.placement" in keys
+    found += search(problem(), WORK, gpus=24, fp8=False, placements=EVERYWHERE)
+    assert {c.teacher.placement for c in found} == set(EVERYWHERE)
+    for candidate in found:
+        config = _configured(report.overrides(candidate, 8))
+        assert student_layout(config) == candidate.layout
+        assert teacher_plan(config).placement == candidate.teacher.placement
+        planned, configured = candidate.teacher.layout, teacher_plan(config).layout
+        for size in ("tensor", "pipeline", "expert", "data"):
+            assert getattr(configured, size) == getattr(planned, size), candidate
+
+
+def _configured(overrides):
+    """What the settings make of the defaults, in a run without on-policy stages."""
+    stages = {"stages": [{"name": "forward_kl"}]}
+    return to_config(OmegaConf.merge(stages, OmegaConf.from_dotlist(overrides)))
 
 
 def test_tables_hold_every_part():

@@ -64,6 +64,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplo
         (CheckpointCallbackParams(save_top_k=-1), [1, 2, 3, 4, 5, 6]),
         (CheckpointCallbackParams(save_top_k=1, save_best_k=2), [2, 4, 6]),
         (CheckpointCallbackParams(save_top_k=3, save_best_k=1), [4, 5, 6]),
+        (CheckpointCallbackParams(save_top_k=1, save_best_k=9), [1, 2, 4, 5, 6]),
     ],
 )
 def test_the_newest_and_the_best_stay(tmp_path, keep, left):
@@ -71,3 +72,13 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, left):
         write(tmp_path, step, accuracy)
     checkpoint_files.prune(tmp_path, keep)
     assert [checkpoint_files.read_state(path).step for path in checkpoints(tmp_path)] == left
+
+
+def test_what_a_kill_left_behind_is_named(tmp_path, caplog):
+    whole = write(tmp_path, 1)
+    (tmp_path / "checkpoints" / ".step_00000002.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step_00000003").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint_files.newest_whole(tmp_path) == whole
+    assert ".step_00000002.tmp is no whole" in caplog.text
+    assert "step_00000003 is no whole" in caplog.text
