@@ -51,7 +51,7 @@ def show(config: WeightsConfig, table: PassRateTable, path: Path, console: Conso
     lines = [
         f"{len(rates)} problems, {counts[1].mean():.3g} rollouts each (mean), student step "
         f"{table.rows[0].student_step}; pass rate {np.mean(rates):.3f} (mean)",
-        _exponents_line(rates, float(counts[1].mean())),
+        _exponents_line(rates, counts[1].tolist()),
         "prior that fits the counts: weights.prior=[{:.3g},{:.3g}]".format(*fit_prior(*counts)),
         f"scheme {config.scheme.value}, estimator {config.estimator.value}, "
         f"alpha {config.alpha:g}, beta {config.beta:g}",
@@ -120,7 +120,7 @@ def _counts(table: PassRateTable) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _exponents_line(rates: list[float], num_rollouts: float) -> str:
+def _exponents_line(rates: list[float], num_rollouts: list[float]) -> str:
     try:
         found = moment_matched_exponents(rates, num_rollouts)
     except ConfigError as error:

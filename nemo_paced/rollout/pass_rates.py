@@ -64,14 +64,7 @@ class PassRateTable:
         Raises:
             ConfigError: all weights would be 0.
         """
-        weights = problem_weights(
-            config,
-            [row.effective_correct for row in self.rows],
-            [row.effective_rollouts for row in self.rows],
-        )
-        return PassRateTable(
-            tuple(replace(row, weight=w) for row, w in zip(self.rows, weights, strict=True))
-        )
+        return _weighted(self.rows, config, self.rows[0].student_step)
 
     def updated(
         self, rollouts: Sequence[Rollout], config: WeightsConfig, *, student_step: int
@@ -88,25 +81,11 @@ class PassRateTable:
         for rollout in rollouts:
             assert rollout.correct is not None, "rollouts are graded when they are stored"
             graded.setdefault(rollout.problem_id, []).append(rollout.correct)
-        rows = []
-        for row in self.rows:
-            right, count = row.effective_correct, row.effective_rollouts
-            verdicts = graded.get(row.id, [])
-            for correct in verdicts:
-                right = config.discount * right + correct
-                count = config.discount * count + 1
-            rows.append(
-                replace(
-                    row,
-                    num_correct=row.num_correct + sum(verdicts),
-                    num_rollouts=row.num_rollouts + len(verdicts),
-                    effective_correct=right,
-                    effective_rollouts=count,
-                    pass_rate=right / count,
-                    student_step=student_step,
-                )
-            )
-        return PassRateTable(tuple(rows)).reweighted(config)
+        rows = [
+            _counted(row, graded[row.id], config.discount) if row.id in graded else row
+            for row in self.rows
+        ]
+        return _weighted(rows, config, student_step)
 
     def check_estimator(self, config: WeightsConfig, where: Path) -> None:
         """Refuse counts that ``weights.estimator`` cannot be fair with.
@@ -180,3 +159,32 @@ def _counts(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> dict[st
         counts[rollout.problem_id][0] += rollout.correct
         counts[rollout.problem_id][1] += 1
     return counts
+
+
+def _counted(row: PassRate, verdicts: Sequence[bool], discount: float) -> PassRate:
+    right, count = row.effective_correct, row.effective_rollouts
+    for correct in verdicts:
+        right = discount * right + correct
+        count = discount * count + 1
+    return replace(
+        row,
+        num_correct=row.num_correct + sum(verdicts),
+        num_rollouts=row.num_rollouts + len(verdicts),
+        effective_correct=right,
+        effective_rollouts=count,
+        pass_rate=right / count,
+    )
+
+
+def _weighted(rows: Sequence[PassRate], config: WeightsConfig, student_step: int) -> PassRateTable:
+    weights = problem_weights(
+        config,
+        [row.effective_correct for row in rows],
+        [row.effective_rollouts for row in rows],
+    )
+    return PassRateTable(
+        tuple(
+            replace(row, weight=weight, student_step=student_step)
+            for row, weight in zip(rows, weights, strict=True)
+        )
+    )

@@ -27,7 +27,9 @@ class Exponents:
     clipped: bool
 
 
-def moment_matched_exponents(pass_rates: Sequence[float], num_rollouts: float) -> Exponents:
+def moment_matched_exponents(
+    pass_rates: Sequence[float], num_rollouts: float | Sequence[float]
+) -> Exponents:
     """Exponents under which p^alpha (1-p)^beta, as a density, has the moments of the data.
 
     Of the pass rates in Z = [1/K, 1-1/K] with mean m and variance v: s = m(1-m)/v - 1,
@@ -36,19 +38,20 @@ def moment_matched_exponents(pass_rates: Sequence[float], num_rollouts: float) -
     beyond that what is below 0 is set to 0.
 
     Args:
-        num_rollouts: K behind each pass rate; the mean where it differs.
+        num_rollouts: K; one a problem where it differs (Z is then where some were right and some
+            were wrong, as it is with one K).
 
     Raises:
         ConfigError: fewer than two different pass rates in Z.
     """
     rates = np.asarray(pass_rates, dtype=np.float64)
-    end = 1 / num_rollouts
+    end = 1 / np.asarray(num_rollouts, dtype=np.float64)
     inside = rates[(rates >= end - 1e-9) & (rates <= 1 - end + 1e-9)]
     mean, variance = (float(inside.mean()), float(inside.var())) if len(inside) else (0.0, 0.0)
-    if variance == 0:
+    if variance < 1e-12:  # of equal pass rates, rounded
         raise ConfigError(
-            f"{len(inside)} of {len(rates)} pass rates lie in [1/K, 1-1/K] with K = "
-            f"{num_rollouts:g} and no two of them differ: there is no spread to match; estimate "
+            f"{len(inside)} of {len(rates)} pass rates lie in [1/K, 1-1/K] and no "
+            "two of them differ: there is no spread to match; estimate "
             "pass rates with more rollouts, or of more problems"
         )
     total = mean * (1 - mean) / variance - 1

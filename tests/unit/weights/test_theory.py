@@ -32,6 +32,12 @@ def test_only_pass_rates_between_one_right_and_one_wrong_count():
     assert found == moment_matched_exponents(inside, num_rollouts=8)
 
 
+def test_each_pass_rate_may_have_its_own_number_of_rollouts():
+    rates, counts = [0.5, 0.125, 1.0, 0.25, 0.05], [2, 8, 64, 4, 10]
+    found = moment_matched_exponents(rates, counts)
+    assert found == moment_matched_exponents([0.5, 0.125, 0.25], 8)
+
+
 def test_a_negative_exponent_is_cut_at_0_and_said_to_be():
     mean, ratio = 0.3, 0.3 / 1.3
     edge = mean * (1 - mean) * ratio
@@ -40,7 +46,7 @@ def test_a_negative_exponent_is_cut_at_0_and_said_to_be():
     assert not within.clipped and within.alpha > 0
 
 
-@pytest.mark.parametrize("rates", [[0.0, 1.0], [0.5, 0.5, 0.0], []])
+@pytest.mark.parametrize("rates", [[0.0, 1.0], [0.5, 0.5, 0.0], [0.3] * 3, []])
 def test_no_spread_is_refused(rates):
     with pytest.raises(ConfigError, match="no two of them differ"):
         moment_matched_exponents(rates, num_rollouts=8)
