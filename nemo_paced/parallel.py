@@ -304,6 +304,11 @@ def await_value(key: str, timeout_s: float) -> Any:
     return json.loads(zlib.decompress(store.get(key)))
 
 
+def is_published(key: str) -> bool:
+    """Whether some rank has published it; does not wait."""
+    return bool(_store().check([key]))
+
+
 def forget(key: str) -> None:
     """Drop a key that every rank has read."""
     if torch.distributed.get_world_size() > 1:

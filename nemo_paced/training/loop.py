@@ -2,7 +2,8 @@
 
 Rank 0 alone reads problems, talks to the rollout server and keeps pass rates (``driver.py``); each
 step it sends one message of token ids and weights to all ranks. While it samples, the others wait
-on a key of the store, never inside a collective.
+on a key of the store, never inside a collective. Under that key they may also hear that the run
+stops (``stop.py``): all of them then save at the same step.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
-from nemo_paced.errors import CheckpointError, PacedError
+from nemo_paced.errors import CheckpointError, PacedError, Stopped
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.remote import RemoteTeacher
-from nemo_paced.training import checkpoint, schedule
+from nemo_paced.training import checkpoint, schedule, stop
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
@@ -43,12 +44,19 @@ logger = logging.getLogger(__name__)
 # Rank 0 may sample pass rates of a whole data set before the first message; if it dies meanwhile,
 # the launcher ends the other ranks.
 MESSAGE_TIMEOUT_S = 7 * 24 * 3600.0
+_STOP = "stop"  # rank 0's message in place of what the others wait for
+_STOP_WANTED = "stop_wanted"  # a rank that was asked to stop tells rank 0
+
+T = TypeVar("T")
 
 
 def train(config: PacedConfig, run_dir: Path) -> None:
     """Train to ``trainer.max_steps``, going on from the newest checkpoint of ``run_dir``.
 
     Called on every rank, with torch.distributed's environment variables set or none of them.
+
+    Raises:
+        Stopped: on request, before ``trainer.max_steps``; a checkpoint of the last step is there.
     """
     all_stages = schedule.stages(config.stages, config.trainer.max_steps)
     parallel = parallel_module.initialize(
@@ -69,9 +77,18 @@ def train(config: PacedConfig, run_dir: Path) -> None:
             models = build_models(
                 config, parallel, certify_fp8=certificate_due(config, run_dir, parallel)
             )
-            Loop(config, run_dir, all_stages, models, driver, parallel).run(resume_from)
+            loop = Loop(config, run_dir, all_stages, models, driver, parallel)
+            finished = loop.run(resume_from)
             if models.step.teacher.remote is not None:
                 models.step.teacher.remote.close()
+        if not finished:
+            # rank 0 has ended its server: a rank that leaves with this status ends the others
+            torch.distributed.barrier()
+            raise Stopped(
+                f"stopped on request after step {loop.step}: the same command goes on from there"
+                if parallel.rank == 0
+                else ""
+            )
     finally:
         parallel_module.shutdown()
 
@@ -148,31 +165,39 @@ class Loop:
         self.told_until = 0  # a teacher of its own ranks knows the batches below this step
         self.times: dict[str, float] = {}
 
-    def run(self, resume_from: Path | None) -> None:
+    def run(self, resume_from: Path | None) -> bool:
+        """Whether all steps are done; if not, it was asked to stop."""
         if resume_from is not None:
             self._restore(resume_from)
         max_steps = self.config.trainer.max_steps
         if self.step >= max_steps:
             logger.info("%s is trained to step %d already", self.run_dir, self.step)
-            return
+            return True
         with (
             self.watch,
             RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log,
         ):
-            if self.driver is not None:
-                self.driver.prepare(log)
-            held = self.models.step.teacher.held
-            if held is not None and held.to_be_quantized:
-                self._certify_teacher()
-            if self.driver is not None:
-                self.driver.first_pass_rates(resume_from)
-            self._fill_teacher_cache()
-            while self.step < max_steps:
-                log.step(self._one_step())
-            self._save()
+            try:
+                self._prepare(log, resume_from)
+                while self.step < max_steps:
+                    log.step(self._one_step())
+            except stop.StopRequested:
+                logger.info("asked to stop: saving step %d", self.step)
+            if self.step > 0:
+                self._save()
             if self.background is not None:
                 checkpoint.finish(self.background, wait=True)
-            log.finished()
+            if self.step == max_steps:
+                log.finished()
+        return self.step == max_steps
+
+    def _prepare(self, log: RunLog, resume_from: Path | None) -> None:
+        self._on_rank_0("prepared", lambda driver: driver.prepare(log))
+        held = self.models.step.teacher.held
+        if held is not None and held.to_be_quantized:
+            self._certify_teacher()
+        self._on_rank_0("pass_rates", lambda driver: driver.first_pass_rates(resume_from))
+        self._fill_teacher_cache()
 
     def _one_step(self) -> dict[str, Any]:
         """Batch, teacher, student, update, and what is due after it; returns the log line."""
@@ -221,8 +246,8 @@ class Loop:
             self.models.student.reset_optimizer()
         if stage.config.reestimate_pass_rates and self.step > 0:
             self._refit()
-            if self.driver is not None:
-                self.driver.estimate_pass_rates(self.step)
+            key = f"pass_rates/{self.step}"
+            self._on_rank_0(key, lambda driver: driver.estimate_pass_rates(self.step))
             self._fill_teacher_cache()
 
     def _certify_teacher(self) -> None:
@@ -308,11 +333,43 @@ class Loop:
     def _exchange(self, key: str, make: Callable[[], Batch]) -> Batch:
         """What rank 0 makes, on every rank."""
         if self.driver is None:
-            return Batch.from_message(parallel_module.await_value(key, MESSAGE_TIMEOUT_S))
-        batch = make()
-        if self.parallel.world_size > 1:
-            parallel_module.publish(key, batch.to_message())
+            return Batch.from_message(self._await(key))
+        batch = self._unless_stopped(key, make)
+        self._publish(key, batch.to_message())
         return batch
+
+    def _on_rank_0(self, key: str, work: Callable[[Driver], T]) -> T | None:
+        """Its result, on rank 0; the others wait for its word, outside any collective."""
+        driver = self.driver
+        if driver is None:
+            self._await(key)
+            return None
+        result = self._unless_stopped(key, lambda: work(driver))
+        self._publish(key, "done")
+        return result
+
+    def _await(self, key: str) -> Any:
+        if stop.requested():
+            parallel_module.publish(_STOP_WANTED, self.parallel.rank)
+        message = parallel_module.await_value(key, MESSAGE_TIMEOUT_S)
+        if message == _STOP:
+            raise stop.StopRequested
+        return message
+
+    def _unless_stopped(self, key: str, make: Callable[[], T]) -> T:
+        """On rank 0: what the others wait for under ``key``, or all of them stop here."""
+        try:
+            with stop.interruptible():
+                if self.parallel.world_size > 1 and parallel_module.is_published(_STOP_WANTED):
+                    raise stop.StopRequested
+                return make()
+        except stop.StopRequested:
+            self._publish(key, _STOP)
+            raise
+
+    def _publish(self, key: str, message: Any) -> None:
+        if self.parallel.world_size > 1:
+            parallel_module.publish(key, message)
 
     def _forget(self, key: str) -> None:
         if self.driver is not None:
@@ -342,9 +399,14 @@ class Loop:
         if not every or self.step % every or not self.config.data.validation_problems:
             return {}
         self._refit()
-        if self.driver is None:
+        key = f"validation/{self.step}"
+        try:
+            metrics = self._on_rank_0(key, lambda driver: driver.validate(self.step))
+        except stop.StopRequested:  # the step itself is whole: it stops at the next one
+            logger.info("asked to stop: the validation of step %d is left out", self.step)
             return {}
-        metrics = self.driver.validate(self.step)
+        if metrics is None:
+            return {}
         self.validated, self.accuracy = self.step, metrics["validation/accuracy"]
         return metrics
 
