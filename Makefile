@@ -2,7 +2,7 @@
 VENV ?= .venv
 QUICKSTART_ARGS ?=
 
-.PHONY: setup quickstart test test-fast lint real
+.PHONY: setup quickstart test test-fast slurm-test lint real
 
 setup:
 	@VENV=$(VENV) bash scripts/setup.sh
@@ -15,6 +15,9 @@ test: setup
 
 test-fast: setup
 	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+slurm-test: setup
+	@VENV=$(VENV) bash scripts/slurm_test.sh
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy nemo_paced

@@ -82,7 +82,8 @@ def train(config: PacedConfig, run_dir: Path) -> None:
             if models.step.teacher.remote is not None:
                 models.step.teacher.remote.close()
         if not finished:
-            # rank 0 has ended its server: a rank that leaves with this status ends the others
+            # until rank 0 has ended its server: a rank that leaves with this status ends the others
+            stop.leave()
             torch.distributed.barrier()
             raise Stopped(
                 f"stopped on request after step {loop.step}: the same command goes on from there"

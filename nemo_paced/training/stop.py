@@ -45,6 +45,15 @@ def listen() -> None:
     threading.Thread(target=_receive, daemon=True, name="stop request").start()
 
 
+def leave() -> None:
+    """This rank has stopped and will end: the launcher need not hurry it.
+
+    The first rank that ends with a status above 0 makes srun and torchrun terminate the others,
+    whose status would then be that of the signal.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def pass_on(module: str) -> None:
     """Hand warnings to the child processes that run ``python -m module``; after block_warning."""
 
