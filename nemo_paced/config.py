@@ -599,6 +599,10 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.3
     tensor_parallel_size: int = 1
     refit_every_n_steps: int = 1
+    # Optimizer steps that rollouts may lag behind the student trained on them. 0: strictly
+    # on-policy, trainer and server wait for each other. Above: the server samples for the steps to
+    # come while this one is trained on.
+    max_staleness: int = 0
     # |trainer - server| log-probability, mean over the sampled tokens of a step, nats.
     max_logprob_gap: float = 0.1
     start_timeout_s: float = 600.0
@@ -622,6 +626,17 @@ class RolloutConfig:
             "tensor_parallel_size",
         )
         _require(self.top_p <= 1, f"rollout.top_p is {self.top_p}: it must be at most 1")
+        _require(
+            self.max_staleness >= self.refit_every_n_steps - 1,
+            f"rollout.max_staleness is {self.max_staleness} and rollout.refit_every_n_steps "
+            f"{self.refit_every_n_steps}, with which rollouts are up to "
+            f"{self.refit_every_n_steps - 1} steps old: raise the first or lower the second",
+        )
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that are sampled before their turn."""
+        return self.max_staleness - (self.refit_every_n_steps - 1)
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 Rank 0 alone reads problems, talks to the rollout server and keeps pass rates (``driver.py``); each
 step it sends one message of token ids and weights to all ranks. While it samples, the others wait
-on a key of the store, never inside a collective. Under that key they may also hear that the run
-stops (``stop.py``): all of them then save at the same step.
+on a key of the store, never inside a collective.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -25,12 +24,12 @@ from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
 from nemo_paced.errors import CheckpointError, PacedError, Stopped
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
-from nemo_paced.teacher.remote import RemoteTeacher
 from nemo_paced.training import checkpoint, schedule, stop
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
 from nemo_paced.training.driver import Driver
+from nemo_paced.training.exchange import BatchExchange
 from nemo_paced.training.faults import Guard, Watch
 from nemo_paced.training.fingerprint import check_config
 from nemo_paced.training.progress import RunLog
@@ -38,16 +37,9 @@ from nemo_paced.training.schedule import Stage
 from nemo_paced.training.setup import Models, build_models
 from nemo_paced.training.step import StepResult
 from nemo_paced.training.teacher_setup import serve_teacher
+from nemo_paced.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
-
-# Rank 0 may sample pass rates of a whole data set before the first message; if it dies meanwhile,
-# the launcher ends the other ranks.
-MESSAGE_TIMEOUT_S = 7 * 24 * 3600.0
-_STOP = "stop"  # rank 0's message in place of what the others wait for
-_STOP_WANTED = "stop_wanted"  # a rank that was asked to stop tells rank 0
-
-T = TypeVar("T")
 
 
 def train(config: PacedConfig, run_dir: Path) -> None:
@@ -155,6 +147,7 @@ class Loop:
         self.step = 0
         self.consumed = 0
         self.guard = Guard(config)
+        self.throughput = Throughput(config, parallel)
         self.watch = Watch(parallel, config.training.collective_timeout_s)
         self.accuracy: float | None = None  # of the last validation, at step ``validated``
         self.validated: int | None = None
@@ -162,8 +155,9 @@ class Loop:
         self.background = AsyncCallsQueue() if async_save else None
         self.served_step: int | None = None  # optimizer steps behind the server's weights
         self.saved_step: int | None = None
-        self.prepared: dict[int, Batch] = {}  # by step, made before their turn
-        self.told_until = 0  # a teacher of its own ranks knows the batches below this step
+        self.exchange = BatchExchange(
+            config, all_stages, driver, parallel, models.step.teacher.remote
+        )
         self.times: dict[str, float] = {}
 
     def run(self, resume_from: Path | None) -> bool:
@@ -174,30 +168,35 @@ class Loop:
         if self.step >= max_steps:
             logger.info("%s is trained to step %d already", self.run_dir, self.step)
             return True
-        with (
-            self.watch,
-            RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log,
-        ):
+        with self.watch:
             try:
-                self._prepare(log, resume_from)
-                while self.step < max_steps:
-                    log.step(self._one_step())
+                with (
+                    self.exchange,
+                    RunLog(
+                        self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0
+                    ) as log,
+                ):
+                    self._prepare(log, resume_from)
+                    while self.step < max_steps:
+                        log.step(self._one_step())
+                    self._save_whole()
+                    log.finished()
             except stop.StopRequested:
-                logger.info("asked to stop: saving step %d", self.step)
-            if self.step > 0:
-                self._save()
-            if self.background is not None:
-                checkpoint.finish(self.background, wait=True)
-            if self.step == max_steps:
-                log.finished()
-        return self.step == max_steps
+                logger.info("asked to stop after step %d", self.step)
+                if self.step > 0:
+                    self._save_whole()
+                return False
+        return True
 
     def _prepare(self, log: RunLog, resume_from: Path | None) -> None:
-        self._on_rank_0("prepared", lambda driver: driver.prepare(log))
+        """What comes before the first step of this start."""
+        self.exchange.on_rank_0("prepared", lambda driver: driver.prepare(log))
         held = self.models.step.teacher.held
         if held is not None and held.to_be_quantized:
             self._certify_teacher()
-        self._on_rank_0("pass_rates", lambda driver: driver.first_pass_rates(resume_from))
+        self.exchange.on_rank_0(
+            "first_pass_rates", lambda driver: driver.first_pass_rates(resume_from)
+        )
         self._fill_teacher_cache()
 
     def _one_step(self) -> dict[str, Any]:
@@ -207,21 +206,24 @@ class Loop:
         stage = schedule.stage_at(self.stages, self.step)
         self._enter(stage)
         self.watch.reached(self.step, "batch")
-        if stage.config.responses is ResponseSource.rollouts:
+        on_policy = stage.config.responses is ResponseSource.rollouts
+        if on_policy and not self.exchange.is_sampled(self.step):
             self._refit_if_due()
         with self._timed("rollout"):
-            batch = self._batch(stage)
+            batch = self.exchange.batch(self.step, self.consumed, stage, self.served_step)
+        if on_policy and self.config.rollout.steps_ahead:
+            self._refit_if_due()
+            assert self.served_step is not None, "it has just been refit, or not long ago"
+            self.exchange.sample_ahead(self.step, self.consumed, stage, self.served_step)
         self.watch.reached(self.step, "training")
         rate = schedule.learning_rate(
             self.config.model.optim, self.step, self.config.trainer.max_steps
         )
         result = self.models.step(batch.items, stage.config, rate) if batch.items else None
         if result is not None:
-            self._forget(_batch_key(self.step))  # a step is collective: every rank has read it
-        on_policy = stage.config.responses is ResponseSource.rollouts
-        fresh = on_policy and self.served_step == self.step
+            self.exchange.read_everywhere(self.step)
+        fresh = on_policy and batch.metrics.get("rollout/staleness", 0) == 0
         self.guard.check(self.step, stage, batch, result, fresh=fresh)
-        staleness = self.step - self.served_step if self.served_step is not None else None
         self.step += 1
         self.consumed += self.config.model.global_batch_size
         validation = self._validate_if_due()
@@ -231,9 +233,9 @@ class Loop:
             "stage": stage.config.name,
             "learning_rate": rate,
             **self._result_metrics(result),
+            **(self.throughput.metrics(batch.items, result) if result is not None else {}),
             "weights/active_problems": len(batch.items),
             **batch.metrics,
-            **({"rollout/staleness": staleness} if on_policy else {}),
             **validation,
             **{f"time/{name}_s": seconds for name, seconds in self.times.items()},
             "time/step_s": time.perf_counter() - begin,
@@ -247,8 +249,9 @@ class Loop:
             self.models.student.reset_optimizer()
         if stage.config.reestimate_pass_rates and self.step > 0:
             self._refit()
-            key = f"pass_rates/{self.step}"
-            self._on_rank_0(key, lambda driver: driver.estimate_pass_rates(self.step))
+            self.exchange.on_rank_0(
+                f"pass_rates/{self.step}", lambda driver: driver.estimate_pass_rates(self.step)
+            )
             self._fill_teacher_cache()
 
     def _certify_teacher(self) -> None:
@@ -265,7 +268,7 @@ class Loop:
             assert self.driver is not None, "rank 0 has one"
             return self.driver.certificate_batch(self.step, self.consumed)
 
-        batch = self._exchange("fp8_certificate", make)
+        batch = self.exchange.give("fp8_certificate", make)
         stage = schedule.stage_at(self.stages, self.step)
         kind = Divergence(stage.config.divergence.value)
         certify(self.models, batch.items, responses, kind, self.run_dir)
@@ -281,11 +284,11 @@ class Loop:
             chunks = self.driver.uncached_references(source.cache)
         for number in itertools.count():
             key = f"uncached/{self.step}/{number}"
-            batch = self._exchange(key, lambda: next(chunks, Batch([], {})))
+            batch = self.exchange.give(key, lambda: next(chunks, Batch([], {})))
             if not batch.items:
                 break
             source.fill(batch.items)
-            self._forget(key)  # collective above: every rank has read it
+            self.exchange.forget(key)  # collective above: every rank has read it
         source.release()
 
     def _refit_if_due(self) -> None:
@@ -297,84 +300,10 @@ class Loop:
         """Bring the server to the current weights; collective over the ranks that hold them."""
         if self.served_step == self.step:
             return
+        self.exchange.settle()
         with self._timed("refit"):
             self.models.push_weights(self.driver, self.step)
         self.served_step = self.step
-
-    def _batch(self, stage: Stage) -> Batch:
-        batch = self._exchange(_batch_key(self.step), lambda: self._make_batch(stage, self.step))
-        remote = self.models.step.teacher.remote
-        if remote is not None and self.driver is not None:
-            self._tell_ahead(remote, batch, stage)
-        return batch
-
-    def _make_batch(self, stage: Stage, step: int) -> Batch:
-        if step in self.prepared:
-            return self.prepared.pop(step)
-        assert self.driver is not None, "rank 0 has one"
-        later = (step - self.step) * self.config.model.global_batch_size
-        return self.driver.batch(step, self.consumed + later, stage.config)
-
-    def _tell_ahead(self, remote: RemoteTeacher, batch: Batch, stage: Stage) -> None:
-        """A teacher on ranks of its own gets this batch, and the next one if it is known."""
-        if batch.items and self.told_until <= self.step:
-            remote.announce(batch.items)
-        self.told_until = max(self.told_until, self.step + 1)
-        following = self.step + 1
-        same = following < self.config.trainer.max_steps and (
-            schedule.stage_at(self.stages, following) is stage
-        )
-        if same and stage.config.responses is ResponseSource.references:
-            ahead = self._make_batch(stage, following)
-            self.prepared[following] = ahead
-            if ahead.items:
-                remote.announce(ahead.items)
-            self.told_until = following + 1
-
-    def _exchange(self, key: str, make: Callable[[], Batch]) -> Batch:
-        """What rank 0 makes, on every rank."""
-        if self.driver is None:
-            return Batch.from_message(self._await(key))
-        batch = self._unless_stopped(key, make)
-        self._publish(key, batch.to_message())
-        return batch
-
-    def _on_rank_0(self, key: str, work: Callable[[Driver], T]) -> T | None:
-        """Its result, on rank 0; the others wait for its word, outside any collective."""
-        driver = self.driver
-        if driver is None:
-            self._await(key)
-            return None
-        result = self._unless_stopped(key, lambda: work(driver))
-        self._publish(key, "done")
-        return result
-
-    def _await(self, key: str) -> Any:
-        if stop.requested():
-            parallel_module.publish(_STOP_WANTED, self.parallel.rank)
-        message = parallel_module.await_value(key, MESSAGE_TIMEOUT_S)
-        if message == _STOP:
-            raise stop.StopRequested
-        return message
-
-    def _unless_stopped(self, key: str, make: Callable[[], T]) -> T:
-        """On rank 0: what the others wait for under ``key``, or all of them stop here."""
-        try:
-            with stop.interruptible():
-                if self.parallel.world_size > 1 and parallel_module.is_published(_STOP_WANTED):
-                    raise stop.StopRequested
-                return make()
-        except stop.StopRequested:
-            self._publish(key, _STOP)
-            raise
-
-    def _publish(self, key: str, message: Any) -> None:
-        if self.parallel.world_size > 1:
-            parallel_module.publish(key, message)
-
-    def _forget(self, key: str) -> None:
-        if self.driver is not None:
-            parallel_module.forget(key)
 
     def _result_metrics(self, result: StepResult | None) -> dict[str, Any]:
         if result is None:
@@ -402,8 +331,8 @@ class Loop:
         self._refit()
         key = f"validation/{self.step}"
         try:
-            metrics = self._on_rank_0(key, lambda driver: driver.validate(self.step))
-        except stop.StopRequested:  # the step itself is whole: it stops at the next one
+            metrics = self.exchange.on_rank_0(key, lambda driver: driver.validate(self.step))
+        except stop.StopRequested:  # the step itself is whole: it stops before the next one
             logger.info("asked to stop: the validation of step %d is left out", self.step)
             return {}
         if metrics is None:
@@ -417,6 +346,11 @@ class Loop:
         if self.step % self.config.exp_manager.checkpoint_callback_params.every_n_train_steps == 0:
             with self._timed("checkpoint"):
                 self._save()
+
+    def _save_whole(self) -> None:
+        self._save()
+        if self.background is not None:
+            checkpoint.finish(self.background, wait=True)
 
     def _save(self) -> None:
         if self.saved_step == self.step:
@@ -445,7 +379,3 @@ class Loop:
         begin = time.perf_counter()
         yield
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
-
-
-def _batch_key(step: int) -> str:
-    return f"batch/{step}"
