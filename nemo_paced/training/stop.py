@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,9 +21,10 @@ import psutil
 
 WARNING = signal.SIGUSR1
 _KNOCK = signal.SIGUSR2  # of the receiving thread, at the main one
+_POLL_S = 0.2
 
 _requested = threading.Event()
-_interruptible = False  # read and written by the main thread alone
+_interruptible = False  # written by the main thread alone
 
 
 class StopRequested(KeyboardInterrupt):
@@ -92,10 +94,15 @@ def interruptible() -> Iterator[None]:
 def _receive() -> None:
     # other signals are for other threads
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    while True:
-        signal.sigwait({WARNING})
-        _requested.set()
-        signal.pthread_kill(threading.main_thread().ident or 0, _KNOCK)
+    while not _requested.is_set():
+        if signal.sigtimedwait({WARNING}, _POLL_S) is not None:
+            _requested.set()
+    main = threading.main_thread().ident
+    assert main is not None, "it runs"
+    while True:  # one that comes just before the main thread falls asleep is not noticed
+        if _interruptible:
+            signal.pthread_kill(main, _KNOCK)
+        time.sleep(_POLL_S)
 
 
 def _take(number: int, frame: FrameType | None) -> None:
