@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -91,9 +91,14 @@ class Sampler:
         purpose: str,
         step: int,
         settings: SamplingSettings,
+        num_samples: Mapping[str, int] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """Graded rollouts of every problem, asking only for what the store lacks."""
+        """Graded rollouts of every problem, asking only for what the store lacks.
+
+        Args:
+            num_samples: by problem id, instead of ``settings.num_samples`` of each.
+        """
         while True:
             try:
                 return sample_rollouts(
@@ -106,6 +111,7 @@ class Sampler:
                     settings=settings,
                     run_seed=self.config.model.seed,
                     grader=self.grader,
+                    num_samples=num_samples,
                     progress=progress,
                 )
             except RolloutError as error:
