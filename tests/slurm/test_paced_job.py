@@ -63,17 +63,17 @@ def test_a_job_warned_of_its_time_limit_is_queued_again_and_completes(slurm, tmp
 
     slurm.wait(
         lambda: (metrics.exists() and metrics.read_text().count("\n") >= 2) or finished(slurm, job),
-        "the first steps", 400,
+        "the first steps", 900,
     )  # fmt: skip
     assert not finished(slurm, job), said()
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait(lambda: "start 1:" in said() or finished(slurm, job), "the second start", 120)
+    slurm.wait(lambda: "start 1:" in said() or finished(slurm, job), "the second start", 300)
     stopped_at = len(steps_of(run_dir))
     assert 2 <= stopped_at < STEPS, said()
     kept = [path.name for path in (run_dir / "checkpoints").iterdir()]
     assert kept == [f"step_{stopped_at:08d}"]
 
-    slurm.wait(lambda: finished(slurm, job), "the whole job", 600)
+    slurm.wait(lambda: finished(slurm, job), "the whole job", 1200)
     state = slurm.state(job)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1")
     assert "pass-rates is done" in said(), "the second start leaves out what the first has done"
@@ -91,7 +91,7 @@ def test_a_part_that_fails_ends_the_job_with_its_name_and_exit_code(slurm, tmp_p
     run_dir = tmp_path / "wrong"
     job = submit(slurm, run_dir, "--nodes=1", "--ntasks-per-node=2", "--time=10",
                  STAGES="train evaluate", OVERRIDES="model.optim.lr=-1")  # fmt: skip
-    slurm.wait(lambda: finished(slurm, job), "the job", 120)
+    slurm.wait(lambda: finished(slurm, job), "the job", 300)
     state = slurm.state(job)
     assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0")
     said = Path(f"{run_dir}.out").read_text()
