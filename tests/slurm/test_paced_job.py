@@ -89,7 +89,7 @@ def test_a_job_warned_of_its_time_limit_is_queued_again_and_completes(slurm, tmp
 
 def test_a_part_that_fails_ends_the_job_with_its_name_and_exit_code(slurm, tmp_path):
     run_dir = tmp_path / "wrong"
-    job = submit(slurm, run_dir, "--nodes=1", "--ntasks-per-node=2", "--time=10",
+    job = submit(slurm, run_dir, "--nodes=1", "--ntasks-per-node=2", "--time=30",
                  STAGES="train evaluate", OVERRIDES="model.optim.lr=-1")  # fmt: skip
     slurm.wait(lambda: finished(slurm, job), "the job", 300)
     state = slurm.state(job)
