@@ -2,7 +2,7 @@
 VENV ?= .venv
 QUICKSTART_ARGS ?=
 
-.PHONY: setup quickstart test test-fast gpu-test lint real
+.PHONY: setup quickstart test test-fast slurm-test gpu-test lint real
 
 setup:
 	@VENV=$(VENV) bash scripts/setup.sh
@@ -22,6 +22,10 @@ gpu-test: setup
 	$(VENV)/bin/python -m pytest -q tests/gpu
 	$(VENV)/bin/python benchmarks/losses.py --device cuda --tokens 8192 --dtype bf16 \
 		--out benchmarks/results/losses_cuda_bf16.json
+
+# The launchers on a SLURM of three nodes on this machine; as root.
+slurm-test: setup
+	@VENV=$(VENV) bash scripts/slurm_test.sh
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy nemo_paced

@@ -6,7 +6,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 
-from nemo_paced.errors import PacedError
+from nemo_paced.errors import PacedError, Stopped
 from nemo_paced.logs import launcher_rank, set_up_logging
 
 RUN_HELP = """\
@@ -84,6 +84,7 @@ usage: nemo-paced references --config-name NAME [key=value ...]
 
 Serves the teacher, samples a response to each problem with its privileged context in the prompt,
 and writes references.jsonl into the run directory. `train` does this itself when it is missing.
+Does nothing where no stage trains on responses of the teacher.
 
 {RUN_HELP}""",
     ),
@@ -95,6 +96,9 @@ usage: nemo-paced train --config-name NAME [--dry-run] [key=value ...]
 
 Starts trainer.devices ranks on this node; under torchrun or srun it is one rank. The run directory
 holds config.yaml, metrics.jsonl, pass_rates.parquet, rollouts/ and checkpoints/.
+
+SIGUSR1 (SLURM's warning before the time limit; under srun or torchrun SIGTERM as well) ends the
+run after its current step with a checkpoint and exit status 75; the same command goes on from it.
 
 --dry-run takes a recipe of any number of ranks and no GPU: this one process builds every process
 group and, with two layers a pipeline stage and random weights, runs one step as a rank of the
@@ -187,14 +191,15 @@ example: nemo-paced export-hf RUN HF_DIR trainer.devices=2 model.pipeline_model_
         "nemo_paced.evaluation.run:main",
         "accuracy of a model on a problem file, with its standard error",
         """\
-usage: nemo-paced evaluate CHECKPOINT_OR_HF_DIR --problems [NAME=]FILE [--problems ...]
-           [--samples 8] [--baseline CHECKPOINT_OR_HF_DIR] [--out results.json]
+usage: nemo-paced evaluate CHECKPOINT_OR_HF_DIR [--problems [NAME=]FILE ...] [--samples 8]
+           [--baseline CHECKPOINT_OR_HF_DIR] [--out results.json]
            [--config-name NAME] [key=value ...]
 
 Serves the model, samples and grades, prints mean@k. The configuration gives prompts, verifier and
 sampling (evaluation.*); without --config-name it is that of the run which the model lies in.
 --baseline adds the paired difference. A suite is named after its file unless NAME= says otherwise;
-the report takes the one named `forgetting` for the forgetting table.
+the report takes the one named `forgetting` for the forgetting table. Without --problems the
+suites are data.validation_problems (`heldout`) and data.forgetting_problems (`forgetting`).
 
 example: nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems heldout=heldout.jsonl \\
              --problems forgetting=old_skills.jsonl --out RUN/results.json""",
@@ -214,7 +219,7 @@ after, weights, loss curves per stage, timing, configuration. Missing parts are 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 the user can mend it, 130 interrupted."""
+    """Exit status: 0 done, 2 the user can mend it, 75 stopped on request, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -231,6 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
     module, _, function = command.entry.partition(":")
     try:
         getattr(importlib.import_module(module), function)(rest)
+    except Stopped as stopped:
+        if str(stopped):
+            print(f"nemo-paced: {stopped}", file=sys.stderr)
+        return Stopped.EXIT_STATUS
     except PacedError as error:
         if str(error):
             print(f"nemo-paced: error: {error}", file=sys.stderr)

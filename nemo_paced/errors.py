@@ -20,5 +20,11 @@ class RolloutError(PacedError):
     """The rollout server did not start, died, or answered with something other than was asked."""
 
 
+class Stopped(PacedError):
+    """Not an error: the run stopped on request after a checkpoint, and can go on from there."""
+
+    EXIT_STATUS = 75  # EX_TEMPFAIL: a launcher may queue the job again
+
+
 class GradingError(PacedError):
     """A verifier that cannot be loaded or that broke its contract (a wrong answer is no error)."""

@@ -305,6 +305,11 @@ def are_published(keys: list[str]) -> bool:
     return _store().check(keys)
 
 
+def is_published(key: str) -> bool:
+    """Whether some rank has published it; does not wait."""
+    return bool(_store().check([key]))
+
+
 def forget(key: str) -> None:
     """Drop a key that every rank has read."""
     if torch.distributed.get_world_size() > 1:

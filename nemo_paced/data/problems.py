@@ -1,9 +1,9 @@
-"""Reads problem files: JSONL or Parquet, our own columns or the DAPO-Math-17k schema."""
+"""Reads problem files: JSONL or Parquet, our own columns or those of public data sets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,28 @@ from nemo_paced.records import Problem
 # What DAPO-Math-17k wraps around each statement; our own template says the same.
 _DAPO_BEFORE = "\n\n"
 _DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+# Columns of a row, and what public data sets call them; the first that is there is taken.
+_COLUMNS = {
+    "id": ("id", "unique_id", "ID"),
+    "problem": ("problem", "question", "Problem"),
+    "answer": ("answer", "Answer"),
+    "solution": ("solution", "Solution"),
+    "group": ("group", "subject"),
+}
+_BOXED = "\\boxed{"
 _DAPO_FIRST_LINE = "Solve the following math problem step by step."
 
 
 def load_problems(path: str | Path, *, key: str = "data.problems") -> list[Problem]:
     """Problems of a file, in its order.
 
-    Rows hold ``id``, ``problem``, ``answer`` and optionally ``solution`` and ``group``; or, as in
-    DAPO-Math-17k, ``prompt`` (chat messages), ``reward_model.ground_truth`` and
-    ``extra_info.index``.
+    Rows hold ``id``, ``problem``, ``answer`` and optionally ``solution`` and ``group``; or
+
+    - as in DAPO-Math-17k ``prompt`` (chat messages), ``reward_model.ground_truth`` and
+      ``extra_info.index``;
+    - as in MATH-500 ``unique_id``, ``problem``, ``answer``, ``solution``, ``subject`` (the group);
+    - as in the copies of AIME ``id`` or ``ID``, ``problem``, ``question`` or ``Problem``, and
+      ``answer`` or ``Answer``; without one, what the ``solution`` has in its last ``\\boxed{}``.
 
     Args:
         key: the setting that named the file, for messages.
@@ -86,20 +99,37 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _problem(row: dict[str, Any], where: str) -> Problem:
     if "prompt" in row and "reward_model" in row:
         row = _from_dapo(row, where)
-    fields = {}
+    found = {name: _first(row, columns) for name, columns in _COLUMNS.items()}
+    found["answer"] = found["answer"] or _last_boxed(found["solution"])
     for name in ("id", "problem", "answer"):
-        value = row.get(name)
-        if value is None or not str(value).strip():
+        if not found[name].strip():
+            known = _COLUMNS[name][1:]
             raise ConfigError(
-                f"{where}: field {name!r} is missing or empty; it has {', '.join(sorted(row))}"
+                f"{where}: field {name!r} is missing or empty (so {_is_are(known)}); it has "
+                f"{', '.join(sorted(row))}"
             )
-        fields[name] = str(value)
-    solution = row.get("solution")
-    return Problem(
-        **fields,
-        solution=str(solution) if solution else None,
-        group=str(row.get("group") or ""),
-    )
+    solution = found.pop("solution") or None
+    return Problem(**found, solution=solution)
+
+
+def _first(row: dict[str, Any], columns: Sequence[str]) -> str:
+    present = (row[column] for column in columns if row.get(column) is not None)
+    return str(next(present, ""))
+
+
+def _is_are(names: Sequence[str]) -> str:
+    return f"{' and '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'}"
+
+
+def _last_boxed(solution: str) -> str:
+    r"""What the last ``\boxed{...}`` holds, braces in it matched; empty without a whole one."""
+    _, boxed, rest = solution.rpartition(_BOXED)
+    depth = 1 if boxed else 0
+    for index, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if boxed and depth == 0:
+            return rest[:index]
+    return ""
 
 
 def _from_dapo(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo_paced.compose import run_directory, with_config
-from nemo_paced.config import PacedConfig
+from nemo_paced.config import PacedConfig, ReferenceSource, ResponseSource
 from nemo_paced.errors import ConfigError
 from nemo_paced.logs import launcher_rank
 
@@ -22,8 +22,16 @@ SIMULATE_FLAG = "--simulate"
 def train(arguments: list[str]) -> None:
     if DRY_RUN_FLAG in arguments:
         with_config([a for a in arguments if a != DRY_RUN_FLAG], dry_run)
+        return
+    from nemo_paced.entry.launch import join_launcher
+    from nemo_paced.training import stop
+
+    # before libraries start threads, which could take the signal
+    if join_launcher():
+        stop.listen()
     else:
-        with_config(arguments, train_with)
+        stop.block_warning()
+    with_config(arguments, train_with)
 
 
 def dry_run(config: PacedConfig) -> None:
@@ -118,7 +126,15 @@ def pass_rates(arguments: list[str]) -> None:
 def references(arguments: list[str]) -> None:
     from nemo_paced.training import prepare
 
-    with_config(arguments, lambda config: _prepare(config, prepare.references))
+    def action(config: PacedConfig) -> None:
+        if config.references.source is not ReferenceSource.teacher or all(
+            stage.responses is ResponseSource.rollouts for stage in config.stages
+        ):
+            logger.info("references: no stage trains on responses of the teacher; none are sampled")
+            return
+        _prepare(config, prepare.references)
+
+    with_config(arguments, action)
 
 
 def _prepare(config: PacedConfig, make: Callable[[PacedConfig, Path], Path]) -> None:

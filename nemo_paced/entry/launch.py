@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.errors import ConfigError, PacedError
+from nemo_paced.errors import ConfigError, PacedError, Stopped
+from nemo_paced.training import stop
 
 # what runs on every rank, as module:function of the configuration and paths
 TASKS = {
@@ -20,6 +21,8 @@ TASKS = {
     "import-hf": "nemo_paced.training.convert:import_hf",
     "export-hf": "nemo_paced.training.convert:export_hf",
 }
+
+_WORKER = "nemo_paced.entry.worker"
 
 
 def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> None:
@@ -32,6 +35,8 @@ def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> N
 
     Raises:
         PacedError: a rank failed; what it said is on standard error already.
+        Stopped: the run was asked to stop and did; the ranks that are started here are asked by
+            SIGUSR1 to this process.
     """
     if join_launcher():
         run_task(task, config, *paths)
@@ -87,15 +92,17 @@ def _start_ranks(count: int, task: str, *paths: Path) -> None:
         max_restarts=0,
         monitor_interval=0.2,
     )
+    if task == "train":
+        stop.pass_on(_WORKER)
     try:
-        elastic_launch(agent, sys.executable)(
-            "-m", "nemo_paced.entry.worker", task, *map(str, paths)
-        )
+        elastic_launch(agent, sys.executable)("-m", _WORKER, task, *map(str, paths))
     except ChildFailedError as error:
         for failure in error.failures.values():
             with contextlib.suppress(ProcessLookupError):  # helpers that outlived their rank
                 os.killpg(failure.pid, signal.SIGKILL)
         rank, failure = error.get_first_failure()
+        if failure.exitcode == Stopped.EXIT_STATUS:
+            raise Stopped from None
         if failure.exitcode == EXIT_SAID:
             raise AlreadySaid from None
         raise PacedError(

@@ -8,13 +8,16 @@ import sys
 import threading
 from pathlib import Path
 
-from nemo_paced.errors import PacedError
+from nemo_paced.errors import PacedError, Stopped
 from nemo_paced.logs import set_up_logging
+from nemo_paced.training import stop
 
 PARENT_POLL_S = 0.5
 
 
 def main() -> int:
+    if sys.argv[1] == "train":
+        stop.listen()
     _end_group_with_parent()
     set_up_logging(int(os.environ["RANK"]))
     from nemo_paced.compose import load_config
@@ -23,6 +26,10 @@ def main() -> int:
     try:
         task, config_file, *paths = sys.argv[1:]
         run_task(task, load_config(Path(config_file)), *map(Path, paths))
+    except Stopped as stopped:
+        if str(stopped):
+            print(f"nemo-paced: {stopped}", file=sys.stderr, flush=True)
+        return Stopped.EXIT_STATUS
     except PacedError as error:
         if str(error):
             print(f"nemo-paced: error: {error}", file=sys.stderr, flush=True)

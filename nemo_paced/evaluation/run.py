@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
     """The command ``evaluate``."""
     parser = argparse.ArgumentParser(prog="nemo-paced evaluate", allow_abbrev=False)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--problems", action="append", required=True, metavar="[NAME=]FILE")
+    parser.add_argument("--problems", action="append", default=[], metavar="[NAME=]FILE")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--baseline", type=Path)
     parser.add_argument("--out", type=Path)
@@ -77,12 +77,12 @@ def main(arguments: list[str]) -> None:
                 f"{str(path)!r} is no directory: give a Hugging Face directory, a checkpoint or a "
                 "run directory"
             )
-    suites = load_suites(known.problems)
+    suites = load_suites(known.problems)  # a mistake here need not wait for the configuration
     if known.samples is not None:
         overrides.append(f"evaluation.samples={known.samples}")
     with_config(
         [*_config_arguments(known), *overrides],
-        lambda config: _evaluate_command(config, known, suites),
+        lambda config: _evaluate_command(config, known, suites or own_suites(config)),
     )
 
 
@@ -100,6 +100,25 @@ def load_suites(named: Sequence[str]) -> Suites:
         if name in suites:
             raise ConfigError(f"--problems: two files are named {name!r}; say NAME=FILE")
         suites[name] = load_problems(path, key="--problems")
+    return suites
+
+
+def own_suites(config: PacedConfig) -> Suites:
+    """The held-out problems that the configuration names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    files = {
+        "heldout": config.data.validation_problems,
+        "forgetting": config.data.forgetting_problems,
+    }
+    suites = load_suites([f"{name}={path}" for name, path in files.items() if path])
+    if not suites:
+        raise ConfigError(
+            "--problems is not given and the configuration has neither data.validation_problems "
+            "nor data.forgetting_problems: give a file"
+        )
     return suites
 
 

@@ -78,6 +78,8 @@ class RemoteTeacher:
     def close(self) -> None:
         """No batch comes any more: the teacher's ranks end."""
         if self.link.rank == 0:
+            for number in range(self._next_asked, self._next_announced):  # announced ahead
+                self.link.publish(f"want/{number}", False)
             self.link.publish(f"items/{self._next_announced}", None)
             # where this rank hosts the store, leaving at once would take it from under them
             for rank in range(self.link.students, self.link.size):
@@ -97,7 +99,8 @@ def serve(
         torch.distributed.barrier()
         if parallel.rank == 0:
             link.publish(f"ready/{number}", True)
-        link.await_value(f"want/{number}", MESSAGE_TIMEOUT_S)
+        if not link.await_value(f"want/{number}", MESSAGE_TIMEOUT_S):
+            break  # the run stops before that batch
         ways = routes(items, items, teacher=own, student=student)
         exchange(hidden, ways, link, parallel.device, width=width, dtype=dtype)
         torch.distributed.barrier()

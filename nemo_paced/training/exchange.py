@@ -4,6 +4,9 @@ Rank 0 makes a batch (stored responses, or rollouts of the served student) and g
 ranks through the store. It makes the next ones early in two cases: a teacher on ranks of its own
 works one batch ahead, and with ``rollout.max_staleness`` the server samples for the steps to come,
 in a thread, while this one is trained on. All ranks count what is ahead: a refit is collective.
+
+Whatever the others wait for, under its key they may also hear that the run stops (``stop.py``): all
+stop at the same place then.
 """
 
 from __future__ import annotations
@@ -12,16 +15,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource
 from nemo_paced.link import MESSAGE_TIMEOUT_S
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.remote import RemoteTeacher
-from nemo_paced.training import schedule
+from nemo_paced.training import schedule, stop
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.driver import Driver
 from nemo_paced.training.schedule import Stage
+
+_STOP = "stop"  # rank 0's message in place of the one that is waited for
+_STOP_WANTED = "stop_wanted"  # the key under which a rank that was asked to stop tells rank 0
+
+T = TypeVar("T")
 
 
 class BatchExchange:
@@ -100,19 +109,59 @@ class BatchExchange:
         return self.give(f"given/{self._given}", make)
 
     def give(self, key: str, make: Callable[[], Batch]) -> Batch:
-        """What rank 0 makes, on every rank."""
+        """What rank 0 makes, on every rank.
+
+        Raises:
+            StopRequested: on every rank.
+        """
         if self.driver is None:
-            return Batch.from_message(parallel_module.await_value(key, MESSAGE_TIMEOUT_S))
-        batch = make()
-        if self.parallel.world_size > 1:
-            parallel_module.publish(key, batch.to_message())
-            self._published.append(key)
+            return Batch.from_message(self._await(key))
+        batch = self._unless_stopped(key, make)
+        self._publish(key, batch.to_message())
         return batch
 
     def read_everywhere(self) -> None:
         """A collective has gone through: every rank has read what was given before it."""
         while self._published:
             parallel_module.forget(self._published.pop())
+
+    def on_rank_0(self, key: str, work: Callable[[Driver], T]) -> T | None:
+        """Its result, on rank 0; the others wait for its end, and not in a collective.
+
+        Raises:
+            StopRequested: on every rank.
+        """
+        driver = self.driver
+        if driver is None:
+            self._await(key)
+            return None
+        result = self._unless_stopped(key, lambda: work(driver))
+        self._publish(key, "done")
+        return result
+
+    def _await(self, key: str) -> Any:
+        if stop.requested():
+            parallel_module.publish(_STOP_WANTED, self.parallel.rank)
+        message = parallel_module.await_value(key, MESSAGE_TIMEOUT_S)
+        if message == _STOP:
+            raise stop.StopRequested
+        return message
+
+    def _unless_stopped(self, key: str, make: Callable[[], T]) -> T:
+        """On rank 0: what the others wait for, or all stop here."""
+        try:
+            with stop.interruptible():
+                if self.parallel.world_size > 1 and parallel_module.is_published(_STOP_WANTED):
+                    raise stop.StopRequested
+                return make()
+        except stop.StopRequested:
+            self._publish(key, _STOP)
+            raise
+
+    def _publish(self, key: str, message: Any) -> None:
+        if self.parallel.world_size > 1:
+            parallel_module.publish(key, message)
+            self._published.append(key)
 
     @property
     def _size(self) -> int:

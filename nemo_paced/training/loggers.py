@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import secrets
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,23 @@ def exp_manager_block(config: PacedConfig, run_dir: Path) -> dict[str, Any]:
         "seconds_to_sleep": 0,
     }
     if settings.create_wandb_logger:
-        block["wandb_logger_kwargs"] = {"name": settings.name, **settings.wandb_logger_kwargs}
+        block["wandb_logger_kwargs"] = {
+            "name": settings.name,
+            "id": _wandb_run_id(run_dir),
+            "resume": "allow",
+            **settings.wandb_logger_kwargs,
+        }
     if settings.create_mlflow_logger:
         block["mlflow_logger_kwargs"] = settings.mlflow_logger_kwargs
     return block
+
+
+def _wandb_run_id(run_dir: Path) -> str:
+    """Kept with the run, so that a resumed one goes on in the same W&B run."""
+    path = run_dir / "wandb_run_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
 
 
 class _quiet:

@@ -20,11 +20,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
-from nemo_paced.errors import CheckpointError, PacedError
+from nemo_paced.errors import CheckpointError, PacedError, Stopped
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.cache import SignalCache
-from nemo_paced.training import checkpoint, schedule
+from nemo_paced.training import checkpoint, schedule, stop
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
@@ -46,6 +46,9 @@ def train(config: PacedConfig, run_dir: Path) -> None:
     """Train to ``trainer.max_steps``, going on from the newest checkpoint of ``run_dir``.
 
     Called on every rank, with torch.distributed's environment variables set or none of them.
+
+    Raises:
+        Stopped: on request, before ``trainer.max_steps``; a checkpoint of the last step is there.
     """
     all_stages = schedule.stages(config.stages, config.trainer.max_steps)
     parallel = parallel_module.initialize(
@@ -66,9 +69,19 @@ def train(config: PacedConfig, run_dir: Path) -> None:
             models = build_models(
                 config, parallel, certify_fp8=certificate_due(config, run_dir, parallel)
             )
-            Loop(config, run_dir, all_stages, models, driver, parallel).run(resume_from)
+            loop = Loop(config, run_dir, all_stages, models, driver, parallel)
+            finished = loop.run(resume_from)
             if models.step.teacher.remote is not None:
                 models.step.teacher.remote.close()
+        if not finished:
+            # until rank 0 has ended its server: a rank that leaves with this status ends the others
+            stop.leave()
+            torch.distributed.barrier()
+            raise Stopped(
+                f"stopped on request after step {loop.step}: the same command goes on from there"
+                if parallel.rank == 0
+                else ""
+            )
     finally:
         parallel_module.shutdown()
 
@@ -147,35 +160,47 @@ class Loop:
         )
         self.times: dict[str, float] = {}
 
-    def run(self, resume_from: Path | None) -> None:
+    def run(self, resume_from: Path | None) -> bool:
+        """Whether all steps are done; if not, it was asked to stop."""
         if resume_from is not None:
             self._restore(resume_from)
         max_steps = self.config.trainer.max_steps
         if self.step >= max_steps:
             logger.info("%s is trained to step %d already", self.run_dir, self.step)
-            return
-        with (
-            self.watch,
-            self.exchange,
-            RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log,
-        ):
-            if self.driver is not None:
-                self.driver.prepare(log)
-            held = self.models.step.teacher.held
-            if held is not None and held.to_be_quantized:
-                self._certify_teacher()
-            if self.driver is not None:
-                self.driver.first_pass_rates(resume_from)
-            self._fill_teacher_cache()
+            return True
+        with self.watch:
             try:
-                while self.step < max_steps:
-                    log.step(self._one_step())
-                self._save()
+                with (
+                    self.exchange,
+                    RunLog(
+                        self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0
+                    ) as log,
+                ):
+                    self._prepare(log, resume_from)
+                    while self.step < max_steps:
+                        log.step(self._one_step())
+                    self._save_whole()
+                    log.finished()
             except RunStopped:
                 self._finish_saving()  # on every rank: what is being written is not lost
                 raise
-            self._finish_saving()
-            log.finished()
+            except stop.StopRequested:
+                logger.info("asked to stop after step %d", self.step)
+                if self.step > 0:
+                    self._save_whole()
+                return False
+        return True
+
+    def _prepare(self, log: RunLog, resume_from: Path | None) -> None:
+        """What comes before the first step of this start."""
+        self.exchange.on_rank_0("prepared", lambda driver: driver.prepare(log))
+        held = self.models.step.teacher.held
+        if held is not None and held.to_be_quantized:
+            self._certify_teacher()
+        self.exchange.on_rank_0(
+            "first_pass_rates", lambda driver: driver.first_pass_rates(resume_from)
+        )
+        self._fill_teacher_cache()
 
     def _finish_saving(self) -> None:
         if self.background is not None:
@@ -230,8 +255,9 @@ class Loop:
             self.models.student.reset_optimizer()
         if schedule.reestimation_due(self.config.weights, stage, self.step):
             self._refit()
-            if self.driver is not None:
-                self.driver.estimate_pass_rates(self.step)
+            self.exchange.on_rank_0(
+                f"pass_rates/{self.step}", lambda driver: driver.estimate_pass_rates(self.step)
+            )
             self._fill_teacher_cache()
 
     def _certify_teacher(self) -> None:
@@ -320,9 +346,14 @@ class Loop:
         if not every or self.step % every or not self.config.data.validation_problems:
             return {}
         self._refit()
-        if self.driver is None:
+        key = f"validation/{self.step}"
+        try:
+            metrics = self.exchange.on_rank_0(key, lambda driver: driver.validate(self.step))
+        except stop.StopRequested:  # the step itself is whole: it stops before the next one
+            logger.info("asked to stop: the validation of step %d is left out", self.step)
             return {}
-        metrics = self.driver.validate(self.step)
+        if metrics is None:
+            return {}
         self.validated, self.accuracy = self.step, metrics["validation/accuracy"]
         return metrics
 
@@ -332,6 +363,10 @@ class Loop:
         if self.step % self.config.exp_manager.checkpoint_callback_params.every_n_train_steps == 0:
             with self._timed("checkpoint"):
                 self._save()
+
+    def _save_whole(self) -> None:
+        self._save()
+        self._finish_saving()
 
     def _save(self) -> None:
         if self.saved_step == self.step:

@@ -81,6 +81,7 @@ class Sampler:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.sidecar = None  # a thread that still samples need not start it again
         self._stack.close()
 
     def sample(

@@ -170,6 +170,8 @@ def _train_separate(rank, world_size, folder, student, teacher, ranks, kind, top
         remote.announce(make_items(0))
         remote.announce(make_items(1))
     results = [models.step(make_items(step), STAGES[kind], LR) for step in range(STEPS)]
+    if rank == 0:
+        remote.announce(make_items(STEPS))  # and then the run is asked to stop
     remote.close()
     return [(r.loss, r.grad_norm) for r in results]
 

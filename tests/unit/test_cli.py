@@ -69,6 +69,13 @@ def test_flags_may_stand_behind_overrides(capsys, monkeypatch, tmp_path):
     assert "lr: 0.25" in printed and "name: quickstart" in printed
 
 
+@pytest.mark.parametrize("override", ["schedule=reverse_kl", "references.source=solution"])
+def test_references_that_no_stage_trains_on_are_not_sampled(override, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["references", "--config-name", "quickstart", override]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_preflight_tells_everything_at_once_and_exits_with_2(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     overrides = ["data.max_prompt_length=5", "data.max_response_length=60"]

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pandas
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError
 
+SAMPLES = Path(__file__).parent / "samples"
 ROW = {"id": "a", "problem": "1 + 1", "answer": "2"}
 
 
@@ -40,6 +42,43 @@ def test_the_dapo_schema_is_read_without_its_instruction(tmp_path):
     }
     (problem,) = load_problems(write(tmp_path / "p.jsonl", row))
     assert (problem.id, problem.problem, problem.answer) == ("x-1", "How many?", "34")
+
+
+def test_math_500_is_read_as_published():
+    first, second = load_problems(SAMPLES / "math500.jsonl")
+    assert (first.id, first.answer) == (
+        "test/precalculus/807.json",
+        "\\left( 3, \\frac{\\pi}{2} \\right)",
+    )
+    assert first.group == "Precalculus" and first.solution.startswith("We have that")
+    assert second.group == "Number Theory" and second.answer == "9"
+
+
+@pytest.mark.parametrize("name", ["aime_problem", "aime_question", "aime_capitals", "aime_boxed"])
+def test_the_copies_of_aime_are_read_as_published(name):
+    (problem,) = load_problems(SAMPLES / f"{name}.jsonl")
+    assert problem.problem.startswith("Every morning") and problem.answer == "204"
+    assert problem.id in ("60", "2024-I-1")
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("so \\boxed{1} no, \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{{a}{b}} }", "{a}{b}"),
+    ],
+)
+def test_the_last_box_of_a_solution_is_its_answer(tmp_path, solution, answer):
+    row = {"id": 1, "problem": "x", "solution": solution}
+    (problem,) = load_problems(write(tmp_path / "p.jsonl", row))
+    assert (problem.answer, problem.solution) == (answer, solution)
+
+
+@pytest.mark.parametrize("solution", ["none", "\\boxed{1", "boxed{1}"])
+def test_a_solution_without_a_whole_box_has_no_answer(tmp_path, solution):
+    row = {"id": 1, "problem": "x", "solution": solution}
+    with pytest.raises(ConfigError, match="field 'answer' is missing or empty"):
+        load_problems(write(tmp_path / "p.jsonl", row))
 
 
 @pytest.mark.parametrize(

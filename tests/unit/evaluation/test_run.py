@@ -73,6 +73,14 @@ def test_a_model_is_asked_with_the_configuration_of_its_run(tmp_path, problems, 
     assert config.rollout.endpoints == [], "the servers of that run are gone"
 
 
+def test_without_files_the_suites_are_those_of_the_configuration(tmp_path, problems, served):
+    model = str(hf_directory(tmp_path / "model"))
+    run.main([model, "--config-name", "quickstart"])
+    assert served[0][2] == ["heldout", "forgetting"]
+    with pytest.raises(ConfigError, match="--problems is not given and the configuration has"):
+        run.main([model])
+
+
 def test_a_recipe_that_is_named_overrides_that_of_the_run(tmp_path, problems, served):
     directory = write_run(tmp_path / "run")
     (directory / "config.json").write_text("{}")

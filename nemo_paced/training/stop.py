@@ -1,0 +1,115 @@
+"""Stopping a run on request: SLURM's warning before the time limit, or SIGTERM.
+
+The signal of the warning is SIGUSR1. Its receiver is a thread: the signal is blocked everywhere
+else, so that the helpers of a rank (rollout server, graders, checkpoint writers), which inherit
+that, outlive a warning that SLURM sends to every process of a step. Rank 0 decides where to stop:
+at the next message that the others wait for (``training/loop.py``), so all stop at the same step.
+While it samples, which may take hours, it is interrupted; what was sampled is in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import psutil
+
+WARNING = signal.SIGUSR1
+_KNOCK = signal.SIGUSR2  # of the receiving thread, at the main one
+_POLL_S = 0.2
+
+_requested = threading.Event()
+_interruptible = False  # written by the main thread alone
+
+
+class StopRequested(KeyboardInterrupt):
+    """The run stops here. A KeyboardInterrupt: asyncio lets nothing else out of its callbacks."""
+
+
+def block_warning() -> None:
+    """Keep the warning waiting for a receiver; in the main thread, before it starts others."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING})
+
+
+def listen() -> None:
+    """Take SIGUSR1 and SIGTERM as requests from now on; main thread, before it starts others.
+
+    A second SIGTERM ends the process.
+    """
+    block_warning()
+    signal.signal(_KNOCK, _take)
+    signal.signal(signal.SIGTERM, _take)
+    threading.Thread(target=_receive, daemon=True, name="stop request").start()
+
+
+def leave() -> None:
+    """This rank has stopped and will end: the launcher need not hurry it.
+
+    The first rank that ends with a status above 0 makes srun and torchrun terminate the others,
+    whose status would then be that of the signal.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def pass_on(module: str) -> None:
+    """Hand warnings to the child processes that run ``python -m module``; after block_warning."""
+
+    def forward() -> None:
+        while True:
+            signal.sigwait({WARNING})
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if module in child.cmdline():
+                        child.send_signal(WARNING)
+
+    threading.Thread(target=forward, daemon=True, name="stop request").start()
+
+
+def requested() -> bool:
+    return _requested.is_set()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Work of the main thread that a request may break off, at any place.
+
+    Raises:
+        StopRequested: now, if it was requested before.
+    """
+    global _interruptible
+    _interruptible = True
+    try:
+        if _requested.is_set():
+            raise StopRequested
+        yield
+    finally:
+        _interruptible = False
+
+
+def _receive() -> None:
+    # other signals are for other threads
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    while not _requested.is_set():
+        if signal.sigtimedwait({WARNING}, _POLL_S) is not None:
+            _requested.set()
+    main = threading.main_thread().ident
+    assert main is not None, "it runs"
+    while True:  # one that comes just before the main thread falls asleep is not noticed
+        if _interruptible:
+            signal.pthread_kill(main, _KNOCK)
+        time.sleep(_POLL_S)
+
+
+def _take(number: int, frame: FrameType | None) -> None:
+    global _interruptible
+    _requested.set()
+    if number == signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if _interruptible:
+        _interruptible = False  # once: what follows is cleaning up
+        raise StopRequested
