@@ -615,8 +615,16 @@ class GradingConfig:
     """``verifier``: math | exact | multiple_choice, or ``module:function`` of your own."""
 
     verifier: str = "math"
-    time_limit_s: float = 5.0
-    num_workers: int = 2
+    time_limit_s: float = 5.0  # an item; its worker is killed then and the verdict is wrong
+    num_workers: int = 2  # processes
+    numeric_tolerance: float = 1e-6  # relative, where a number is written with a decimal point
+
+    def __post_init__(self) -> None:
+        _positive("grading", self, "time_limit_s", "num_workers")
+        _require(
+            0 <= self.numeric_tolerance < 1,
+            f"grading.numeric_tolerance is {self.numeric_tolerance}: it must lie in [0, 1)",
+        )
 
 
 @dataclass
