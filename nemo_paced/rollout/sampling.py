@@ -56,7 +56,7 @@ def sample_rollouts(
         missing = [
             sample
             for sample in range(settings.num_samples)
-            if store.get(purpose, step, problem.id, sample) is None
+            if (purpose, step, problem.id, sample) not in store
         ]
         if missing:
             requests.append(_request(problem, missing, prompts, settings, run_seed, purpose, step))
