@@ -580,7 +580,7 @@ class RolloutConfig:
     endpoints: list[str] = field(default_factory=list)  # a running sidecar instead of our own
     dtype: str = "auto"  # auto: trainer.precision
     max_num_seqs: int = 128
-    max_in_flight: int = 32  # requests
+    max_in_flight: int = 32  # requests at a server
     kv_cache_gib: float = 1.0  # CPU build of vLLM; the GPU build uses gpu_memory_utilization
     gpu_memory_utilization: float = 0.3
     tensor_parallel_size: int = 1

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.client import Completion, RolloutClient, SampleRequest
+from nemo_paced.rollout.client import RolloutClient
+from nemo_paced.rollout.completions import Completion, SampleRequest
 from nemo_paced.rollout.grading import Grader
 from nemo_paced.rollout.store import RolloutStore
 
@@ -45,6 +48,8 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """Rollouts of every problem, samples in order; each is stored as soon as it is finished.
 
+    Grading and writing run in threads beside the requests.
+
     Args:
         step: optimizer steps behind the served weights.
         purpose: keeps apart what is sampled at the same step (``pass_rates``, ``train``, ...).
@@ -60,7 +65,8 @@ def sample_rollouts(
         ]
         if missing:
             requests.append(_request(problem, missing, prompts, settings, run_seed, purpose, step))
-    finished = len(by_id) - len(requests)
+    requests = long_tail_first(requests, store, run_seed)
+    finished, counting = len(by_id) - len(requests), threading.Lock()
 
     def keep(request: SampleRequest, completions: list[Completion]) -> None:
         nonlocal finished
@@ -73,9 +79,10 @@ def sample_rollouts(
                 for index, completion in enumerate(completions)
             ],
         )
-        finished += 1
-        if progress:
-            progress(finished, len(by_id))
+        with counting:
+            finished += 1
+            if progress:
+                progress(finished, len(by_id))
 
     if requests:
         client.sample(requests, on_result=keep)
@@ -86,6 +93,19 @@ def sample_rollouts(
     ]
     assert all(rollout is not None for rollout in found), "the client returned without some of them"
     return found  # type: ignore[return-value]
+
+
+def long_tail_first(
+    requests: Sequence[SampleRequest], store: RolloutStore, seed: int
+) -> list[SampleRequest]:
+    """The order to send in: unknown lengths, shuffled, then what was longest before.
+
+    A long response that is started last keeps every server but one waiting for it.
+    """
+    shuffled = random.Random(seed).sample(list(requests), len(requests))
+    unknown = [r for r in shuffled if store.known_length(r.key) is None]
+    known = [r for r in shuffled if store.known_length(r.key) is not None]
+    return unknown + sorted(known, key=lambda r: -(store.known_length(r.key) or 0))
 
 
 def _request(

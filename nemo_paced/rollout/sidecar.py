@@ -18,10 +18,10 @@ import httpx
 from nemo_paced.config import RolloutConfig
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
+from nemo_paced.rollout.completions import SERVED_NAME
 
 logger = logging.getLogger(__name__)
 
-SERVED_NAME = "student"
 LOG_TAIL_LINES = 25
 
 
