@@ -179,7 +179,7 @@ def test_a_dead_server_is_brought_back_by_its_owner(serve):
 
 def test_with_no_server_left_each_is_named(serve):
     servers = serve(RESET, healthy=False), serve(RESET, healthy=False)
-    with pytest.raises(RolloutError, match="no rollout server has answered for 0.5 s") as caught:
+    with pytest.raises(RolloutError, match=r"no rollout server has answered for 0\.5 s") as caught:
         ask(connect(*servers, patience_s=0.5, max_retries=9), "p")
     assert all(server.endpoint in str(caught.value) for server in servers)
 

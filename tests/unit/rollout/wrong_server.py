@@ -1,12 +1,9 @@
-"""A server that speaks vLLM's protocol wrongly on purpose: what a healthy one cannot be made to do.
+"""A server that speaks vLLM's protocol wrongly on purpose, as a healthy one cannot be made to."""
 
-``python -m tests.unit.rollout.wrong_server`` serves good answers slowly and prints its endpoint.
-"""
-
+import contextlib
 import json
 import socket
 import struct
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,14 +95,7 @@ class Server:
                 pass
 
             def finish(self):
-                try:
+                with contextlib.suppress(OSError, ValueError):  # closed by a reset
                     super().finish()
-                except (OSError, ValueError):
-                    pass
 
         return Handler
-
-
-if __name__ == "__main__":
-    print(Server(good, delay=float(sys.argv[1])).endpoint, flush=True)
-    threading.Event().wait()
