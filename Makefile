@@ -2,7 +2,7 @@
 VENV ?= .venv
 QUICKSTART_ARGS ?=
 
-.PHONY: setup quickstart test test-fast lint real
+.PHONY: setup quickstart test test-fast gpu-test lint real
 
 setup:
 	@VENV=$(VENV) bash scripts/setup.sh
@@ -15,6 +15,13 @@ test: setup
 
 test-fast: setup
 	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+# Every test that needs a GPU, then the losses' benchmark; put the JSON beside the others.
+gpu-test: setup
+	$(VENV)/bin/python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
+	$(VENV)/bin/python -m pytest -q tests/gpu
+	$(VENV)/bin/python benchmarks/losses.py --device cuda --tokens 8192 --dtype bf16 \
+		--out benchmarks/results/losses_cuda_bf16.json
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy nemo_paced

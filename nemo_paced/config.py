@@ -96,6 +96,7 @@ class TeacherPlacement(Enum):
     # Signals of all stored responses are computed before the first step and kept on disk; the
     # teacher is freed then. Forward KL only: fresh samples cannot be known before.
     cached = "cached"
+    separate = "separate"  # on ranks of its own (teacher.separate_ranks), one step ahead
 
 
 class Fp8Backend(Enum):
@@ -435,6 +436,8 @@ class TeacherConfig:
     pipeline_model_parallel_size: int = 0
     expert_model_parallel_size: int = 0
     placement: TeacherPlacement = TeacherPlacement.colocated
+    # The last so many of the job's ranks run the teacher alone; with placement=separate.
+    separate_ranks: int = 0
     micro_batch_size: int = 0  # sequences; 0: model.micro_batch_size
     # 0: hidden states, from which the loss is exact; above: its k likeliest tokens and the mass of
     # the rest, from which it is a lower bound.
@@ -446,6 +449,17 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         _require(self.top_k >= 0, f"teacher.top_k is {self.top_k}: it must be 0 or above")
+        separate = self.placement is TeacherPlacement.separate
+        _require(
+            separate == (self.separate_ranks > 0) and self.separate_ranks >= 0,
+            f"teacher.placement is {self.placement.value} and teacher.separate_ranks is "
+            f"{self.separate_ranks}: placement=separate needs ranks, the others take none",
+        )
+        _require(
+            not (separate and self.cache_dir is not None),
+            "teacher.placement is separate and teacher.cache_dir is set: a teacher a step ahead "
+            "computes each signal; leave cache_dir out, or set placement=colocated",
+        )
         for name in (
             "micro_batch_size",
             "tensor_model_parallel_size",
@@ -585,6 +599,10 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.3
     tensor_parallel_size: int = 1
     refit_every_n_steps: int = 1
+    # Optimizer steps that rollouts may lag behind the student trained on them. 0: strictly
+    # on-policy, trainer and server wait for each other. Above: the server samples for the steps to
+    # come while this one is trained on.
+    max_staleness: int = 0
     # |trainer - server| log-probability, mean over the sampled tokens of a step, nats.
     max_logprob_gap: float = 0.1
     start_timeout_s: float = 600.0
@@ -608,6 +626,17 @@ class RolloutConfig:
             "tensor_parallel_size",
         )
         _require(self.top_p <= 1, f"rollout.top_p is {self.top_p}: it must be at most 1")
+        _require(
+            self.max_staleness >= self.refit_every_n_steps - 1,
+            f"rollout.max_staleness is {self.max_staleness} and rollout.refit_every_n_steps "
+            f"{self.refit_every_n_steps}, with which rollouts are up to "
+            f"{self.refit_every_n_steps - 1} steps old: raise the first or lower the second",
+        )
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that are sampled before their turn."""
+        return self.max_staleness - (self.refit_every_n_steps - 1)
 
 
 @dataclass
@@ -694,66 +723,93 @@ class PacedConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        self._check_stages()
+        self._check_layouts()
+        self._check_packing()
+        self._check_teacher()
+        self._check_validation()
+
+    def _check_stages(self) -> None:
         _require(bool(self.stages), "stages is empty: at least one stage is needed")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"stages have the names {names}: they must differ")
         total = sum(stage.fraction for stage in self.stages)
         _require(abs(total - 1) < 1e-6, f"stages[].fraction sum to {total:g}: they must sum to 1")
-        world = self.world_size
-        ranks = self.model.model_parallel_size
         _require(
-            world % ranks == 0,
-            f"trainer.num_nodes x trainer.devices is {world}, which the model's layout does not "
-            f"divide: tensor {self.model.tensor_model_parallel_size} x pipeline "
-            f"{self.model.pipeline_model_parallel_size} x context "
-            f"{self.model.context_parallel_size} needs a multiple of {ranks} ranks; set "
-            f"trainer.devices={ranks}",
+            not self.is_on_policy or self.rollout.top_p == 1.0,
+            f"rollout.top_p is {self.rollout.top_p} with on-policy stages: their samples must come "
+            "from the student's whole distribution; set rollout.top_p=1",
         )
-        expert_ranks = self.model.expert_layout_size
+
+    def _check_layouts(self) -> None:
+        separate = self.teacher.separate_ranks
         _require(
-            world % expert_ranks == 0,
-            f"trainer.num_nodes x trainer.devices is {world}, which "
-            f"model.expert_model_parallel_size {self.model.expert_model_parallel_size} x pipeline "
-            f"{self.model.pipeline_model_parallel_size} does not divide; set trainer.devices to a "
-            f"multiple of {expert_ranks}",
+            separate < self.world_size,
+            f"teacher.separate_ranks is {separate} of the {self.world_size} ranks of "
+            "trainer.num_nodes x trainer.devices: none is left for the student",
         )
+        for key, model, ranks in (
+            ("model", self.model, self.student_ranks),
+            ("teacher", self.teacher_model, self.teacher_ranks),
+        ):
+            total = f"trainer.num_nodes x trainer.devices is {self.world_size}"
+            if separate:
+                total += f", {ranks} of them the {'student' if key == 'model' else key}'s"
+            needed = model.model_parallel_size
+            _require(
+                ranks % needed == 0,
+                f"{total}, which does not fit {key}.tensor_model_parallel_size "
+                f"{model.tensor_model_parallel_size} x pipeline "
+                f"{model.pipeline_model_parallel_size} x context {model.context_parallel_size}: "
+                f"a multiple of {needed} ranks is needed; set trainer.devices={needed + separate}",
+            )
+            needed = model.expert_layout_size
+            _require(
+                ranks % needed == 0,
+                f"{total}, which does not fit {key}.expert_model_parallel_size "
+                f"{model.expert_model_parallel_size} x pipeline "
+                f"{model.pipeline_model_parallel_size}: a multiple of {needed} ranks is needed",
+            )
+
+    def _check_packing(self) -> None:
+        size = self.model.packed_sequence_size
+        if not size:
+            return
         longest = self.data.max_prompt_length + self.data.max_response_length
         _require(
-            not self.model.packed_sequence_size or self.model.packed_sequence_size >= longest,
-            f"model.packed_sequence_size is {self.model.packed_sequence_size}, below "
-            f"data.max_prompt_length + data.max_response_length {longest}: raise it, or lower them",
+            size >= longest,
+            f"model.packed_sequence_size is {size}, below data.max_prompt_length + "
+            f"data.max_response_length {longest}: raise it, or lower them",
         )
         _require(
-            not self.model.packed_sequence_size or self.teacher.micro_batch_size in (0, 1),
+            self.teacher.micro_batch_size in (0, 1),
             f"teacher.micro_batch_size is {self.teacher.micro_batch_size} and "
             "model.packed_sequence_size is set: a packed micro-batch is one row; set it to 1",
         )
-        ranks = self.teacher_model.model_parallel_size
+
+    def _check_teacher(self) -> None:
         _require(
-            world % ranks == 0,
-            f"trainer.num_nodes x trainer.devices is {world}, which the teacher's layout does not "
-            f"divide: teacher.tensor_model_parallel_size x teacher.pipeline_model_parallel_size "
-            f"needs a multiple of {ranks} ranks (0 takes the student's)",
-        )
-        expert_ranks = self.teacher_model.expert_layout_size
-        _require(
-            world % expert_ranks == 0,
-            f"trainer.num_nodes x trainer.devices is {world}, which the teacher's layout does not "
-            f"divide: teacher.expert_model_parallel_size x teacher.pipeline_model_parallel_size "
-            f"needs a multiple of {expert_ranks} ranks (0 takes the student's)",
-        )
-        on_policy = any(stage.responses is ResponseSource.rollouts for stage in self.stages)
-        _require(
-            not (on_policy and self.teacher.placement is TeacherPlacement.cached),
+            not (self.is_on_policy and self.teacher.placement is TeacherPlacement.cached),
             "teacher.placement is cached and a stage trains on rollouts: signals of fresh samples "
             "cannot be computed beforehand; set teacher.placement=offloaded, or keep to stages "
             "with responses=references",
         )
+        fp8 = self.teacher.fp8
         _require(
-            not on_policy or self.rollout.top_p == 1.0,
-            f"rollout.top_p is {self.rollout.top_p} with on-policy stages: their samples must come "
-            "from the student's whole distribution; set rollout.top_p=1",
+            not (self.teacher.separate_ranks and fp8.enabled and fp8.certificate),
+            "teacher.placement is separate and teacher.fp8.certificate is true: the certificate is "
+            "measured where both models are; certify once with placement=colocated, then set "
+            "teacher.fp8.certificate=false",
         )
+        self_teacher = self.teacher.hf_path == ""
+        _require(
+            not self_teacher or self.teacher.privileged_context is not PrivilegedContext.none,
+            "teacher.hf_path is empty (self-distillation) and teacher.privileged_context is none: "
+            "teacher and student would be identical and every loss 0; set "
+            "teacher.privileged_context to answer or expert_solution",
+        )
+
+    def _check_validation(self) -> None:
         keep = self.exp_manager.checkpoint_callback_params
         _require(
             not keep.save_best_k or bool(self.trainer.val_check_interval),
@@ -765,13 +821,20 @@ class PacedConfig:
             f"trainer.val_check_interval is {self.trainer.val_check_interval} and "
             "data.validation_problems is not set: give a file, or set the interval to 0",
         )
-        self_teacher = self.teacher.hf_path == ""
-        _require(
-            not self_teacher or self.teacher.privileged_context is not PrivilegedContext.none,
-            "teacher.hf_path is empty (self-distillation) and teacher.privileged_context is none: "
-            "teacher and student would be identical and every loss 0; set "
-            "teacher.privileged_context to answer or expert_solution",
-        )
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether any stage trains on fresh samples of the student."""
+        return any(stage.responses is ResponseSource.rollouts for stage in self.stages)
+
+    @property
+    def student_ranks(self) -> int:
+        return self.world_size - self.teacher.separate_ranks
+
+    @property
+    def teacher_ranks(self) -> int:
+        """Ranks that the teacher is spread over: the student's, or its own."""
+        return self.teacher.separate_ranks or self.world_size
 
     @property
     def world_size(self) -> int:
@@ -779,7 +842,7 @@ class PacedConfig:
 
     @property
     def data_parallel_size(self) -> int:
-        return self.world_size // self.model.model_parallel_size
+        return self.student_ranks // self.model.model_parallel_size
 
     @property
     def teacher_model(self) -> ModelConfig:

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 from nemo_paced import cpu_megatron
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.link import Link, split_world
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,15 @@ class RankGrid:
     context: int
     data: int
     pipeline: int
+    first_rank: int = 0
+
+    def beginning_at(self, rank: int) -> RankGrid:
+        return replace(self, first_rank=rank)
 
     def last_stage(self, dp_rank: int) -> list[int]:
         """Ranks of a data-parallel replica's last pipeline stage: [tp + tensor * cp]."""
         replica = dp_rank + self.data * (self.pipeline - 1)
-        first = self.tensor * self.context * replica
+        first = self.first_rank + self.tensor * self.context * replica
         return list(range(first, first + self.tensor * self.context))
 
 
@@ -59,12 +64,14 @@ class Parallel:
 
     Attributes:
         groups: Megatron's collection, for its models, schedules and optimizers.
+        link: to the other world, where the teacher has ranks of its own; ranks count in theirs.
     """
 
     rank: int
     world_size: int
     device: torch.device
     groups: ProcessGroupCollection
+    link: Link | None = None
 
     @property
     def tp_group(self) -> ProcessGroup:
@@ -136,9 +143,17 @@ class Parallel:
 
 
 def initialize(
-    model: ModelConfig, *, accelerator: str = "auto", timeout_s: float = 1800
+    model: ModelConfig,
+    *,
+    accelerator: str = "auto",
+    timeout_s: float = 1800,
+    teacher: ModelConfig | None = None,
+    separate_ranks: int = 0,
 ) -> Parallel:
     """Join the job (torchrun's environment variables, or alone without them) and build all groups.
+
+    Args:
+        teacher: the layout of the last ``separate_ranks`` ranks, which form a world of their own.
 
     Raises:
         ConfigError: the ranks do not fit the layout, or the accelerator is not there.
@@ -150,7 +165,15 @@ def initialize(
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    _join(backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_s)
+    link = None
+    if separate_ranks:
+        link = split_world(separate_ranks, backend=backend, device=device, timeout=timeout)
+        if link.is_teacher:
+            assert teacher is not None, "separate ranks have a layout"
+            model = teacher
+    else:
+        _join(backend=backend, timeout=timeout)
     _check_layout(model, torch.distributed.get_world_size())
     chunks = model.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -169,6 +192,7 @@ def initialize(
         world_size=torch.distributed.get_world_size(),
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        link=link,
     )
 
 

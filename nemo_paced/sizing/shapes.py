@@ -229,12 +229,12 @@ def padded_vocab(student: ModelShape, teacher: ModelShape, work: Work, tensor: i
 
 def student_layout(config: PacedConfig) -> Layout:
     """As the configuration asks for it."""
-    return _layout(config.model, config.world_size)
+    return _layout(config.model, config.student_ranks)
 
 
 def teacher_plan(config: PacedConfig) -> TeacherPlan:
     """As the configuration asks for it."""
-    layout = _layout(config.teacher_model, config.world_size)
+    layout = _layout(config.teacher_model, config.teacher_ranks)
     return TeacherPlan(
         layout, Placement(config.teacher.placement.value), config.teacher.fp8.enabled
     )

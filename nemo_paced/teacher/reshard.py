@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from nemo_paced.data.packing import TrainItem, rank_items
-from nemo_paced.parallel import Parallel, RankGrid
+from nemo_paced.parallel import RankGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,37 @@ class Route:
     tokens: int
     source: int
     target: int
+
+
+class Ends(Protocol):
+    """What moves tensors: a world's own ranks, or the link between two worlds."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def transfer(
+        self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]
+    ) -> None:
+        """Send to and receive into, by the other's rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneWorld:
+    """All ranks in torch.distributed's default group."""
+
+    rank: int
+
+    def transfer(
+        self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]
+    ) -> None:
+        send, receive = torch.distributed.isend, torch.distributed.irecv
+        operations = [torch.distributed.P2POp(send, part, peer) for peer, part in outgoing.items()]
+        operations += [
+            torch.distributed.P2POp(receive, buffer, peer) for peer, buffer in incoming.items()
+        ]
+        if operations:
+            for request in torch.distributed.batch_isend_irecv(operations):
+                request.wait()
 
 
 def routes(
@@ -55,7 +87,8 @@ def routes(
 def exchange(
     held: Mapping[str, torch.Tensor],
     all_routes: Sequence[Route],
-    parallel: Parallel,
+    ends: Ends,
+    device: torch.device,
     *,
     width: int,
     dtype: torch.dtype,
@@ -64,32 +97,23 @@ def exchange(
 
     Args:
         held: [tokens, width] by response id, on the ranks named as sources.
+        ends: sends and receives between the ranks that the routes name.
 
     Returns:
         [tokens, width] of the responses that are routed to this rank.
     """
-    mine = parallel.rank
+    mine = ends.rank
     kept = [r for r in all_routes if r.source == mine == r.target]
     outgoing = _by_rank([r for r in all_routes if r.source == mine != r.target], "target")
     incoming = _by_rank([r for r in all_routes if r.target == mine != r.source], "source")
     received = {
-        peer: torch.empty(sum(r.tokens for r in parts), width, dtype=dtype, device=parallel.device)
+        peer: torch.empty(sum(r.tokens for r in parts), width, dtype=dtype, device=device)
         for peer, parts in incoming.items()
     }
-    # one message a pair of ranks, all posted at once
-    operations = [
-        torch.distributed.P2POp(
-            torch.distributed.isend, torch.cat([held[r.response_id] for r in parts]), peer
-        )
-        for peer, parts in outgoing.items()
-    ]
-    operations += [
-        torch.distributed.P2POp(torch.distributed.irecv, buffer, peer)
-        for peer, buffer in received.items()
-    ]
-    if operations:
-        for request in torch.distributed.batch_isend_irecv(operations):
-            request.wait()
+    sent = {
+        peer: torch.cat([held[r.response_id] for r in parts]) for peer, parts in outgoing.items()
+    }
+    ends.transfer(sent, received)  # one message a pair of ranks
     moved = {r.response_id: held[r.response_id] for r in kept}
     for peer, parts in incoming.items():
         pieces = received[peer].split([r.tokens for r in parts])

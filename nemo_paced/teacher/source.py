@@ -17,7 +17,8 @@ from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.teacher.fp8 import Fp8Choice
 from nemo_paced.teacher.placement import HeldTeacher
-from nemo_paced.teacher.reshard import exchange, routes
+from nemo_paced.teacher.remote import RemoteTeacher
+from nemo_paced.teacher.reshard import OneWorld, exchange, routes
 from nemo_paced.teacher.signal import ResponseSignal, SignalKind, TeacherSignal, cut_top_k
 
 
@@ -26,8 +27,9 @@ class TeacherSource:
     """What a step asks for the teacher's signal.
 
     Attributes:
-        held: the teacher.
-        parallel: its layout.
+        held: the teacher on these ranks; ``None``: it has ranks of its own.
+        remote: the way to those.
+        parallel: the layout of the held one.
         student: the student's layout, in which the signal arrives.
         head_weight: the teacher's LM head [v/tp, h] on the student's last stage, else ``None``.
         hidden_size, dtype: of a hidden state.
@@ -37,7 +39,8 @@ class TeacherSource:
         fp8: how the teacher runs in FP8; ``None``: it does not.
     """
 
-    held: HeldTeacher
+    held: HeldTeacher | None
+    remote: RemoteTeacher | None
     parallel: Parallel
     student: Parallel
     kind: SignalKind
@@ -73,8 +76,13 @@ class TeacherSource:
                 self._keep(self.cache, missing, fresh)
             by_response |= fresh
             if not self.keep_loaded:
-                self.held.release()
+                self.release()
         return TeacherSignal(by_response, self.head_weight), len(known)
+
+    def release(self) -> None:
+        """Free the teacher, where it is this rank's."""
+        if self.held is not None:
+            self.held.release()
 
     def fill(self, items: Sequence[TrainItem]) -> None:
         """Put the signals of stored responses into the cache; collective."""
@@ -85,16 +93,27 @@ class TeacherSource:
         self, missing: Sequence[TrainItem], items: Sequence[TrainItem]
     ) -> dict[str, ResponseSignal]:
         """Signals of ``missing``, as the student's ranks need them when they train on ``items``."""
-        batches = cut_batch(missing, self.cut, self.parallel, teacher=True)
-        with self.held.resident() as teacher:
-            hidden = teacher.hidden_states(batches)
-        ways = routes(missing, items, teacher=self.parallel.grid, student=self.student.grid)
-        moved = exchange(hidden, ways, self.student, width=self.hidden_size, dtype=self.dtype)
+        moved = self._hidden_states(missing, items)
         if not self.kind.top_k or self.head_weight is None:
             return dict(moved)
         # tensor-parallel ranks cut together: in one order
         ordered = {i.response_id: moved[i.response_id] for i in missing if i.response_id in moved}
         return dict(cut_top_k(ordered, self.head_weight, self.kind, self.student.tp_group))
+
+    def _hidden_states(
+        self, missing: Sequence[TrainItem], items: Sequence[TrainItem]
+    ) -> dict[str, torch.Tensor]:
+        width, dtype = self.hidden_size, self.dtype
+        if self.remote is not None:
+            assert len(missing) == len(items), "a teacher on ranks of its own has no cache"
+            return self.remote.hidden_states(items, self.student, width=width, dtype=dtype)
+        assert self.held is not None, "it is here or elsewhere"
+        batches = cut_batch(missing, self.cut, self.parallel, teacher=True)
+        with self.held.resident() as teacher:
+            hidden = teacher.hidden_states(batches)
+        ways = routes(missing, items, teacher=self.parallel.grid, student=self.student.grid)
+        ends = OneWorld(self.student.rank)
+        return exchange(hidden, ways, ends, self.student.device, width=width, dtype=dtype)
 
     def _keep(
         self, cache: SignalCache, items: Sequence[TrainItem], fresh: dict[str, ResponseSignal]

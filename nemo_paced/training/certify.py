@@ -79,6 +79,7 @@ def certify(
     step, fp8 = models.step, models.step.teacher.fp8
     assert fp8 is not None, "called where it is due"
     exact = _teacher_hidden(step, items)
+    assert step.teacher.held is not None, "a remote teacher is not certified"
     step.teacher.held.quantize()
     quantized = _teacher_hidden(step, items)
     drift = _drift(step, kind, items, exact, quantized)

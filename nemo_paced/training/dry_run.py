@@ -32,11 +32,12 @@ import torch
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, TeacherPlacement
 from nemo_paced.data.packing import TrainItem
-from nemo_paced.errors import PacedError
+from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import PacedGPTModel, load_hf_config
 from nemo_paced.parallel import Parallel
-from nemo_paced.training.setup import Models, WeightReader, build_models
+from nemo_paced.training.setup import Models, build_models
+from nemo_paced.training.teacher_setup import WeightReader
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,11 @@ def chosen_ranks(config: PacedConfig) -> list[int]:
 
 def shortened(config: PacedConfig, folder: Path) -> PacedConfig:
     """The same configuration with models of few layers, on CPU tensors, without a cache."""
+    if config.teacher.separate_ranks:
+        raise ConfigError(
+            "train --dry-run runs one world of ranks, and teacher.placement is separate: run it "
+            "once for the student (placement=colocated with its ranks), once for the teacher"
+        )
     both = (config.model, config.teacher_model)
     stages = math.lcm(
         *(m.pipeline_model_parallel_size * m.virtual_pipeline_model_parallel_size for m in both)

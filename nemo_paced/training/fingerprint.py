@@ -59,7 +59,12 @@ CHANGEABLE = (
     "training",
 )
 # Within `rollout`, these decide what is sampled.
-FIXED = ("rollout.temperature", "rollout.top_p", "rollout.refit_every_n_steps")
+FIXED = (
+    "rollout.temperature",
+    "rollout.top_p",
+    "rollout.refit_every_n_steps",
+    "rollout.max_staleness",
+)
 
 
 def check_config(saved: dict[str, Any], config: PacedConfig, where: Path) -> None:

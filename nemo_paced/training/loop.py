@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,18 +29,17 @@ from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
 from nemo_paced.training.driver import Driver
+from nemo_paced.training.exchange import BatchExchange
 from nemo_paced.training.faults import Guard, Watch
 from nemo_paced.training.fingerprint import check_config
 from nemo_paced.training.progress import RunLog
 from nemo_paced.training.schedule import Stage
 from nemo_paced.training.setup import Models, build_models
 from nemo_paced.training.step import StepResult
+from nemo_paced.training.teacher_setup import serve_teacher
+from nemo_paced.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
-
-# Rank 0 may sample pass rates of a whole data set before the first message; if it dies meanwhile,
-# the launcher ends the other ranks.
-MESSAGE_TIMEOUT_S = 7 * 24 * 3600.0
 
 
 def train(config: PacedConfig, run_dir: Path) -> None:
@@ -53,9 +52,14 @@ def train(config: PacedConfig, run_dir: Path) -> None:
         config.model,
         accelerator=config.trainer.accelerator,
         timeout_s=config.training.collective_timeout_s,
+        teacher=config.teacher_model,
+        separate_ranks=config.teacher.separate_ranks,
     )
     config = with_cache_folder(config, run_dir)
     try:
+        if parallel.link is not None and parallel.link.is_teacher:
+            serve_teacher(config, parallel)
+            return
         resume_from = agreed_checkpoint(config, run_dir, parallel)
         driver_context = Driver(config, run_dir) if parallel.rank == 0 else nullcontext()
         with driver_context as driver:
@@ -63,6 +67,8 @@ def train(config: PacedConfig, run_dir: Path) -> None:
                 config, parallel, certify_fp8=certificate_due(config, run_dir, parallel)
             )
             Loop(config, run_dir, all_stages, models, driver, parallel).run(resume_from)
+            if models.step.teacher.remote is not None:
+                models.step.teacher.remote.close()
     finally:
         parallel_module.shutdown()
 
@@ -128,6 +134,7 @@ class Loop:
         self.step = 0
         self.consumed = 0
         self.guard = Guard(config)
+        self.throughput = Throughput(config, parallel)
         self.watch = Watch(parallel, config.training.collective_timeout_s)
         self.accuracy: float | None = None  # of the last validation, at step ``validated``
         self.validated: int | None = None
@@ -135,6 +142,9 @@ class Loop:
         self.background = AsyncCallsQueue() if async_save else None
         self.served_step: int | None = None  # optimizer steps behind the server's weights
         self.saved_step: int | None = None
+        self.exchange = BatchExchange(
+            config, all_stages, driver, parallel, models.step.teacher.remote
+        )
         self.times: dict[str, float] = {}
 
     def run(self, resume_from: Path | None) -> None:
@@ -146,11 +156,13 @@ class Loop:
             return
         with (
             self.watch,
+            self.exchange,
             RunLog(self.config, self.run_dir, self.step, enabled=self.parallel.rank == 0) as log,
         ):
             if self.driver is not None:
                 self.driver.prepare(log)
-            if self.models.step.teacher.held.to_be_quantized:
+            held = self.models.step.teacher.held
+            if held is not None and held.to_be_quantized:
                 self._certify_teacher()
             if self.driver is not None:
                 self.driver.first_pass_rates(resume_from)
@@ -169,21 +181,24 @@ class Loop:
         stage = schedule.stage_at(self.stages, self.step)
         self._enter(stage)
         self.watch.reached(self.step, "batch")
-        if stage.config.responses is ResponseSource.rollouts:
+        on_policy = stage.config.responses is ResponseSource.rollouts
+        if on_policy and not self.exchange.is_sampled(self.step):
             self._refit_if_due()
         with self._timed("rollout"):
-            batch = self._batch(stage)
+            batch = self.exchange.batch(self.step, self.consumed, stage, self.served_step)
+        if on_policy and self.config.rollout.steps_ahead:
+            self._refit_if_due()
+            assert self.served_step is not None, "it has just been refit, or not long ago"
+            self.exchange.sample_ahead(self.step, self.consumed, stage, self.served_step)
         self.watch.reached(self.step, "training")
         rate = schedule.learning_rate(
             self.config.model.optim, self.step, self.config.trainer.max_steps
         )
         result = self.models.step(batch.items, stage.config, rate) if batch.items else None
         if result is not None:
-            self._forget(_batch_key(self.step))  # a step is collective: every rank has read it
-        on_policy = stage.config.responses is ResponseSource.rollouts
-        fresh = on_policy and self.served_step == self.step
+            self.exchange.read_everywhere(self.step)
+        fresh = on_policy and batch.metrics.get("rollout/staleness", 0) == 0
         self.guard.check(self.step, stage, batch, result, fresh=fresh)
-        staleness = self.step - self.served_step if self.served_step is not None else None
         self.step += 1
         self.consumed += self.config.model.global_batch_size
         validation = self._validate_if_due()
@@ -193,9 +208,9 @@ class Loop:
             "stage": stage.config.name,
             "learning_rate": rate,
             **self._result_metrics(result),
+            **(self.throughput.metrics(batch.items, result) if result is not None else {}),
             "weights/active_problems": len(batch.items),
             **batch.metrics,
-            **({"rollout/staleness": staleness} if on_policy else {}),
             **validation,
             **{f"time/{name}_s": seconds for name, seconds in self.times.items()},
             "time/step_s": time.perf_counter() - begin,
@@ -227,7 +242,7 @@ class Loop:
             assert self.driver is not None, "rank 0 has one"
             return self.driver.certificate_batch(self.step, self.consumed)
 
-        batch = self._exchange("fp8_certificate", make)
+        batch = self.exchange.give("fp8_certificate", make)
         stage = schedule.stage_at(self.stages, self.step)
         kind = Divergence(stage.config.divergence.value)
         certify(self.models, batch.items, responses, kind, self.run_dir)
@@ -243,12 +258,12 @@ class Loop:
             chunks = self.driver.uncached_references(source.cache)
         for number in itertools.count():
             key = f"uncached/{self.step}/{number}"
-            batch = self._exchange(key, lambda: next(chunks, Batch([], {})))
+            batch = self.exchange.give(key, lambda: next(chunks, Batch([], {})))
             if not batch.items:
                 break
             source.fill(batch.items)
-            self._forget(key)  # collective above: every rank has read it
-        source.held.release()
+            self.exchange.forget(key)  # collective above: every rank has read it
+        source.release()
 
     def _refit_if_due(self) -> None:
         every = self.config.rollout.refit_every_n_steps
@@ -259,29 +274,10 @@ class Loop:
         """Bring the server to the current weights; collective over the ranks that hold them."""
         if self.served_step == self.step:
             return
+        self.exchange.settle()
         with self._timed("refit"):
             self.models.push_weights(self.driver, self.step)
         self.served_step = self.step
-
-    def _batch(self, stage: Stage) -> Batch:
-        def sample() -> Batch:
-            assert self.driver is not None, "rank 0 has one"
-            return self.driver.batch(self.step, self.consumed, stage.config)
-
-        return self._exchange(_batch_key(self.step), sample)
-
-    def _exchange(self, key: str, make: Callable[[], Batch]) -> Batch:
-        """What rank 0 makes, on every rank."""
-        if self.driver is None:
-            return Batch.from_message(parallel_module.await_value(key, MESSAGE_TIMEOUT_S))
-        batch = make()
-        if self.parallel.world_size > 1:
-            parallel_module.publish(key, batch.to_message())
-        return batch
-
-    def _forget(self, key: str) -> None:
-        if self.driver is not None:
-            parallel_module.forget(key)
 
     def _result_metrics(self, result: StepResult | None) -> dict[str, Any]:
         if result is None:
@@ -347,7 +343,3 @@ class Loop:
         begin = time.perf_counter()
         yield
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
-
-
-def _batch_key(step: int) -> str:
-    return f"batch/{step}"

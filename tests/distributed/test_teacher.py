@@ -10,8 +10,9 @@ from nemo_paced.data.packing import rank_items
 from nemo_paced.errors import ConfigError
 from nemo_paced.parallel import RankGrid
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
-from nemo_paced.teacher.reshard import exchange, routes
+from nemo_paced.teacher.reshard import OneWorld, exchange, routes
 from nemo_paced.training.setup import build_models
+from nemo_paced.training.teacher_setup import serve_teacher
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import LR, STAGES, STEPS, make_config, make_items
 from tests.tiny import make_hf_model
@@ -140,6 +141,63 @@ def test_a_cached_teacher_is_loaded_again_only_for_a_damaged_entry(models, tmp_p
     assert loss == pytest.approx(first[0], rel=1e-6)
 
 
+def _train_separate(rank, world_size, folder, student, teacher, ranks, kind, top_k):
+    """As in training/loop.py: the student's ranks train, the teacher's answer."""
+    tensor, pipeline = teacher
+    config = make_config(
+        folder,
+        student,
+        placement=TeacherPlacement.separate,
+        separate_ranks=ranks,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        top_k=top_k,
+        devices=world_size,
+    )
+    parallel = parallel_module.initialize(
+        config.model,
+        accelerator="cpu",
+        timeout_s=60,
+        teacher=config.teacher_model,
+        separate_ranks=ranks,
+    )
+    if parallel.link.is_teacher:
+        serve_teacher(config, parallel)
+        return None
+    models = build_models(config, parallel)
+    remote = models.step.teacher.remote
+    if rank == 0:  # one batch ahead; the others are told when they are asked for
+        remote.announce(make_items(0))
+        remote.announce(make_items(1))
+    results = [models.step(make_items(step), STAGES[kind], LR) for step in range(STEPS)]
+    remote.close()
+    return [(r.loss, r.grad_norm) for r in results]
+
+
+SEPARATE = {
+    "1 + 1": ((1, 1, 1, 2, False), (1, 1), 1),
+    "tp2 + 1": ((2, 1, 2, 2, False), (1, 1), 1),
+    "1 + tp2": ((1, 1, 1, 2, False), (2, 1), 2),
+    "pp2 + dp2": ((1, 2, 2, 1, False), (1, 1), 2),
+    "tp2 sp + pp2": ((2, 1, 2, 2, True), (1, 2), 2),
+}
+
+
+@pytest.mark.parametrize("top_k", [0, VOCAB])
+@pytest.mark.parametrize("layout", SEPARATE)
+def test_a_teacher_on_ranks_of_its_own_gives_the_same_steps(models, single, layout, top_k):
+    student, teacher, ranks = SEPARATE[layout]
+    world = student[2] + ranks
+    options = (str(models), student, teacher, ranks, "forward_kl", top_k)
+    results = run_ranks(world, _train_separate, *options)
+    tolerance = 1e-4 if top_k else 1e-5
+    assert results[student[2] :] == [None] * ranks, "the teacher's ranks ended by themselves"
+    for losses in results[: student[2]]:
+        torch.testing.assert_close(
+            torch.tensor(losses), single["forward_kl"], rtol=tolerance, atol=tolerance
+        )
+
+
 @pytest.mark.parametrize("sizes", [(2, 1, 3, 2), (2, 2, 2, 3), (1, 1, 4, 1), (3, 2, 1, 2)])
 def test_the_grid_is_megatrons(sizes):
     tensor, context, data, pipeline = sizes
@@ -188,7 +246,8 @@ def _exchange_in_a_ring(rank, world_size):
     held = {f"r{rank}": torch.full((rank, 4), rank)}
     if rank == 1:
         held["both"] = torch.full((2, 4), 7)
-    return exchange(held, ways, parallel, width=4, dtype=torch.int64)
+    ends = OneWorld(parallel.rank)
+    return exchange(held, ways, ends, parallel.device, width=4, dtype=torch.int64)
 
 
 def test_an_exchange_of_unequal_and_empty_parts():

@@ -110,11 +110,11 @@ def make_items(step, count=7):
     ]
 
 
-def make_config(folder, layout, teacher="teacher", model=None, **teacher_options):
+def make_config(folder, layout, teacher="teacher", model=None, devices=None, **teacher_options):
     tensor, pipeline, ranks, micro_batch_size, sequence_parallel = layout
     return PacedConfig(
         trainer=TrainerConfig(
-            devices=ranks, accelerator="cpu", precision="fp32", gradient_clip_val=1.0
+            devices=devices or ranks, accelerator="cpu", precision="fp32", gradient_clip_val=1.0
         ),
         model=ModelConfig(
             tensor_model_parallel_size=tensor,

@@ -34,8 +34,18 @@ from nemo_paced.errors import ConfigError
             "set teacher.placement=offloaded",
         ),
         (
+            lambda: TeacherConfig(placement=TeacherPlacement.separate),
+            "placement=separate needs ranks",
+        ),
+        (
+            lambda: PacedConfig(
+                teacher=TeacherConfig(placement=TeacherPlacement.separate, separate_ranks=1)
+            ),
+            "none is left for the student",
+        ),
+        (
             lambda: PacedConfig(teacher=TeacherConfig(tensor_model_parallel_size=2)),
-            "which the teacher's layout does not divide",
+            "does not fit teacher.tensor_model_parallel_size 2",
         ),
         (lambda: DataConfig(prompt_template="x"), "every prompt would be the same"),
         (lambda: RolloutConfig(top_p=2), "rollout.top_p is 2"),

@@ -1,0 +1,122 @@
+"""Two worlds of ranks in one job, each with process groups of its own, and what goes between them.
+
+``torchrun`` or ``srun`` starts all ranks alike; with ``teacher.separate_ranks`` the last ones form
+a world that runs the teacher alone. Megatron's global groups, and a world's collectives, then know
+nothing of the other world. Between the worlds go JSON through the job's key-value store, on which
+either side waits with a timeout, and tensors point to point once both are known to be there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, Store
+
+from nemo_paced.errors import ConfigError
+
+
+class Link:
+    """This rank's end.
+
+    Attributes:
+        rank: in the job: student ranks first, then those of the teacher.
+        students: how many are the student's.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        students: int,
+        device: torch.device,
+        timeout: timedelta,
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.students = students
+        self._store = PrefixStore("link", store)
+        self._group = _make_group(PrefixStore("tensors", store), rank, size, device, timeout)
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.rank >= self.students
+
+    def publish(self, key: str, value: Any) -> None:
+        """Give the other world a JSON value under a key of its own."""
+        payload: Any = zlib.compress(json.dumps(value).encode(), level=1)
+        self._store.set(key, payload)
+
+    def await_value(self, key: str, timeout_s: float) -> Any:
+        """Wait for :meth:`publish` of the key.
+
+        Raises:
+            torch.distributed.DistStoreError: after ``timeout_s``.
+        """
+        self._store.wait([key], timedelta(seconds=timeout_s))
+        return json.loads(zlib.decompress(self._store.get(key)))
+
+    def forget(self, key: str) -> None:
+        self._store.delete_key(key)
+
+    def transfer(
+        self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]
+    ) -> None:
+        """Send to and receive into, by the other's rank; returns when all has arrived."""
+        works = [self._group.send([part.contiguous()], peer, 0) for peer, part in outgoing.items()]
+        works += [self._group.recv([buffer], peer, 0) for peer, buffer in incoming.items()]
+        for work in works:
+            work.wait()
+
+
+def split_world(
+    separate_ranks: int, *, backend: str, device: torch.device, timeout: timedelta
+) -> Link:
+    """Join the job as a rank of the student's or of the teacher's world.
+
+    Raises:
+        ConfigError: not started by torchrun or srun, or too few ranks.
+    """
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"teacher.separate_ranks is {separate_ranks} and this process has no others: start "
+            "trainer.devices ranks"
+        )
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    students = size - separate_ranks
+    if students < 1:
+        raise ConfigError(
+            f"{size} ranks were started and teacher.separate_ranks is {separate_ranks}: none is "
+            "left for the student"
+        )
+    store, _, _ = next(torch.distributed.rendezvous("env://", rank, size, timeout=timeout))
+    store.set_timeout(timeout)
+    is_teacher = rank >= students
+    torch.distributed.init_process_group(
+        backend,
+        store=PrefixStore("teacher" if is_teacher else "student", store),
+        rank=rank - students if is_teacher else rank,
+        world_size=separate_ranks if is_teacher else students,
+        timeout=timeout,
+    )
+    return Link(store, rank, size, students, device, timeout)
+
+
+def _make_group(
+    store: Store, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> Any:
+    """A group over both worlds, for messages point to point only.
+
+    It is made beside torch.distributed's default one, which knows one world.
+    """
+    if device.type == "cuda":
+        options = torch.distributed.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return torch.distributed.ProcessGroupNCCL(store, rank, size, options)
+    return torch.distributed.ProcessGroupGloo(store, rank, size, timeout)

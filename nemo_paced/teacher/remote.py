@@ -1,0 +1,108 @@
+"""A teacher on ranks of its own (``teacher.placement=separate``), one step ahead of the student.
+
+For request n the student's world announces the batch under ``items/n``, as early as it knows it;
+the teacher's world computes its hidden states and says ``ready/n``; when the student comes to that
+batch it says ``want/n``, and only then do tensors move. So the teacher is at most one batch ahead
+(it holds one batch of hidden states, no more), and neither world waits for the other inside a
+collective or a message: both wait on the store.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from nemo_paced.data.packing import Cut, TrainItem, cut_batch
+from nemo_paced.link import Link
+from nemo_paced.parallel import Parallel, RankGrid
+from nemo_paced.teacher.model import Teacher
+from nemo_paced.teacher.reshard import exchange, routes
+
+logger = logging.getLogger(__name__)
+
+# The student's world may sample pass rates of a whole data set between two batches; if it dies
+# meanwhile, the launcher ends the teacher's ranks.
+REQUEST_TIMEOUT_S = 7 * 24 * 3600.0
+
+
+class RemoteTeacher:
+    """The student's end.
+
+    Args:
+        grid: where the teacher's ranks stand, in the job's numbers.
+        answer_timeout_s: for the hidden states of one batch, once they are wanted.
+    """
+
+    def __init__(self, link: Link, grid: RankGrid, answer_timeout_s: float) -> None:
+        self.link = link
+        self.grid = grid
+        self.answer_timeout_s = answer_timeout_s
+        self._announced: deque[list[str]] = deque()  # rank 0: not asked for yet
+        self._next_announced = 0
+        self._next_asked = 0
+
+    def announce(self, items: Sequence[TrainItem]) -> None:
+        """Rank 0 tells the teacher of a batch that will be asked for; in the order of asking."""
+        self.link.publish(f"items/{self._next_announced}", [asdict(item) for item in items])
+        self._announced.append([item.response_id for item in items])
+        self._next_announced += 1
+
+    def hidden_states(
+        self, items: Sequence[TrainItem], student: Parallel, *, width: int, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """Hidden states [tokens, width] of a batch, where the student needs them; collective.
+
+        Announces the batch if that has not been done.
+        """
+        number = self._next_asked
+        self._next_asked += 1
+        if self.link.rank == 0:
+            if not self._announced:
+                self.announce(items)
+            announced = self._announced.popleft()
+            assert announced == [i.response_id for i in items], "batches are asked for in order"
+            self.link.publish(f"want/{number}", True)
+        self.link.await_value(f"ready/{number}", self.answer_timeout_s)
+        ways = routes(items, items, teacher=self.grid, student=student.grid)
+        return exchange({}, ways, self.link, student.device, width=width, dtype=dtype)
+
+    def close(self) -> None:
+        """No batch comes any more: the teacher's ranks end."""
+        if self.link.rank == 0:
+            self.link.publish(f"items/{self._next_announced}", None)
+
+
+def serve(
+    teacher: Teacher, cut: Cut, link: Link, student: RankGrid, *, width: int, dtype: torch.dtype
+) -> None:
+    """The teacher's end, on each of its ranks: answer until the student's world has closed."""
+    parallel = teacher.parallel
+    own = parallel.grid.beginning_at(link.students)
+    number = 0
+    while (message := link.await_value(f"items/{number}", REQUEST_TIMEOUT_S)) is not None:
+        items = [_item(fields) for fields in message]
+        hidden = teacher.hidden_states(cut_batch(items, cut, parallel, teacher=True))
+        torch.distributed.barrier()
+        if parallel.rank == 0:
+            link.publish(f"ready/{number}", True)
+        link.await_value(f"want/{number}", REQUEST_TIMEOUT_S)
+        ways = routes(items, items, teacher=own, student=student)
+        exchange(hidden, ways, link, parallel.device, width=width, dtype=dtype)
+        torch.distributed.barrier()
+        if parallel.rank == 0:
+            for key in ("items", "want"):
+                link.forget(f"{key}/{number}")
+            if number:  # all of the student's ranks have read it before they asked for this one
+                link.forget(f"ready/{number - 1}")
+        number += 1
+    logger.info("teacher: %d batches answered", number)
+
+
+def _item(fields: dict[str, Any]) -> TrainItem:
+    names = ("student_prompt_ids", "teacher_prompt_ids", "response_ids", "server_logprobs")
+    return TrainItem(**{**fields, **{name: tuple(fields[name]) for name in names}})

@@ -1,0 +1,158 @@
+"""Each step's batch on every rank, and ahead of its turn where somebody can use it.
+
+Rank 0 makes a batch (stored responses, or rollouts of the served student) and gives it to the other
+ranks through the store. It makes the next ones early in two cases: a teacher on ranks of its own
+works one batch ahead, and with ``rollout.max_staleness`` the server samples for the steps to come,
+in a thread, while this one is trained on. All ranks count what is ahead: a refit is collective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+from nemo_paced import parallel as parallel_module
+from nemo_paced.config import PacedConfig, ResponseSource
+from nemo_paced.parallel import Parallel
+from nemo_paced.teacher.remote import RemoteTeacher
+from nemo_paced.training import schedule
+from nemo_paced.training.batches import Batch
+from nemo_paced.training.driver import Driver
+from nemo_paced.training.schedule import Stage
+
+# Rank 0 may sample pass rates of a whole data set before the first message; if it dies meanwhile,
+# the launcher ends the other ranks.
+MESSAGE_TIMEOUT_S = 7 * 24 * 3600.0
+
+
+class BatchExchange:
+    """A context manager: leaving it waits for what is being sampled.
+
+    Args:
+        driver: rank 0's; ``None`` elsewhere.
+        remote: a teacher on ranks of its own.
+    """
+
+    def __init__(
+        self,
+        config: PacedConfig,
+        stages: list[Stage],
+        driver: Driver | None,
+        parallel: Parallel,
+        remote: RemoteTeacher | None,
+    ) -> None:
+        self.config = config
+        self.stages = stages
+        self.driver = driver
+        self.parallel = parallel
+        self.remote = remote
+        self._sampled_until = 0  # rollouts of the steps below are made or being made
+        self._announced_until = 0  # the remote teacher knows the batches of the steps below
+        self._ahead: dict[int, Future[Batch]] = {}  # rank 0's
+        self._sampler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
+
+    def __enter__(self) -> BatchExchange:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # on an error the server is about to be stopped, which ends what waits for it
+        self._sampler.shutdown(wait=error[0] is None, cancel_futures=True)
+
+    def is_sampled(self, step: int) -> bool:
+        """Whether the step's rollouts have been asked for already; the same on every rank."""
+        return step < self._sampled_until
+
+    def batch(self, step: int, consumed: int, stage: Stage, served_step: int | None) -> Batch:
+        """The batch of this step, which is made now if it is not yet.
+
+        Args:
+            consumed: problems of the steps before.
+            served_step: optimizer steps behind the weights that it would be sampled with.
+        """
+        batch = self.give(_key(step), lambda: self._made(step, consumed, stage, served_step))
+        self._sampled_until = max(self._sampled_until, step + 1)
+        if self.remote is not None and self.driver is not None:
+            self._announce(self.remote, batch, step)
+            if stage.config.responses is ResponseSource.references and self._goes_on(stage, step):
+                ahead = self._make_later(step + 1, consumed + self._size, stage, None)
+                self._announce(self.remote, ahead.result(), step + 1)
+        return batch
+
+    def sample_ahead(self, step: int, consumed: int, stage: Stage, served_step: int) -> None:
+        """Begin with the rollouts of the following steps, as far as they may be stale."""
+        last = step
+        while last < step + self.config.rollout.steps_ahead and self._goes_on(stage, last):
+            last += 1
+            if self.driver is not None and not self.is_sampled(last):
+                later = consumed + (last - step) * self._size
+                self._make_later(last, later, stage, served_step)
+        self._sampled_until = max(self._sampled_until, last + 1)
+
+    def settle(self) -> None:
+        """Wait until nothing is being sampled: the server is needed for something else."""
+        for future in list(self._ahead.values()):
+            future.result()
+
+    def read_everywhere(self, step: int) -> None:
+        """The step was collective: every rank has its batch, and the message can go."""
+        self.forget(_key(step))
+
+    def give(self, key: str, make: Callable[[], Batch]) -> Batch:
+        """What rank 0 makes, on every rank."""
+        if self.driver is None:
+            return Batch.from_message(parallel_module.await_value(key, MESSAGE_TIMEOUT_S))
+        batch = make()
+        if self.parallel.world_size > 1:
+            parallel_module.publish(key, batch.to_message())
+        return batch
+
+    def forget(self, key: str) -> None:
+        if self.driver is not None:
+            parallel_module.forget(key)
+
+    @property
+    def _size(self) -> int:
+        return self.config.model.global_batch_size
+
+    def _goes_on(self, stage: Stage, step: int) -> bool:
+        """Whether the step after belongs to the stage too."""
+        following = step + 1
+        if following >= self.config.trainer.max_steps:
+            return False
+        return schedule.stage_at(self.stages, following) is stage
+
+    def _made(self, step: int, consumed: int, stage: Stage, served_step: int | None) -> Batch:
+        if step not in self._ahead:
+            return self._make(step, consumed, stage, served_step)
+        return self._ahead.pop(step).result()
+
+    def _make_later(
+        self, step: int, consumed: int, stage: Stage, served_step: int | None
+    ) -> Future[Batch]:
+        made = self._sampler.submit(self._make, step, consumed, stage, served_step)
+        self._ahead[step] = made
+        return made
+
+    def _make(self, step: int, consumed: int, stage: Stage, served_step: int | None) -> Batch:
+        assert self.driver is not None, "rank 0 has one"
+        begin = time.perf_counter()
+        batch = self.driver.batch(step, consumed, stage.config)
+        if stage.config.responses is ResponseSource.references or served_step is None:
+            return batch
+        took = {
+            "rollout/staleness": step - served_step,
+            "rollout/sampling_s": time.perf_counter() - begin,
+        }
+        return replace(batch, metrics={**batch.metrics, **took})
+
+    def _announce(self, remote: RemoteTeacher, batch: Batch, step: int) -> None:
+        if step >= self._announced_until:
+            self._announced_until = step + 1
+            if batch.items:
+                remote.announce(batch.items)
+
+
+def _key(step: int) -> str:
+    return f"batch/{step}"

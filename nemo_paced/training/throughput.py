@@ -1,0 +1,74 @@
+"""How fast a step was: tokens a second, FLOP/s of both models, and MFU where the peak is known.
+
+Model FLOPs are counted as papers count them: what the tokens need (no padding, nothing that is
+recomputed), 3 forwards for forward and backward. Peaks are the data sheets' (``sizing/hardware``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nemo_paced.config import PacedConfig, Precision
+from nemo_paced.data.packing import TrainItem
+from nemo_paced.parallel import Parallel
+from nemo_paced.sizing.flops import forward_flops
+from nemo_paced.sizing.hardware import GPUS
+from nemo_paced.sizing.shapes import ModelShape
+from nemo_paced.training.step import StepResult
+
+
+class Throughput:
+    """Of the models and ranks of one run."""
+
+    def __init__(self, config: PacedConfig, parallel: Parallel) -> None:
+        self.student = ModelShape.read(config.student.hf_path, "student.hf_path")
+        self.teacher = ModelShape.read(config.teacher_hf_path, "teacher.hf_path")
+        self.student_ranks = config.student_ranks
+        self.teacher_ranks = config.teacher_ranks
+        bf16 = config.trainer.compute_precision is Precision.bf16
+        self.peak = peak_flops(parallel.device) if bf16 else None
+
+    def metrics(self, items: Sequence[TrainItem], result: StepResult) -> dict[str, float]:
+        """Of a step that has trained on ``items``."""
+        seconds = result.teacher_s + result.student_s
+        student = self.student_flops(items) / self.student_ranks
+        told = {
+            "throughput/tokens_per_second": result.tokens / seconds,
+            "throughput/student_tflops_per_rank": student / result.student_s / 1e12,
+        }
+        if result.cached == 0 and result.teacher_s > 0:
+            teacher = self.teacher_flops(items) / self.teacher_ranks
+            told["throughput/teacher_tflops_per_rank"] = teacher / result.teacher_s / 1e12
+        if self.peak is not None:
+            told["throughput/mfu"] = student / result.student_s / self.peak
+        return told
+
+    def student_flops(self, items: Sequence[TrainItem]) -> float:
+        """Forward and backward, LM head at the response tokens included."""
+        head = 2 * self.student.vocab_size * self.student.hidden_size
+        return 3 * sum(
+            forward_flops(self.student, length := _length(item.student_prompt_ids, item), length)
+            + head * len(item.response_ids)
+            for item in items
+        )
+
+    def teacher_flops(self, items: Sequence[TrainItem]) -> float:
+        """Forward, without the LM head (its product is a part of the loss)."""
+        return sum(
+            forward_flops(self.teacher, length := _length(item.teacher_prompt_ids, item), length)
+            for item in items
+        )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of a GPU in bf16, FLOP/s; ``None`` where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((gpu.bf16 for key, gpu in GPUS.items() if key in name), None)
+
+
+def _length(prompt: tuple[int, ...], item: TrainItem) -> int:
+    return len(prompt) + len(item.response_ids)
