@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -85,16 +86,19 @@ class RolloutClient:
         asyncio.run(self._sample_all(requests, on_result))
 
     def call(self, method: str, path: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Call a control route on every server; returns their JSON answers.
+        """Call a control route on every server at once; returns their JSON answers.
 
         Raises:
             RolloutError: a server that cannot be reached or does not answer 200.
         """
-        answers = []
-        with httpx.Client(
-            headers=self._headers, trust_env=False, timeout=self.request_timeout_s
-        ) as client:
-            for endpoint in self.endpoints:
+        with (
+            httpx.Client(
+                headers=self._headers, trust_env=False, timeout=self.request_timeout_s
+            ) as client,
+            ThreadPoolExecutor(len(self.endpoints)) as pool,
+        ):
+
+            def one(endpoint: str) -> dict[str, Any]:
                 try:
                     response = client.request(method, endpoint + path, **arguments)
                 except httpx.TransportError as error:
@@ -103,8 +107,9 @@ class RolloutClient:
                     raise RolloutError(
                         f"{endpoint}{path} answered {response.status_code}: {response.text[:300]}"
                     )
-                answers.append(response.json() if response.content else {})
-        return answers
+                return response.json() if response.content else {}
+
+            return list(pool.map(one, self.endpoints))
 
     def healthy(self, endpoint: str) -> bool:
         try:

@@ -66,6 +66,8 @@ class Driver:
                 config, self.run_dir, self.prompts, prepare.server_notes(self.bar)
             )
         )
+        if config.sends_weights:
+            self.sampler.require_weight_routes()
 
     def first_pass_rates(self, resumed_from: Path | None) -> None:
         """The checkpoint's table, a given one, or a first estimate; after :meth:`prepare`."""

@@ -51,6 +51,7 @@ CHANGEABLE = (
     "data.validation_problems",
     "data.forgetting_problems",
     "references.path",
+    "references.endpoints",
     "weights.pass_rates",
     "rollout",
     "grading.num_workers",
