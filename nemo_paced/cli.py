@@ -43,14 +43,38 @@ evaluates it, and writes DIR/report.html and DIR/results.json. No network, no GP
         "K graded rollouts of every problem by the student, and the weights that follow",
         f"""\
 usage: nemo-paced pass-rates --config-name NAME [key=value ...]
+       nemo-paced pass-rates --simulate [--pass-rates TABLE] [--problems 1000] [--seeds 10]
+           [--seed 0] [--csv FILE] [--figure FILE.html] [weights.KEY=value ...]
 
 Writes pass_rates.parquet into the run directory: id, num_correct, num_rollouts,
 effective_correct, effective_rollouts, pass_rate, weight, student_step. Interrupted, it goes on
-with the rollouts that are missing.
+with the rollouts that are missing. weights.estimator=posterior weighs without hard zeros;
+weights.adaptive.enabled=true then spends weights.num_rollouts a problem (in the mean) where they
+help most.
 
-example: nemo-paced pass-rates --config-name quickstart weights.num_rollouts=4
+--simulate needs no model: how wrong are weights after so many rollouts, by the plug-in estimate, by
+the posterior, and by the posterior with adaptive rollouts? For three known distributions of pass
+rates, or for those that TABLE may come from. What
+the estimator saves and what adaptivity saves beyond it are told apart.
+
+examples:
+  nemo-paced pass-rates --config-name quickstart weights.num_rollouts=4
+  nemo-paced pass-rates --config-name quickstart weights.estimator=posterior \\
+      weights.adaptive.enabled=true
+  nemo-paced pass-rates --simulate weights.fit_prior=true weights.estimator=posterior
 
 {RUN_HELP}""",
+    ),
+    "weights": Command(
+        "nemo_paced.entry.weights:weights",
+        "what a table of pass rates says of exponents, prior and weights",
+        """\
+usage: nemo-paced weights --pass-rates TABLE [weights.KEY=value ...]
+
+Prints the exponents that moment matching gives (arXiv 2603.11178), the prior that fits the counts,
+the effective sample size of the weights, and the share of all weight by pass rate. Writes nothing.
+
+example: nemo-paced weights --pass-rates RUN/pass_rates.parquet weights.beta=2""",
     ),
     "references": Command(
         "nemo_paced.entry.commands:references",

@@ -125,6 +125,21 @@ class WeightScheme(Enum):
     hard_filter = "hard_filter"  # 1 where low <= p <= high
 
 
+class Estimator(Enum):
+    """``weights.estimator``: what the Beta kernel is taken of, with c of K rollouts right."""
+
+    plug_in = "plug_in"  # the kernel at c / K: the paper's; 0 where all or none were right
+    posterior = "posterior"  # the kernel's mean over what is known of the pass rate; never 0
+
+
+class Reestimation(Enum):
+    """``weights.reestimate``: what moves pass rates besides ``stages[].reestimate_pass_rates``."""
+
+    never = "never"
+    every_n_steps = "every_n_steps"  # weights.num_rollouts new rollouts of every problem
+    free = "free"  # the on-policy stages' own rollouts, which are graded anyway
+
+
 class Reduction(Enum):
     """``loss.reduction``: what is divided by what (see ``losses/reduction.py``)."""
 
@@ -142,6 +157,22 @@ def _positive(section: str, obj: Any, *names: str) -> None:
     for name in names:
         value = getattr(obj, name)
         _require(value > 0, f"{section}.{name} is {value}: it must be above 0")
+
+
+def _refuse_ignored(
+    section: str, obj: Any, names: tuple[str, ...], because: str, remedy: str
+) -> None:
+    """Keys that mean nothing beside another one must be at their defaults."""
+    for f in dataclasses.fields(obj):
+        if f.name not in names:
+            continue
+        value = getattr(obj, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        _require(
+            value == default,
+            f"{section}.{f.name} is {to_dict(value)} and {because}: it would be ignored; "
+            f"{remedy}, or leave it out",
+        )
 
 
 @dataclass
@@ -416,13 +447,13 @@ class Fp8Config:
         )
 
     def _refuse_ignored(self, switch: str, names: tuple[str, ...]) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            _require(
-                f.name not in names or value == f.default,
-                f"teacher.fp8.{f.name} is {to_dict(value)} and teacher.fp8.{switch} is false: it "
-                f"would be ignored; set teacher.fp8.{switch}=true, or leave it out",
-            )
+        _refuse_ignored(
+            "teacher.fp8",
+            self,
+            names,
+            f"teacher.fp8.{switch} is false",
+            f"set teacher.fp8.{switch}=true",
+        )
 
 
 @dataclass
@@ -535,6 +566,39 @@ class ReferencesConfig:
 
 
 @dataclass
+class AdaptiveConfig:
+    """``weights.adaptive``: rollouts go where they lower the error of the weights most.
+
+    ``weights.num_rollouts`` is then the mean over the problems; a larger one continues the rollouts
+    of a smaller one.
+    """
+
+    enabled: bool = False
+    initial_rollouts: int = 2  # of every problem, in the first round
+    rollouts_per_round: float = 1.0  # a problem, in the mean; fewer: better spent, more rounds
+    max_rollouts: int = 64  # of one problem
+    # Expected RMS error of the weights (whose mean is 1) at which to stop before
+    # weights.num_rollouts are spent; 0: spend them.
+    target_error: float = 0.0
+
+    def __post_init__(self) -> None:
+        where = "weights.adaptive"
+        _positive(where, self, "initial_rollouts", "rollouts_per_round", "max_rollouts")
+        _require(
+            self.target_error >= 0,
+            f"{where}.target_error is {self.target_error}: above 0, or 0 to spend the budget",
+        )
+        if not self.enabled:
+            _refuse_ignored(
+                where,
+                self,
+                ("initial_rollouts", "rollouts_per_round", "max_rollouts", "target_error"),
+                "weights.adaptive.enabled is false",
+                "set weights.adaptive.enabled=true",
+            )
+
+
+@dataclass
 class WeightsConfig:
     """From pass rates to problem weights; paper's defaults."""
 
@@ -543,8 +607,20 @@ class WeightsConfig:
     beta: float = 1.0
     low: float = 0.2  # hard_filter only
     high: float = 0.8
+    estimator: Estimator = Estimator.plug_in
+    prior: list[float] = field(default_factory=lambda: [1.0, 1.0])  # Beta(a0, b0); posterior only
+    fit_prior: bool = False  # to the counts themselves, by maximum likelihood; posterior only
     num_rollouts: int = 8  # K
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     pass_rates: str | None = None  # table of an earlier `pass-rates`, instead of sampling at step 0
+    reestimate: Reestimation = Reestimation.never
+    reestimate_every_n_steps: int = 0  # with reestimate=every_n_steps
+    # reestimate=free: what a problem's earlier counts are multiplied by at each new rollout; at
+    # most 1 / (1 - discount) rollouts are remembered.
+    discount: float = 0.9
+    # reestimate=free: share of the batch's problems of weight 0 that are sampled and graded (not
+    # trained on), so that they can come back.
+    exploration: float = 0.0
 
     def __post_init__(self) -> None:
         _positive("weights", self, "num_rollouts")
@@ -555,6 +631,78 @@ class WeightsConfig:
             0 <= self.low < self.high <= 1,
             f"weights.low, weights.high are {self.low}, {self.high}: need 0 <= low < high <= 1",
         )
+        self._check_estimator()
+        self._check_adaptive()
+        self._check_reestimation()
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether a problem can have weight 0, so that on-policy stages do not sample it."""
+        if self.scheme is WeightScheme.beta_kernel:
+            return self.estimator is Estimator.plug_in and (self.alpha > 0 or self.beta > 0)
+        return self.scheme is WeightScheme.hard_filter
+
+    def _check_estimator(self) -> None:
+        _require(
+            len(self.prior) == 2 and min(self.prior) > 0,
+            f"weights.prior is {self.prior}: two numbers above 0 are needed",
+        )
+        if self.estimator is Estimator.plug_in:
+            _refuse_ignored(
+                "weights",
+                self,
+                ("prior", "fit_prior"),
+                "weights.estimator is plug_in",
+                "set weights.estimator=posterior",
+            )
+            return
+        _require(
+            self.scheme is WeightScheme.beta_kernel,
+            f"weights.estimator is posterior and weights.scheme is {self.scheme.value}, which is "
+            "no function of a posterior: it would be ignored; set weights.estimator=plug_in",
+        )
+        _require(
+            not self.fit_prior or self.prior == [1.0, 1.0],
+            f"weights.prior is {self.prior} and weights.fit_prior is true, which replaces it: "
+            "leave one of them out",
+        )
+
+    def _check_adaptive(self) -> None:
+        adaptive = self.adaptive
+        if not adaptive.enabled:
+            return
+        _require(
+            self.estimator is Estimator.posterior,
+            "weights.adaptive.enabled is true and weights.estimator is plug_in, which stopping "
+            "early would bias; set weights.estimator=posterior",
+        )
+        _require(
+            adaptive.initial_rollouts <= self.num_rollouts <= adaptive.max_rollouts,
+            f"weights.num_rollouts is {self.num_rollouts}, the mean over the problems: it must lie "
+            f"between weights.adaptive.initial_rollouts {adaptive.initial_rollouts} and "
+            f"weights.adaptive.max_rollouts {adaptive.max_rollouts}",
+        )
+
+    def _check_reestimation(self) -> None:
+        periodic = self.reestimate is Reestimation.every_n_steps
+        _require(
+            periodic == (self.reestimate_every_n_steps > 0) and self.reestimate_every_n_steps >= 0,
+            f"weights.reestimate is {self.reestimate.value} and weights.reestimate_every_n_steps "
+            f"is {self.reestimate_every_n_steps}: every_n_steps needs a number above 0, the others "
+            "take none",
+        )
+        _require(0 < self.discount <= 1, f"weights.discount is {self.discount}: in (0, 1]")
+        _require(
+            0 <= self.exploration <= 1, f"weights.exploration is {self.exploration}: in [0, 1]"
+        )
+        if self.reestimate is not Reestimation.free:
+            _refuse_ignored(
+                "weights",
+                self,
+                ("discount", "exploration"),
+                f"weights.reestimate is {self.reestimate.value}",
+                "set weights.reestimate=free",
+            )
 
 
 @dataclass
@@ -753,6 +901,7 @@ class PacedConfig:
         self._check_packing()
         self._check_teacher()
         self._check_validation()
+        self._check_free_reestimation()
 
     def _check_stages(self) -> None:
         _require(bool(self.stages), "stages is empty: at least one stage is needed")
@@ -847,6 +996,29 @@ class PacedConfig:
             "data.validation_problems is not set: give a file, or set the interval to 0",
         )
 
+    def _check_free_reestimation(self) -> None:
+        weights = self.weights
+        if weights.reestimate is not Reestimation.free:
+            return
+        _require(
+            self.is_on_policy,
+            "weights.reestimate is free and no stage has responses=rollouts: nothing would be "
+            "sampled to estimate from; set weights.reestimate=every_n_steps, or never",
+        )
+        # token_mean counts the tokens of problems of weight 0 as well: all are sampled
+        skips = weights.may_be_zero and self.loss.reduction is not Reduction.token_mean
+        _require(
+            not skips or weights.exploration > 0,
+            f"weights.reestimate is free, and under weights.scheme {weights.scheme.value} with "
+            "weights.estimator plug_in a problem of weight 0 is never sampled again; set "
+            "weights.exploration above 0 (0.1, say), or weights.estimator=posterior",
+        )
+        _require(
+            skips or weights.exploration == 0,
+            f"weights.exploration is {weights.exploration} and every problem of a batch is sampled "
+            "anyway: it would be ignored; leave it out",
+        )
+
     @property
     def is_on_policy(self) -> bool:
         """Whether any stage trains on fresh samples of the student."""
@@ -900,7 +1072,8 @@ class PacedConfig:
             stage.responses is ResponseSource.rollouts or stage.reestimate_pass_rates
             for stage in self.stages
         )
-        return any(follows) or self.trainer.val_check_interval > 0
+        periodic = self.weights.reestimate is Reestimation.every_n_steps
+        return any(follows) or periodic or self.trainer.val_check_interval > 0
 
     @property
     def teacher_hf_path(self) -> str:

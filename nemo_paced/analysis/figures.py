@@ -221,6 +221,20 @@ def differences(
         return _svg(figure, f"Accuracy minus that of {reference}")
 
 
+def weight_errors(lines: Sequence[Line], goal: float) -> str:
+    """RMS error of the weights against rollouts a problem (the lines' steps), and a goal."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        for line, colour in zip(lines, COLOURS, strict=False):
+            axes.errorbar(
+                line.steps, line.values, line.errors, fmt=".-", color=colour, label=line.label
+            )
+        axes.axhline(goal, color=GREY, lw=0.8, ls="--")
+        axes.set(xlabel="rollouts a problem, mean", ylabel="RMS error of a weight", ylim=(0, None))
+        _legend(axes)
+        return _svg(figure, "RMS error of the weights against rollouts a problem")
+
+
 def _bins(num_rollouts: int) -> tuple[Any, Any]:
     """(centres, edges) of the bars over pass rates."""
     if num_rollouts <= 16:

@@ -95,14 +95,15 @@ def _pass_rate_sections(run: RunFiles) -> list[Section]:
     first, last = min(tables), max(tables)
     shown = {f"step {step}": tables[step]["pass_rate"] for step in sorted({first, last})}
     frame = tables[last]
-    k = int(frame["num_rollouts"].max())
+    k, fewest = int(frame["num_rollouts"].max()), int(frame["num_rollouts"].min())
+    each = f"{k}" if k == fewest else f"{fewest} to {k}"
     means = ", ".join(f"{rates.mean():.3f} at {label}" for label, rates in shown.items())
     once = " Estimated once in this run." if first == last else ""
     sections = [
         Section(
             "Pass rates",
             svg=figures.pass_rate_histogram(shown, k),
-            note=f"{len(frame)} training problems, {k} rollouts each; mean {means}.{once}",
+            note=f"{len(frame)} training problems, {each} rollouts each; mean {means}.{once}",
         ),
         Section(
             f"Weights from step {last} on",

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 DRY_RUN_FLAG = "--dry-run"
+SIMULATE_FLAG = "--simulate"
 
 
 def train(arguments: list[str]) -> None:
@@ -104,6 +105,11 @@ def _check_inputs(config: PacedConfig, run_dir: Path, *, notes: bool) -> None:
 
 
 def pass_rates(arguments: list[str]) -> None:
+    if SIMULATE_FLAG in arguments:
+        from nemo_paced.entry.weights import simulate_pass_rates
+
+        simulate_pass_rates([a for a in arguments if a != SIMULATE_FLAG])
+        return
     from nemo_paced.training import prepare
 
     with_config(arguments, lambda config: _prepare(config, prepare.pass_rates))

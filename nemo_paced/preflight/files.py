@@ -84,7 +84,8 @@ def stored_inputs(inputs: Inputs) -> Iterator[Finding]:
     problems = inputs.problems.get("data.problems")
     if config.weights.pass_rates is not None and problems is not None:
         try:
-            PassRateTable.read(Path(config.weights.pass_rates), problems)
+            path = Path(config.weights.pass_rates)
+            PassRateTable.read(path, problems).check_estimator(config.weights, path)
         except PacedError as told:
             yield error("weights.pass_rates", str(told))
 

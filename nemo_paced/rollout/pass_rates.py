@@ -1,4 +1,11 @@
-"""Pass rates of a training set and the weights that follow: a table that pandas reads."""
+"""Pass rates of a training set and the weights that follow: a table that pandas reads.
+
+``num_correct`` and ``num_rollouts`` count all rollouts since the last full estimate,
+``effective_correct`` and ``effective_rollouts`` are discounted counts, the same where nothing was
+discounted; ``pass_rate`` is their quotient and the weight is a function of them alone. (Under
+adaptive sampling the quotient leans to the ends, since a problem is left alone once it looks
+settled; the posterior weight does not mind how sampling was stopped.)
+"""
 
 from __future__ import annotations
 
@@ -7,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from nemo_paced.config import WeightsConfig
+from nemo_paced.config import Estimator, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.records import PassRate, Problem, Rollout
 from nemo_paced.weights.schemes import problem_weights
+from nemo_paced.weights.summary import drift_metrics
 
 COLUMNS = tuple(field.name for field in fields(PassRate))
 
@@ -29,16 +37,12 @@ class PassRateTable:
         *,
         student_step: int,
     ) -> PassRateTable:
-        """Plug-in estimate p = c / K of every problem from graded rollouts.
+        """Counts of every problem from graded rollouts, and weights as ``config`` says.
 
         Raises:
             ConfigError: all weights would be 0.
         """
-        counts = {problem.id: [0, 0] for problem in problems}
-        for rollout in rollouts:
-            assert rollout.correct is not None, "rollouts are graded when they are stored"
-            counts[rollout.problem_id][0] += rollout.correct
-            counts[rollout.problem_id][1] += 1
+        counts = _counts(rollouts, problems)
         rows = [
             PassRate(
                 id=problem_id,
@@ -55,11 +59,73 @@ class PassRateTable:
         return PassRateTable(tuple(rows)).reweighted(config)
 
     def reweighted(self, config: WeightsConfig) -> PassRateTable:
-        """The same pass rates under another weighting."""
-        weights = problem_weights(config, [row.pass_rate for row in self.rows])
+        """The same pass rates under another weighting.
+
+        Raises:
+            ConfigError: all weights would be 0.
+        """
+        weights = problem_weights(
+            config,
+            [row.effective_correct for row in self.rows],
+            [row.effective_rollouts for row in self.rows],
+        )
         return PassRateTable(
             tuple(replace(row, weight=w) for row, w in zip(self.rows, weights, strict=True))
         )
+
+    def updated(
+        self, rollouts: Sequence[Rollout], config: WeightsConfig, *, student_step: int
+    ) -> PassRateTable:
+        """The table after some more graded rollouts of some of its problems.
+
+        Each rollout multiplies its problem's earlier counts by ``weights.discount`` before it is
+        added; other problems keep theirs. All weights change, since their mean stays 1.
+
+        Raises:
+            ConfigError: all weights would be 0.
+        """
+        graded: dict[str, list[bool]] = {}
+        for rollout in rollouts:
+            assert rollout.correct is not None, "rollouts are graded when they are stored"
+            graded.setdefault(rollout.problem_id, []).append(rollout.correct)
+        rows = []
+        for row in self.rows:
+            right, count = row.effective_correct, row.effective_rollouts
+            verdicts = graded.get(row.id, [])
+            for correct in verdicts:
+                right = config.discount * right + correct
+                count = config.discount * count + 1
+            rows.append(
+                replace(
+                    row,
+                    num_correct=row.num_correct + sum(verdicts),
+                    num_rollouts=row.num_rollouts + len(verdicts),
+                    effective_correct=right,
+                    effective_rollouts=count,
+                    pass_rate=right / count,
+                    student_step=student_step,
+                )
+            )
+        return PassRateTable(tuple(rows)).reweighted(config)
+
+    def check_estimator(self, config: WeightsConfig, where: Path) -> None:
+        """Refuse counts that ``weights.estimator`` cannot be fair with.
+
+        Raises:
+            ConfigError: unequal numbers of rollouts and the plug-in estimate, whose mean is
+                (1-1/K) p(1-p) at alpha = beta = 1: problems of larger K would weigh more.
+        """
+        counts = {row.effective_rollouts for row in self.rows}
+        if config.estimator is Estimator.plug_in and len(counts) > 1:
+            raise ConfigError(
+                f"{where} holds {min(counts):g} to {max(counts):g} rollouts a problem and "
+                "weights.estimator is plug_in, which is biased then; set "
+                "weights.estimator=posterior, or estimate anew with `pass-rates`"
+            )
+
+    def drift(self) -> dict[str, float]:
+        """Metrics of pass rates and weights as a whole."""
+        return drift_metrics([r.pass_rate for r in self.rows], [r.weight for r in self.rows])
 
     def weights(self) -> dict[str, float]:
         return {row.id: row.weight for row in self.rows}
@@ -77,8 +143,8 @@ class PassRateTable:
         os.replace(temporary, path)
 
     @staticmethod
-    def read(path: Path, problems: Sequence[Problem]) -> PassRateTable:
-        """A table for exactly these problems.
+    def read(path: Path, problems: Sequence[Problem] | None = None) -> PassRateTable:
+        """A table for exactly these problems, in their order; without them all that it holds.
 
         Raises:
             ConfigError: no such table, other columns, or problems that it lacks.
@@ -95,6 +161,8 @@ class PassRateTable:
             record["id"]: PassRate(**{name: record[name] for name in COLUMNS})
             for record in frame.to_dict("records")
         }
+        if problems is None:
+            return PassRateTable(tuple(rows.values()))
         absent = [problem.id for problem in problems if problem.id not in rows]
         if absent:
             raise ConfigError(
@@ -102,3 +170,13 @@ class PassRateTable:
                 f"({', '.join(absent[:3])}): it was made from another problem file"
             )
         return PassRateTable(tuple(rows[problem.id] for problem in problems))
+
+
+def _counts(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> dict[str, list[int]]:
+    """[right, all] of every problem."""
+    counts = {problem.id: [0, 0] for problem in problems}
+    for rollout in rollouts:
+        assert rollout.correct is not None, "rollouts are graded when they are stored"
+        counts[rollout.problem_id][0] += rollout.correct
+        counts[rollout.problem_id][1] += 1
+    return counts

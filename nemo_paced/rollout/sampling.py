@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_paced.hf.tokenizer import Prompts
@@ -44,6 +44,7 @@ def sample_rollouts(
     settings: SamplingSettings,
     run_seed: int,
     grader: Grader,
+    num_samples: Mapping[str, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Rollout]:
     """Rollouts of every problem, samples in order; each is stored as soon as it is finished.
@@ -51,16 +52,18 @@ def sample_rollouts(
     Grading and writing run in threads beside the requests.
 
     Args:
+        num_samples: by problem id, where they differ; else ``settings.num_samples`` of each.
         step: optimizer steps behind the served weights.
         purpose: keeps apart what is sampled at the same step (``pass_rates``, ``train``, ...).
         progress: called with (problems finished, problems in all).
     """
     by_id = {problem.id: problem for problem in problems}
+    wanted = num_samples or dict.fromkeys(by_id, settings.num_samples)
     requests = []
     for problem in by_id.values():
         missing = [
             sample
-            for sample in range(settings.num_samples)
+            for sample in range(wanted[problem.id])
             if (purpose, step, problem.id, sample) not in store
         ]
         if missing:
@@ -71,7 +74,7 @@ def sample_rollouts(
     def keep(request: SampleRequest, completions: list[Completion]) -> None:
         nonlocal finished
         problem = by_id[request.key]
-        first = settings.num_samples - request.n  # what is missing are the last samples
+        first = wanted[problem.id] - request.n  # what is missing are the last samples
         store.append(
             purpose,
             [
@@ -89,7 +92,7 @@ def sample_rollouts(
     found = [
         store.get(purpose, step, problem.id, sample)
         for problem in problems
-        for sample in range(settings.num_samples)
+        for sample in range(wanted[problem.id])
     ]
     assert all(rollout is not None for rollout in found), "the client returned without some of them"
     return found  # type: ignore[return-value]

@@ -11,13 +11,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemo_paced.config import PacedConfig, Reduction, ResponseSource, StageConfig
+from nemo_paced.config import (
+    PacedConfig,
+    Reduction,
+    Reestimation,
+    ResponseSource,
+    StageConfig,
+)
 from nemo_paced.data.loader import ProblemOrder
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.rollout.pass_rates import PassRateTable
-from nemo_paced.rollout.sampling import SamplingSettings
+from nemo_paced.rollout.sampling import SamplingSettings, sampling_seed
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.training import checkpoint, prepare
 from nemo_paced.training.batches import Batch, build_items
@@ -46,6 +52,7 @@ class Driver:
         check_data(run_dir, self.problems)
         self.order = ProblemOrder(len(self.problems), config.model.seed, config.data.shuffle)
         self.references: dict[str, Response] = {}
+        self._tables: dict[int, PassRateTable] = {}  # before the batch of a step was made
         self._stack = ExitStack()
 
     def __enter__(self) -> Driver:
@@ -66,7 +73,14 @@ class Driver:
                 config, self.run_dir, self.prompts, prepare.server_notes(self.bar)
             )
         )
-        if config.sends_weights:
+
+    def check_servers(self) -> None:
+        """Servers that somebody else runs have to take the student's weights, if any are sent.
+
+        Raises:
+            ConfigError: names one that does not.
+        """
+        if self.config.sends_weights:
             self.sampler.require_weight_routes()
 
     def first_pass_rates(self, resumed_from: Path | None) -> None:
@@ -81,6 +95,7 @@ class Driver:
 
     def batch(self, step: int, consumed: int, stage: StageConfig) -> Batch:
         """The global batch of a step; samples it first in an on-policy stage."""
+        self._keep_table_before(step)
         positions = self.order.take(consumed, self.config.model.global_batch_size)
         problems = [self.problems[position] for position in positions]
         by_id = self.table.weights()
@@ -89,7 +104,14 @@ class Driver:
         if stage.responses is ResponseSource.references:
             responses: list[Response | None] = [self.references[p.id] for p in problems]
         else:
-            responses, metrics = self._sample_batch(problems, weights, step)
+            rollouts = self._sample_batch(problems, weights, step, explore=True)
+            responses, metrics = _aligned(rollouts, problems), _rollout_metrics(rollouts)
+            if self.config.weights.reestimate is Reestimation.free and rollouts:
+                # from the next step on: a weight never depends on the rollout it multiplies
+                self.table = self.table.updated(
+                    rollouts, self.config.weights, student_step=step + 1
+                )
+        metrics |= self.table.drift()
         items = build_items(
             problems,
             weights,
@@ -98,6 +120,23 @@ class Driver:
             reduction=self.config.loss.reduction.value,
         )
         return Batch(items, metrics)
+
+    def save_pass_rates(self, step: int) -> None:
+        """What the checkpoint of ``step`` has to hold: free re-estimation moves it at each step.
+
+        Rollouts that were sampled ahead are in the store: a resumed run counts them in their turn.
+        """
+        if self.config.weights.reestimate is Reestimation.free:
+            # in this order: the sampler's thread may begin with this very batch meanwhile
+            table = self.table
+            prepare.save_table(self._tables.get(step, table), self.run_dir, step)
+
+    def _keep_table_before(self, step: int) -> None:
+        """For a checkpoint written while batches ahead of it are made."""
+        if self.config.weights.reestimate is Reestimation.free:
+            oldest = step - self.config.rollout.steps_ahead
+            self._tables = {k: t for k, t in self._tables.items() if k >= oldest}
+            self._tables[step] = self.table
 
     def uncached_references(self, cache: SignalCache) -> Iterator[Batch]:
         """Stored responses that will be trained on and have no teacher signal yet, in batches."""
@@ -126,7 +165,7 @@ class Driver:
         if self.references:
             responses: list[Response | None] = [self.references[p.id] for p in problems]
         else:
-            responses, _ = self._sample_batch(problems, weights, step)
+            responses = _aligned(self._sample_batch(problems, weights, step), problems)
         items = build_items(
             problems,
             weights,
@@ -157,7 +196,9 @@ class Driver:
         if resumed_from is not None:
             table = PassRateTable.read(resumed_from / checkpoint.PASS_RATES_FILE, self.problems)
         elif given:
-            table = PassRateTable.read(Path(given), self.problems).reweighted(self.config.weights)
+            found = PassRateTable.read(Path(given), self.problems)
+            found.check_estimator(self.config.weights, Path(given))
+            table = found.reweighted(self.config.weights)
         else:
             return prepare.estimate_pass_rates(
                 self.config, self.problems, self.sampler, self.run_dir, step=0, bar=self.bar
@@ -166,14 +207,19 @@ class Driver:
         return table
 
     def _sample_batch(
-        self, problems: list[Problem], weights: list[float], step: int
-    ) -> tuple[list[Response | None], dict[str, float]]:
+        self, problems: list[Problem], weights: list[float], step: int, *, explore: bool = False
+    ) -> list[Rollout]:
+        """One rollout of each problem that has a weight, or is explored."""
         # token_mean divides by the response tokens of the whole batch, weight 0 included
         everything = self.config.loss.reduction is Reduction.token_mean
-        wanted = {p.id: p for p, w in zip(problems, weights, strict=True) if w > 0 or everything}
+        wanted = {
+            problem.id: problem
+            for problem, weight in zip(problems, weights, strict=True)
+            if weight > 0 or everything or (explore and self._explored(problem, step))
+        }
         if not wanted:
-            return [None] * len(problems), {}
-        rollouts = self.sampler.sample(
+            return []
+        return self.sampler.sample(
             list(wanted.values()),
             purpose="train",
             step=step,
@@ -184,11 +230,21 @@ class Driver:
                 max_tokens=self.config.data.max_response_length,
             ),
         )
-        by_id = {rollout.problem_id: rollout for rollout in rollouts}
-        return [by_id.get(problem.id) for problem in problems], _rollout_metrics(rollouts)
+
+    def _explored(self, problem: Problem, step: int) -> bool:
+        """Whether it is sampled for its pass rate alone; the same in a resumed run."""
+        draw = sampling_seed(self.config.model.seed, "exploration", step, problem.id, 0)
+        return draw < self.config.weights.exploration * 2**31
+
+
+def _aligned(rollouts: list[Rollout], problems: list[Problem]) -> list[Response | None]:
+    by_id = {rollout.problem_id: rollout for rollout in rollouts}
+    return [by_id.get(problem.id) for problem in problems]
 
 
 def _rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    if not rollouts:
+        return {}
     return {
         "rollout/accuracy": statistics.fmean(bool(r.correct) for r in rollouts),
         "rollout/truncated": statistics.fmean(r.truncated for r in rollouts),

@@ -117,9 +117,11 @@ class BatchExchange:
         return self.config.model.global_batch_size
 
     def _goes_on(self, stage: Stage, step: int) -> bool:
-        """Whether the step after belongs to the stage too."""
+        """Whether the step after belongs to the stage too, and has the same estimate behind it."""
         following = step + 1
         if following >= self.config.trainer.max_steps:
+            return False
+        if schedule.reestimation_due(self.config.weights, stage, following):
             return False
         return schedule.stage_at(self.stages, following) is stage
 

@@ -161,6 +161,7 @@ class Loop:
         ):
             if self.driver is not None:
                 self.driver.prepare(log)
+                self.driver.check_servers()
             held = self.models.step.teacher.held
             if held is not None and held.to_be_quantized:
                 self._certify_teacher()
@@ -217,12 +218,11 @@ class Loop:
         }
 
     def _enter(self, stage: Stage) -> None:
-        """What a stage asks for at its first step."""
-        if self.step != stage.first_step:
-            return
-        if stage.config.reset_optimizer and self.step > 0:
+        """What a stage asks for at its first step, and pass rates when they are due."""
+        first = self.step == stage.first_step
+        if first and stage.config.reset_optimizer and self.step > 0:
             self.models.student.reset_optimizer()
-        if stage.config.reestimate_pass_rates and self.step > 0:
+        if schedule.reestimation_due(self.config.weights, stage, self.step):
             self._refit()
             if self.driver is not None:
                 self.driver.estimate_pass_rates(self.step)
@@ -321,6 +321,8 @@ class Loop:
             return
         if self.background is not None:  # one at a time
             checkpoint.finish(self.background, wait=True)
+        if self.driver is not None:
+            self.driver.save_pass_rates(self.step)
         self.models.save(
             self.run_dir,
             step=self.step,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from nemo_paced.config import PacedConfig, ReferenceSource, to_dict
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import Prompts, check_same_tokens
-from nemo_paced.records import Problem, Response
+from nemo_paced.records import Problem, Response, Rollout
+from nemo_paced.rollout.adaptive import sample_in_rounds
 from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.training.progress import progress_bar
@@ -81,20 +82,30 @@ def estimate_pass_rates(
     step: int,
     bar: Progress,
 ) -> PassRateTable:
-    """K rollouts of every problem by the served student; writes the table, also under its step."""
-    with bar_task(bar, f"pass rates at step {step}", len(problems)) as advance:
-        rollouts = sampler.sample(
-            problems,
-            purpose="pass_rates",
-            step=step,
-            settings=SamplingSettings(
-                num_samples=config.weights.num_rollouts,
-                temperature=config.rollout.temperature,
-                top_p=config.rollout.top_p,
-                max_tokens=config.data.max_response_length,
-            ),
-            progress=advance,
-        )
+    """Graded rollouts of every problem by the served student; writes the table, also by its step.
+
+    ``weights.num_rollouts`` of each, or as many in the mean with ``weights.adaptive``.
+    """
+    settings = SamplingSettings(
+        num_samples=config.weights.num_rollouts,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_tokens=config.data.max_response_length,
+    )
+
+    def sample(num_samples: Mapping[str, int] | None = None) -> list[Rollout]:
+        with bar_task(bar, f"pass rates at step {step}", len(problems)) as advance:
+            return sampler.sample(
+                problems,
+                purpose="pass_rates",
+                step=step,
+                settings=settings,
+                num_samples=num_samples,
+                progress=advance,
+            )
+
+    adaptive = config.weights.adaptive.enabled
+    rollouts = sample_in_rounds(problems, sample, config.weights) if adaptive else sample()
     table = PassRateTable.estimate(rollouts, problems, config.weights, student_step=step)
     save_table(table, run_dir, step)
     rates = [row.pass_rate for row in table.rows]
@@ -106,6 +117,7 @@ def estimate_pass_rates(
 
 
 def save_table(table: PassRateTable, run_dir: Path, step: int) -> None:
+    """As the version of ``step``, and as the one that the next checkpoint takes along."""
     table.write(run_dir / "pass_rates" / f"step_{step:08d}.parquet")
     table.write(run_dir / PASS_RATES_FILE)
 

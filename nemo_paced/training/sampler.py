@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -96,9 +96,14 @@ class Sampler:
         purpose: str,
         step: int,
         settings: SamplingSettings,
+        num_samples: Mapping[str, int] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """Graded rollouts of every problem, asking only for what the store lacks."""
+        """Graded rollouts of every problem, asking only for what the store lacks.
+
+        Args:
+            num_samples: by problem id, instead of ``settings.num_samples`` of each.
+        """
         self._mend_weights()
         return sample_rollouts(
             problems,
@@ -110,6 +115,7 @@ class Sampler:
             settings=settings,
             run_seed=self.config.model.seed,
             grader=self.grader,
+            num_samples=num_samples,
             progress=progress,
         )
 
@@ -145,6 +151,8 @@ class Sampler:
 
     def _mend_weights(self) -> None:
         """A server that was started again by its owner has lost what it was sent."""
+        if written_version(self.transfer_dir) is None:
+            return
         for endpoint in self.client.endpoints:
             if not self._has_current_weights(endpoint):
                 logger.warning("%s does not answer: its requests go to the others", endpoint)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_paced.config import OptimConfig, StageConfig
+from nemo_paced.config import OptimConfig, StageConfig, WeightsConfig
 from nemo_paced.errors import ConfigError
 
 
@@ -46,6 +46,16 @@ def stage_at(all_stages: Sequence[Stage], step: int) -> Stage:
         if stage.first_step <= step < stage.end_step:
             return stage
     raise AssertionError(f"step {step} lies outside the schedule")
+
+
+def reestimation_due(weights: WeightsConfig, stage: Stage, step: int) -> bool:
+    """Whether pass rates are sampled anew before optimizer step ``step``; step 0 has its own."""
+    if step == 0:
+        return False
+    if step == stage.first_step and stage.config.reestimate_pass_rates:
+        return True
+    every = weights.reestimate_every_n_steps
+    return every > 0 and step % every == 0
 
 
 def learning_rate(optim: OptimConfig, step: int, max_steps: int) -> float:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from math import exp, lgamma
 
+import numpy as np
+import torch
+
 
 def posterior_weight(
     num_correct: float,
@@ -30,3 +33,36 @@ def posterior_weight(
 
 def _log_beta(a: float, b: float) -> float:
     return lgamma(a) + lgamma(b) - lgamma(a + b)
+
+
+def posterior_weights(
+    num_correct: np.ndarray,
+    num_rollouts: np.ndarray,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    prior: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
+    """:func:`posterior_weight` of many problems at once: float64 arrays of one shape."""
+    a, b = num_correct + prior[0], num_rollouts - num_correct + prior[1]
+    return np.exp(log_beta(a + alpha, b + beta) - log_beta(a, b))
+
+
+def posterior_variance(
+    num_correct: np.ndarray,
+    num_rollouts: np.ndarray,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    prior: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
+    """Var[p^alpha (1-p)^beta | c of K correct]: the square of a weight has twice the exponents."""
+    second = posterior_weights(num_correct, num_rollouts, 2 * alpha, 2 * beta, prior)
+    return second - posterior_weights(num_correct, num_rollouts, alpha, beta, prior) ** 2
+
+
+def log_beta(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """log B(a, b), elementwise in float64."""
+    return log_gamma(a) + log_gamma(b) - log_gamma(a + b)
+
+
+def log_gamma(x: np.ndarray) -> np.ndarray:
+    return torch.special.gammaln(torch.as_tensor(x, dtype=torch.float64)).numpy()

@@ -1,4 +1,4 @@
-"""From the pass rates of a training set to weights of mean 1 over it."""
+"""From what is known of the pass rates of a training set to weights of mean 1 over it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,42 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nemo_paced.config import WeightScheme, WeightsConfig
+from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.weights.adaptive import prior_of
 from nemo_paced.weights.beta_kernel import beta_weight
+from nemo_paced.weights.posterior import posterior_weights
 
 
-def problem_weights(config: WeightsConfig, pass_rates: Sequence[float]) -> list[float]:
-    """Weights by ``weights.scheme``, normalised once over the whole training set to mean 1.
+def problem_weights(
+    config: WeightsConfig, num_correct: Sequence[float], num_rollouts: Sequence[float]
+) -> list[float]:
+    """Weights by ``weights.scheme`` and ``weights.estimator``, normalised once to mean 1.
+
+    Args:
+        num_correct, num_rollouts: of every problem of the training set; may be discounted counts.
 
     Raises:
         ConfigError: every weight is 0: nothing could be trained on.
     """
-    rates = np.asarray(pass_rates, dtype=np.float64)
-    raw = _raw_weights(config, rates)
+    right = np.asarray(num_correct, dtype=np.float64)
+    count = np.asarray(num_rollouts, dtype=np.float64)
+    raw = _raw_weights(config, right, count)
     total = raw.sum()
     if total == 0:
-        raise ConfigError(_no_weight(config, rates))
+        raise ConfigError(_no_weight(config, right / count))
     return (raw * (len(raw) / total)).tolist()
 
 
-def _raw_weights(config: WeightsConfig, rates: np.ndarray) -> np.ndarray:
+def _raw_weights(config: WeightsConfig, right: np.ndarray, count: np.ndarray) -> np.ndarray:
+    rates = right / count
     if config.scheme is WeightScheme.unweighted:
         return np.ones_like(rates)
     if config.scheme is WeightScheme.hard_filter:
         return ((rates >= config.low) & (rates <= config.high)).astype(np.float64)
+    if config.estimator is Estimator.posterior:
+        prior = prior_of(config, right, count)
+        return posterior_weights(right, count, config.alpha, config.beta, prior)
     return beta_weight(rates, alpha=config.alpha, beta=config.beta)
 
 

@@ -1,19 +1,26 @@
 import pytest
 
 from nemo_paced.config import (
+    AdaptiveConfig,
     DataConfig,
+    Estimator,
     ExpManagerSettings,
+    LossConfig,
     ModelConfig,
     PacedConfig,
     PrivilegedContext,
+    Reduction,
+    Reestimation,
     ReferencesConfig,
     RolloutConfig,
     StageConfig,
     TeacherConfig,
     TeacherPlacement,
     TrainerConfig,
+    WeightScheme,
     WeightsConfig,
     to_dict,
+    two_stages,
 )
 from nemo_paced.errors import ConfigError
 
@@ -69,6 +76,90 @@ from nemo_paced.errors import ConfigError
 def test_what_cannot_work_is_named_with_key_and_remedy(make, told):
     with pytest.raises(ConfigError, match=told):
         make()
+
+
+POSTERIOR = {"estimator": Estimator.posterior}
+FREE = {"reestimate": Reestimation.free}
+ADAPTIVE = AdaptiveConfig(enabled=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"prior": [2.0, 1.0]}, "weights.prior is .* weights.estimator is plug_in"),
+        ({"fit_prior": True}, "weights.fit_prior is True and weights.estimator is plug_in"),
+        ({**POSTERIOR, "prior": [1.0]}, "two numbers above 0"),
+        ({**POSTERIOR, "prior": [0.0, 1.0]}, "two numbers above 0"),
+        ({**POSTERIOR, "prior": [2.0, 1.0], "fit_prior": True}, "leave one of them out"),
+        ({**POSTERIOR, "scheme": WeightScheme.hard_filter}, "set weights.estimator=plug_in"),
+        ({**POSTERIOR, "scheme": WeightScheme.unweighted}, "set weights.estimator=plug_in"),
+        ({"adaptive": ADAPTIVE}, "stopping early would bias"),
+        ({**POSTERIOR, "adaptive": ADAPTIVE, "num_rollouts": 1}, "initial_rollouts 2"),
+        ({**POSTERIOR, "adaptive": ADAPTIVE, "num_rollouts": 65}, "max_rollouts 64"),
+        ({"reestimate": Reestimation.every_n_steps}, "every_n_steps needs a number above 0"),
+        ({"reestimate_every_n_steps": 5}, "the others take none"),
+        ({"reestimate_every_n_steps": -1}, "every_n_steps is -1"),
+        ({"discount": 0.5}, "weights.discount is 0.5 and weights.reestimate is never"),
+        ({"exploration": 0.5}, "weights.exploration is 0.5 and weights.reestimate is never"),
+        ({**FREE, "discount": 0.0}, "weights.discount is 0.0"),
+        ({**FREE, "exploration": 1.5}, "weights.exploration is 1.5"),
+    ],
+)
+def test_weights_that_cannot_be_are_named(keys, told):
+    with pytest.raises(ConfigError, match=told):
+        WeightsConfig(**keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"target_error": 0.1}, "set weights.adaptive.enabled=true"),
+        ({"enabled": True, "initial_rollouts": 0}, "weights.adaptive.initial_rollouts is 0"),
+        ({"enabled": True, "rollouts_per_round": 0}, "weights.adaptive.rollouts_per_round is 0"),
+        ({"enabled": True, "target_error": -1.0}, "weights.adaptive.target_error is -1.0"),
+    ],
+)
+def test_adaptive_settings_that_cannot_be_are_named(keys, told):
+    with pytest.raises(ConfigError, match=told):
+        AdaptiveConfig(**keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"weights": WeightsConfig(**FREE)}, "set weights.exploration above 0"),
+        (
+            {"weights": WeightsConfig(**FREE, **POSTERIOR), "stages": [StageConfig()]},
+            "no stage has responses=rollouts",
+        ),
+        (
+            {"weights": WeightsConfig(**FREE, **POSTERIOR, exploration=0.1)},
+            "every problem of a batch is sampled anyway",
+        ),
+        (
+            {
+                "weights": WeightsConfig(**FREE, exploration=0.1),
+                "loss": LossConfig(reduction=Reduction.token_mean),
+            },
+            "every problem of a batch is sampled anyway",
+        ),
+    ],
+)
+def test_free_reestimation_that_cannot_be_is_named(keys, told):
+    with pytest.raises(ConfigError, match=told):
+        PacedConfig(**{"stages": two_stages(), **keys})
+
+
+def test_every_combination_of_weights_that_can_be_is_taken():
+    for keys in (
+        {**FREE, "exploration": 0.1},
+        {**FREE, "exploration": 0.1, "scheme": WeightScheme.hard_filter},
+        {**FREE, "scheme": WeightScheme.unweighted},
+        {**FREE, **POSTERIOR, "adaptive": ADAPTIVE, "fit_prior": True},
+        {**POSTERIOR, "prior": [0.5, 0.5]},
+        {"reestimate": Reestimation.every_n_steps, "reestimate_every_n_steps": 50},
+    ):
+        PacedConfig(weights=WeightsConfig(**keys))
 
 
 def test_composed_default_equals_the_dataclasses():

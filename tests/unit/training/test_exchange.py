@@ -5,7 +5,14 @@ import time
 
 import pytest
 
-from nemo_paced.config import ModelConfig, PacedConfig, RolloutConfig, TrainerConfig
+from nemo_paced.config import (
+    ModelConfig,
+    PacedConfig,
+    Reestimation,
+    RolloutConfig,
+    TrainerConfig,
+    WeightsConfig,
+)
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.training import schedule
 from nemo_paced.training.batches import Batch
@@ -45,12 +52,13 @@ class Remote:
         self.announced.append(items[0].response_id)
 
 
-def run(max_staleness=0, refit_every=1, remote=None, steps=STEPS, driver=None):
+def run(max_staleness=0, refit_every=1, remote=None, steps=STEPS, driver=None, weights=None):
     """As the loop does: (step, staleness) of each batch, and the driver."""
     config = PacedConfig(
         trainer=TrainerConfig(max_steps=STEPS),
         model=ModelConfig(global_batch_size=4),
         rollout=RolloutConfig(max_staleness=max_staleness, refit_every_n_steps=refit_every),
+        weights=weights or WeightsConfig(),
     )
     stages = schedule.stages(config.stages, STEPS)
     driver, served, told = driver or ScriptedDriver(), None, []
@@ -93,6 +101,15 @@ def test_staleness_is_bounded_and_told(max_staleness, refit_every, expected):
     assert told[4:] == expected and max(expected) <= max_staleness
     # each step once, in order, at its place in the data; nothing beyond the run
     assert driver.calls == [(step, 4 * step) for step in range(STEPS)]
+
+
+def test_nothing_is_made_with_weights_that_are_about_to_be_estimated_anew():
+    every_three = WeightsConfig(reestimate=Reestimation.every_n_steps, reestimate_every_n_steps=3)
+    told, _ = run(max_staleness=1, weights=every_three)
+    assert told[4:] == [0, 1, 0, 1], "step 6 waits for the estimate"
+    remote = Remote()
+    run(remote=remote, steps=3, weights=every_three)
+    assert remote.announced == ["r0", "r1", "r2"], "and step 3 is not announced at step 2"
 
 
 def test_only_what_is_ahead_is_sampled_in_the_thread():

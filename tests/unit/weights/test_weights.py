@@ -8,7 +8,7 @@ from nemo_paced.weights.beta_kernel import beta_weight
 from nemo_paced.weights.posterior import posterior_weight
 from nemo_paced.weights.schemes import problem_weights
 
-RATES = [0.0, 0.125, 0.5, 0.875, 1.0]
+CORRECT, ROLLOUTS = [0, 1, 4, 7, 8], [8] * 5
 
 
 def test_the_kernel_is_p_to_alpha_times_q_to_beta():
@@ -22,7 +22,7 @@ def test_the_kernel_is_p_to_alpha_times_q_to_beta():
 
 @pytest.mark.parametrize("scheme", list(WeightScheme))
 def test_weights_have_mean_one_over_the_training_set(scheme):
-    weights = problem_weights(WeightsConfig(scheme=scheme), RATES)
+    weights = problem_weights(WeightsConfig(scheme=scheme), CORRECT, ROLLOUTS)
     assert np.mean(weights) == pytest.approx(1.0)
     if scheme is WeightScheme.unweighted:
         assert weights == [1.0] * 5
@@ -34,12 +34,12 @@ def test_weights_have_mean_one_over_the_training_set(scheme):
 
 def test_the_hard_filter_keeps_its_bounds():
     config = WeightsConfig(scheme=WeightScheme.hard_filter, low=0.125, high=0.875)
-    assert problem_weights(config, RATES) == pytest.approx([0, 5 / 3, 5 / 3, 5 / 3, 0])
+    assert problem_weights(config, CORRECT, ROLLOUTS) == pytest.approx([0, 5 / 3, 5 / 3, 5 / 3, 0])
 
 
 def test_all_pass_rates_at_the_ends_is_an_error_that_counts_them():
     with pytest.raises(ConfigError, match=r"2\s+have pass rate 0 and 1 have 1"):
-        problem_weights(WeightsConfig(), [0.0, 0.0, 1.0])
+        problem_weights(WeightsConfig(), [0, 0, 4], [4] * 3)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (2.0, 1.0), (0.5, 3.0)])

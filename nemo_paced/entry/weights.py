@@ -1,0 +1,146 @@
+"""``nemo-paced weights`` and ``pass-rates --simulate``: about weights, with no model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from nemo_paced.analysis import weight_errors
+from nemo_paced.compose import with_config
+from nemo_paced.config import Estimator, WeightsConfig
+from nemo_paced.errors import ConfigError
+from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.weights.adaptive import prior_of
+from nemo_paced.weights.prior import fit_prior
+from nemo_paced.weights.simulation import DISTRIBUTIONS, from_counts, simulate
+from nemo_paced.weights.summary import effective_sample_size, weight_shares
+from nemo_paced.weights.theory import moment_matched_exponents
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{self.prog}: {message}; see nemo-paced {self.prog} --help")
+
+
+def weights(arguments: list[str]) -> None:
+    """Print what a table of pass rates says of exponents, prior and weights."""
+    parser = _Parser(prog="weights", add_help=False, allow_abbrev=False)
+    parser.add_argument("--pass-rates", type=Path, required=True)
+    options, rest = parser.parse_known_args(arguments)
+    table = PassRateTable.read(options.pass_rates)
+    _with_weights(rest, lambda config: show(config, table, options.pass_rates, Console()))
+
+
+def show(config: WeightsConfig, table: PassRateTable, path: Path, console: Console) -> None:
+    """Print a table's weights under ``config``.
+
+    Raises:
+        ConfigError: unequal numbers of rollouts under the plug-in estimate, or all weights 0.
+    """
+    table.check_estimator(config, path)
+    weighted = table.reweighted(config)
+    rates = [row.pass_rate for row in weighted.rows]
+    values = list(weighted.weights().values())
+    counts = _counts(table)
+    lines = [
+        f"{len(rates)} problems, {counts[1].mean():.3g} rollouts each (mean), student step "
+        f"{table.rows[0].student_step}; pass rate {np.mean(rates):.3f} (mean)",
+        _exponents_line(rates, float(counts[1].mean())),
+        "prior that fits the counts: weights.prior=[{:.3g},{:.3g}]".format(*fit_prior(*counts)),
+        f"scheme {config.scheme.value}, estimator {config.estimator.value}, "
+        f"alpha {config.alpha:g}, beta {config.beta:g}",
+        f"effective sample size: {effective_sample_size(values):.1f} of {len(values)} problems "
+        f"({100 * effective_sample_size(values) / len(values):.0f} %)",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(_share_table(rates, values))
+
+
+def simulate_pass_rates(arguments: list[str]) -> None:
+    """Print RMS errors of weights against rollouts for each distribution of pass rates."""
+    parser = _Parser(prog="pass-rates", add_help=False, allow_abbrev=False)
+    parser.add_argument("--pass-rates", type=Path)
+    parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--figure", type=Path)
+    options, rest = parser.parse_known_args(arguments)
+    _with_weights(rest, lambda config: _simulate(config, options, Console()))
+
+
+def _simulate(config: WeightsConfig, options: argparse.Namespace, console: Console) -> None:
+    config = replace(config, estimator=Estimator.posterior)
+    draws = dict(DISTRIBUTIONS)
+    if options.pass_rates is not None:
+        counts = _counts(PassRateTable.read(options.pass_rates))
+        prior = prior_of(config, *counts)
+        draws = {str(options.pass_rates): from_counts(*counts, prior)}
+    prior_name = "fitted to the counts" if config.fit_prior else f"Beta{tuple(config.prior)}"
+    console.print(
+        f"{options.problems} problems, {options.seeds} seeds from {options.seed}, alpha "
+        f"{config.alpha:g}, beta {config.beta:g}, prior {prior_name}", highlight=False,
+    )  # fmt: skip
+    results = {}
+    for name, draw in draws.items():
+        results[name] = simulate(
+            draw,
+            config,
+            num_problems=options.problems,
+            num_seeds=options.seeds,
+            seed=options.seed,
+        )
+        console.print(weight_errors.error_table(name, results[name]))
+        for line in weight_errors.gain_lines(results[name]):
+            console.print(line, highlight=False, soft_wrap=True)
+    if options.csv is not None:
+        weight_errors.write_csv(options.csv, results)
+    if options.figure is not None:
+        weight_errors.write_figures(options.figure, results)
+
+
+def _with_weights(overrides: list[str], action: Callable[[WeightsConfig], None]) -> None:
+    if not overrides:  # composing would import NeMo
+        action(WeightsConfig())
+        return
+    with_config(overrides, lambda config: action(config.weights))
+
+
+def _counts(table: PassRateTable) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        np.array([row.effective_correct for row in table.rows]),
+        np.array([row.effective_rollouts for row in table.rows]),
+    )
+
+
+def _exponents_line(rates: list[float], num_rollouts: float) -> str:
+    try:
+        found = moment_matched_exponents(rates, num_rollouts)
+    except ConfigError as error:
+        return f"no exponents by moment matching: {error}"
+    clipped = " (clipped at 0: the pass rates are spread too widely)" if found.clipped else ""
+    return (
+        f"exponents by moment matching: weights.alpha={found.alpha:.3g} "
+        f"weights.beta={found.beta:.3g}{clipped}, from {found.num_problems} problems between "
+        f"1/K and 1-1/K of mean {found.mean:.3f} and variance {found.variance:.4f}"
+    )
+
+
+def _share_table(rates: list[float], values: list[float]) -> Table:
+    problems, shares = weight_shares(rates, values)
+    table = Table()
+    for title in ("pass rate", "problems", "share of all weight", "weight of one, mean"):
+        table.add_column(title, justify="right")
+    for index, (count, share) in enumerate(zip(problems, shares, strict=True)):
+        each = f"{share * len(values) / count:.3f}" if count else "-"
+        table.add_row(
+            f"{index / 10:.1f} to {(index + 1) / 10:.1f}", str(count), f"{100 * share:.1f} %", each
+        )
+    return table

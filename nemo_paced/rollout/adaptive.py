@@ -1,0 +1,54 @@
+"""Pass rates in rounds: what came back decides which problems are asked again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from nemo_paced.config import WeightsConfig
+from nemo_paced.records import Problem, Rollout
+from nemo_paced.weights.adaptive import allocate, expected_error
+
+logger = logging.getLogger(__name__)
+
+# Rollouts of every problem, so many by problem id, in all (not beyond those that exist).
+Sample = Callable[[Mapping[str, int]], list[Rollout]]
+
+
+def sample_in_rounds(
+    problems: Sequence[Problem], sample: Sample, config: WeightsConfig
+) -> list[Rollout]:
+    """Spend ``weights.num_rollouts`` a problem, in the mean, where they help the weights most.
+
+    Every decision follows from the rollouts of the rounds before, and ``sample`` asks only for what
+    the store lacks. So an interrupted estimate goes through the same rounds again without asking
+    twice, and one with a larger budget goes on from where a smaller one stopped.
+    """
+    adaptive = config.adaptive
+    ids = [problem.id for problem in problems]
+    budget = config.num_rollouts * len(ids)
+    per_round = max(1, round(adaptive.rollouts_per_round * len(ids)))
+    wanted = np.full(len(ids), adaptive.initial_rollouts)
+    while True:
+        rollouts = sample(dict(zip(ids, wanted.tolist(), strict=True)))
+        correct = _num_correct(rollouts, ids)
+        state = (correct, wanted.astype(np.float64))
+        error = expected_error(config, *state)
+        logger.info(
+            "adaptive pass rates: %.2f rollouts a problem, expected RMS error of a weight %.3f",
+            wanted.mean(), error,
+        )  # fmt: skip
+        more = allocate(config, *state, min(per_round, budget - int(wanted.sum())))
+        if error <= adaptive.target_error or not more.any():
+            return rollouts
+        wanted = wanted + more
+
+
+def _num_correct(rollouts: Sequence[Rollout], ids: Sequence[str]) -> np.ndarray:
+    correct = dict.fromkeys(ids, 0.0)
+    for rollout in rollouts:
+        assert rollout.correct is not None, "rollouts are graded when they are stored"
+        correct[rollout.problem_id] += rollout.correct
+    return np.array([correct[name] for name in ids])

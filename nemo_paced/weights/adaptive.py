@@ -1,0 +1,117 @@
+"""Which problem the next rollout should go to, so that the weights become right soonest.
+
+A rollout is worth the variance of a problem's posterior weight that it takes away. p(1-p) is flat
+at 0.5, where a pass rate may be quite wrong without the weight being so; the error of a weight is
+largest near 0.15 and 0.85. Decisions only: nothing here samples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nemo_paced.config import WeightsConfig
+from nemo_paced.weights.posterior import (
+    log_beta,
+    log_gamma,
+    posterior_variance,
+    posterior_weights,
+)
+from nemo_paced.weights.prior import fit_prior
+
+# A single rollout at c = 1 of 2 is worth nothing by itself (right or wrong, the weight is the same)
+# though several are worth something: so many at a time are looked at.
+LOOK_AHEAD = 8
+
+
+def prior_of(
+    config: WeightsConfig, num_correct: np.ndarray, num_rollouts: np.ndarray
+) -> tuple[float, float]:
+    """``weights.prior``, or the one fitted to the counts with ``weights.fit_prior``."""
+    if config.fit_prior:
+        return fit_prior(num_correct, num_rollouts)
+    a0, b0 = config.prior
+    return a0, b0
+
+
+def expected_error(
+    config: WeightsConfig, num_correct: np.ndarray, num_rollouts: np.ndarray
+) -> float:
+    """RMS error to be expected of weights of unit mean, their normaliser taken as known.
+
+    Args:
+        num_correct, num_rollouts: float64 arrays ``[problems]``.
+    """
+    state = (num_correct, num_rollouts, config.alpha, config.beta)
+    prior = prior_of(config, num_correct, num_rollouts)
+    mean = posterior_weights(*state, prior).mean()
+    return float(np.sqrt(posterior_variance(*state, prior).mean()) / mean)
+
+
+def variance_reduction(
+    num_correct: np.ndarray,
+    num_rollouts: np.ndarray,
+    num_more: int,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    prior: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
+    """Expected fall of Var[weight | data] after ``num_more`` rollouts of a problem, ``[problems]``.
+
+    Of n more, j are right with the Beta-binomial probability C(n,j) B(a+j, b+n-j) / B(a, b); by the
+    law of total variance the fall is sum_j P(j) m(a+j, b+n-j)^2 - m(a, b)^2, with m the posterior
+    weight.
+    """
+    more = np.arange(num_more + 1.0)
+    right = num_correct[:, None] + more
+    total = np.broadcast_to(num_rollouts[:, None] + num_more, right.shape)
+    a, b = num_correct[:, None] + prior[0], (num_rollouts - num_correct)[:, None] + prior[1]
+    choose = (
+        log_gamma(np.array(num_more + 1.0)) - log_gamma(more + 1) - log_gamma(num_more - more + 1)
+    )
+    probability = np.exp(choose + log_beta(a + more, b + num_more - more) - log_beta(a, b))
+    after = posterior_weights(right, total, alpha, beta, prior)
+    now = posterior_weights(num_correct, num_rollouts, alpha, beta, prior)
+    return (probability * after**2).sum(1) - now**2
+
+
+def allocate(
+    config: WeightsConfig, num_correct: np.ndarray, num_rollouts: np.ndarray, budget: int
+) -> np.ndarray:
+    """How many of the next ``budget`` rollouts each problem gets, integers ``[problems]``.
+
+    Greedy on the worth of a rollout, which is that of the block of up to ``LOOK_AHEAD`` it is best
+    asked in (the slopes of the upper concave envelope). Ties go to the earlier problem. Fewer than
+    ``budget`` where ``weights.adaptive.max_rollouts`` leaves no room.
+
+    Args:
+        num_correct, num_rollouts: float64 arrays ``[problems]``.
+    """
+    states, of = np.unique(np.stack([num_correct, num_rollouts], 1), axis=0, return_inverse=True)
+    prior = prior_of(config, num_correct, num_rollouts)
+    falls = [np.zeros(len(states))]
+    falls += [
+        variance_reduction(
+            states[:, 0], states[:, 1], n, alpha=config.alpha, beta=config.beta, prior=prior
+        )
+        for n in range(1, LOOK_AHEAD + 1)
+    ]
+    worth = _envelope_slopes(np.stack(falls, 1))[of.reshape(-1)]
+    room = config.adaptive.max_rollouts - num_rollouts
+    worth[np.arange(LOOK_AHEAD) >= room[:, None]] = -np.inf
+    best = np.argsort(-worth, axis=None, kind="stable")[:budget]
+    best = best[worth.reshape(-1)[best] > -np.inf]
+    return np.bincount(best // LOOK_AHEAD, minlength=len(num_correct))
+
+
+def _envelope_slopes(falls: np.ndarray) -> np.ndarray:
+    """Slopes of the upper concave envelope of each row: ``[states, n+1] -> [states, n]``."""
+    slopes = np.empty((falls.shape[0], falls.shape[1] - 1))
+    for row, values in enumerate(falls):
+        begin = 0
+        while begin < slopes.shape[1]:
+            each = (values[begin + 1 :] - values[begin]) / np.arange(1, len(values) - begin)
+            steepest = int(np.argmax(each))
+            slopes[row, begin : begin + steepest + 1] = each[steepest]
+            begin += steepest + 1
+    return slopes

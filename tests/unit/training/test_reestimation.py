@@ -1,0 +1,283 @@
+"""Pass rates before and during training, through the real store, grader and driver; only the model
+behind the client is scripted, since its verdicts have to be known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas
+import pytest
+
+from nemo_paced.compose import with_config
+from nemo_paced.config import (
+    AdaptiveConfig,
+    Estimator,
+    Reestimation,
+    StageConfig,
+    WeightScheme,
+    WeightsConfig,
+)
+from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.records import Problem, Rollout
+from nemo_paced.rollout.api_key import API_KEY_VARIABLE
+from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.training import prepare
+from nemo_paced.training.driver import Driver
+from nemo_paced.training.progress import RunLog, progress_bar
+from nemo_paced.training.schedule import reestimation_due, stages
+from nemo_paced.weights.beta_kernel import beta_weight
+from tests.scripted_client import ScriptedClient
+
+TRUE_RATES = {f"p{i:02d}": rate for i, rate in enumerate(np.linspace(0, 1, 20))}
+POSTERIOR = WeightsConfig(estimator=Estimator.posterior)
+FREE = WeightsConfig(estimator=Estimator.posterior, reestimate=Reestimation.free)
+FREE_PLUG_IN = WeightsConfig(reestimate=Reestimation.free, exploration=0.3)
+ADAPTIVE = WeightsConfig(
+    estimator=Estimator.posterior,
+    fit_prior=True,
+    num_rollouts=8,
+    adaptive=AdaptiveConfig(enabled=True, rollouts_per_round=0.5, max_rollouts=32),
+)
+
+
+@pytest.fixture
+def make_config(tmp_path, monkeypatch):
+    monkeypatch.setenv(API_KEY_VARIABLE, "key")
+    path = tmp_path / "problems.jsonl"
+    rows = [{"id": i, "problem": "solve s7 f8 =", "answer": "s8", "solution": "s8"}
+            for i in TRUE_RATES]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(weights):
+        composed = []
+        overrides = [f"data.problems={path}", "model.global_batch_size=8", "schedule=reverse_kl",
+                     "data.validation_problems=null", "rollout.endpoints=[http://127.0.0.1:9]",
+                     "weights.reestimate=never"]  # fmt: skip
+        with_config(["--config-name", "quickstart", *overrides], composed.append)
+        return dataclasses.replace(composed[0], weights=weights)
+
+    return make
+
+
+def client_of(prompts, **options):
+    return ScriptedClient(TRUE_RATES, prompts.response("s8"), prompts.response("s9"), **options)
+
+
+def estimate(config, run_dir, **options):
+    """``pass-rates`` with a scripted model; returns its client and the table."""
+    problems = prepare.load_problems(config.data.problems)
+    prompts = prepare.make_prompts(config)
+    with (
+        progress_bar(enabled=False) as bar,
+        prepare.student_sampler(config, run_dir, prompts, lambda note: None) as sampler,
+    ):
+        sampler.client = client_of(prompts, **options)
+        try:
+            return sampler.client, prepare.estimate_pass_rates(
+                config, problems, sampler, run_dir, step=0, bar=bar
+            )
+        except RolloutError:
+            return sampler.client, None
+
+
+def start(config, run_dir, resumed_from=None):
+    run_dir.mkdir(exist_ok=True)
+    driver = Driver(config, run_dir)
+    driver.prepare(RunLog(config, run_dir, 0, enabled=False))
+    driver.sampler.client = client_of(driver.prompts)
+    driver.first_pass_rates(resumed_from)
+    return driver
+
+
+def train(driver, steps):
+    """The batches of these steps; the table moves as the driver lets it."""
+    stage = driver.config.stages[0]
+    size = driver.config.model.global_batch_size
+    return [driver.batch(step, step * size, stage) for step in steps]
+
+
+def test_adaptive_rollouts_spend_the_budget_unevenly(make_config, tmp_path):
+    client, table = estimate(make_config(ADAPTIVE), tmp_path)
+    counts = [row.num_rollouts for row in table.rows]
+    assert sum(counts) == client.samples_asked == 8 * len(TRUE_RATES)
+    assert min(counts) >= 2 and max(counts) > 10
+    assert np.mean(list(table.weights().values())) == pytest.approx(1)
+    frame = pandas.read_parquet(tmp_path / "pass_rates.parquet")
+    assert frame["num_rollouts"].tolist() == counts
+
+
+@pytest.mark.parametrize("break_after", [0, 7, 20, 26, 41])
+def test_an_interrupted_adaptive_estimate_asks_for_nothing_twice(
+    make_config, tmp_path, break_after
+):
+    config = make_config(ADAPTIVE)
+    _, whole = estimate(config, tmp_path / "whole")
+    first, none = estimate(config, tmp_path / "broken", break_after=break_after)
+    assert none is None
+    second, resumed = estimate(config, tmp_path / "broken")
+    assert resumed == whole
+    assert first.samples_asked + second.samples_asked == 8 * len(TRUE_RATES)
+
+
+def test_a_larger_budget_goes_on_from_a_smaller_one(make_config, tmp_path):
+    small = dataclasses.replace(ADAPTIVE, num_rollouts=4)
+    estimate(make_config(small), tmp_path / "grown")
+    client, grown = estimate(make_config(ADAPTIVE), tmp_path / "grown")
+    assert client.samples_asked == 4 * len(TRUE_RATES)
+    _, at_once = estimate(make_config(ADAPTIVE), tmp_path / "at_once")
+    assert grown == at_once
+
+
+def test_a_target_error_ends_before_the_budget(make_config, tmp_path):
+    adaptive = dataclasses.replace(ADAPTIVE.adaptive, target_error=0.6)
+    config = make_config(dataclasses.replace(ADAPTIVE, adaptive=adaptive))
+    client, table = estimate(config, tmp_path)
+    assert len(TRUE_RATES) * 2 <= client.samples_asked < len(TRUE_RATES) * 8
+    assert sum(row.num_rollouts for row in table.rows) == client.samples_asked
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("weights", [FREE, FREE_PLUG_IN])
+def test_a_resumed_run_weighs_as_an_uninterrupted_one(make_config, tmp_path, weights, ahead):
+    config = make_config(weights)
+    config.rollout.max_staleness = ahead
+    with start(config, tmp_path / "whole") as driver:
+        batches = train(driver, range(8))
+        whole = driver.table
+    with start(config, tmp_path / "killed") as driver:
+        train(driver, range(3 + ahead))
+        driver.save_pass_rates(3)  # as the checkpoint of step 3 does; what follows is lost
+        saved = tmp_path / "checkpoint"
+        saved.mkdir()
+        (saved / "pass_rates.parquet").write_bytes(
+            (tmp_path / "killed" / "pass_rates.parquet").read_bytes()
+        )
+        train(driver, range(3 + ahead, 6))
+    with start(config, tmp_path / "killed", resumed_from=saved) as driver:
+        again = train(driver, range(3, 8))
+        assert driver.table == whole
+        assert again == batches[3:]
+        assert driver.sampler.client.requests < sum(8 for _ in again), "the store had steps 3 to 5"
+    versions = {p.name for p in (tmp_path / "killed" / "pass_rates").iterdir()}
+    assert versions == {"step_00000000.parquet", "step_00000003.parquet"}
+    assert (
+        pandas.read_parquet(tmp_path / "killed" / "pass_rates.parquet")["student_step"] == 3
+    ).all()
+
+
+def test_free_updates_use_the_steps_own_rollouts_and_no_others(make_config, tmp_path):
+    with start(make_config(FREE), tmp_path / "run") as driver:
+        asked = driver.sampler.client.samples_asked
+        before = driver.table
+        batch = train(driver, [0])[0]
+        assert driver.sampler.client.samples_asked - asked == 8, "one a problem, as ever"
+        counts = {row.id: row.num_rollouts for row in driver.table.rows}
+        seen = {item.problem_id for item in batch.items}
+        assert counts == {i: 8 + (i in seen) for i in TRUE_RATES}
+        assert driver.table.weights() != before.weights()
+        assert np.mean(list(driver.table.weights().values())) == pytest.approx(1)
+        by_id = before.weights()
+        for item in batch.items:  # token_sum: the weight over the problems of the batch
+            assert item.token_weight == pytest.approx(by_id[item.problem_id] / 8)
+    with start(make_config(POSTERIOR), tmp_path / "fixed") as driver:
+        before = driver.table
+        train(driver, range(4))
+        assert driver.table is before
+
+
+def test_explored_problems_are_graded_but_not_trained_on(make_config, tmp_path):
+    """p00 and p19 are always wrong and right: of weight 0 at first, and seen again all the same."""
+    always = dataclasses.replace(FREE_PLUG_IN, exploration=1.0)
+    with start(make_config(always), tmp_path / "all") as driver:
+        zero = {i for i, weight in driver.table.weights().items() if weight == 0}
+        assert {"p00", "p19"} <= zero
+        first_epoch = train(driver, range(3))
+        trained = {item.problem_id for batch in first_epoch[:2] for item in batch.items}
+        assert not trained & zero
+        assert all(row.num_rollouts > 8 for row in driver.table.rows)
+    sometimes = dataclasses.replace(FREE_PLUG_IN, exploration=0.3)
+    with start(make_config(sometimes), tmp_path / "some") as driver:
+        train(driver, range(50))  # 20 epochs
+        rows = {row.id: row for row in driver.table.rows}
+        assert 1 <= rows["p00"].num_rollouts - 8 <= 14, "about 6 of 20"
+        assert rows["p10"].num_rollouts - 8 == 20
+
+
+def test_drift_is_logged_with_every_batch(make_config, tmp_path):
+    with start(make_config(FREE), tmp_path / "run") as driver:
+        metrics = train(driver, [0])[0].metrics
+        assert metrics["weights/mean_pass_rate"] == pytest.approx(
+            np.mean([row.pass_rate for row in driver.table.rows])
+        )
+        assert 1 < metrics["weights/effective_sample_size"] <= len(TRUE_RATES)
+
+
+def drifting_tables(discount, *, epochs=12, seed=0):
+    """RMS errors of the weights of step 0 and of freely updated ones, when every pass rate rose
+    from p to p + 0.8 (1 - p) meanwhile."""
+    rng = np.random.default_rng(seed)
+    start_rates = rng.random(500)
+    problems = [Problem(str(i), "x", "1") for i in range(500)]
+
+    def rollouts(rates, count):
+        right = rng.random((500, count)) < rates[:, None]
+        return [Rollout(f"{i}/{k}", str(i), (1,), correct=bool(right[i, k]))
+                for i in range(500) for k in range(count)]  # fmt: skip
+
+    weights = dataclasses.replace(FREE, discount=discount)
+    fixed = table = PassRateTable.estimate(
+        rollouts(start_rates, 8), problems, weights, student_step=0
+    )
+    for epoch in range(1, epochs + 1):
+        rates = start_rates + 0.8 * epoch / epochs * (1 - start_rates)
+        table = table.updated(rollouts(rates, 1), weights, student_step=epoch)
+    truth = beta_weight(rates) / beta_weight(rates).mean()
+
+    def error(table):
+        return np.sqrt(((np.array(list(table.weights().values())) - truth) ** 2).mean())
+
+    return error(fixed), error(table)
+
+
+def test_free_updates_follow_a_student_that_learns():
+    fixed, discounted = np.mean([drifting_tables(0.9, seed=s) for s in range(3)], axis=0)
+    _, undiscounted = np.mean([drifting_tables(1.0, seed=s) for s in range(3)], axis=0)
+    assert discounted < 0.7 * fixed
+    assert discounted < undiscounted - 0.01
+
+
+def test_each_rollout_discounts_what_was_known_of_its_problem():
+    problems = [Problem(name, "x", "1") for name in "ab"]
+    old = [Rollout(f"{n}/{k}", n, (1,), correct=k < 3) for n in "ab" for k in range(4)]
+    config = dataclasses.replace(FREE, discount=0.5)
+    table = PassRateTable.estimate(old, problems, config, student_step=2)
+    new = [Rollout("a/9", "a", (1,), correct=True), Rollout("a/10", "a", (1,), correct=False)]
+    a, b = table.updated(new, config, student_step=7).rows
+    assert (a.effective_correct, a.effective_rollouts) == (0.5 * (0.5 * 3 + 1), 0.5 * (2 + 1) + 1)
+    assert (a.num_correct, a.num_rollouts, a.student_step) == (4, 6, 7)
+    assert a.pass_rate == a.effective_correct / a.effective_rollouts
+    assert (b.effective_correct, b.effective_rollouts, b.student_step) == (3, 4, 7)
+    assert a.weight + b.weight == pytest.approx(2)
+
+
+def test_unequal_numbers_of_rollouts_are_refused_to_the_plug_in(make_config, tmp_path):
+    estimate(make_config(ADAPTIVE), tmp_path)
+    path = tmp_path / "pass_rates.parquet"
+    config = make_config(WeightsConfig(pass_rates=str(path)))
+    with pytest.raises(ConfigError, match=r"weights.estimator is plug_in, which is biased then"):
+        start(config, tmp_path / "run")
+    given = dataclasses.replace(POSTERIOR, pass_rates=str(path))
+    with start(make_config(given), tmp_path / "run") as driver:
+        assert driver.sampler.client.samples_asked == 0
+
+
+def test_estimates_are_due_at_switches_and_every_n_steps():
+    first, second = stages(
+        [StageConfig(name="a", fraction=0.5),
+         StageConfig(name="b", fraction=0.5, reestimate_pass_rates=True)], 10,
+    )  # fmt: skip
+    of = {step: first if step < 5 else second for step in range(10)}
+    never = WeightsConfig(scheme=WeightScheme.beta_kernel)
+    assert [s for s in of if reestimation_due(never, of[s], s)] == [5]
+    every = WeightsConfig(reestimate=Reestimation.every_n_steps, reestimate_every_n_steps=4)
+    assert [s for s in of if reestimation_due(every, of[s], s)] == [4, 5, 8]
