@@ -114,6 +114,27 @@ examples:
 
 {RUN_HELP}""",
     ),
+    "rollout-server": Command(
+        "nemo_paced.entry.serve:main",
+        "vLLM servers of the student or the teacher, for a trainer that runs elsewhere",
+        f"""\
+usage: nemo-paced rollout-server --config-name NAME [--model student|teacher] [key=value ...]
+
+Starts rollout.num_replicas servers, waits until they are healthy, prints their endpoints and keeps
+them running until SIGTERM or Ctrl-C; one that dies is started again. The run directory gets
+servers/MODEL/endpoints.json, api_key (readable by you alone) and a log of each server. The key is
+that of the variable NEMO_PACED_API_KEY, or a new one: give servers on several nodes the same.
+They listen on rollout.host, which must be an address or interface that the trainer reaches.
+
+examples:
+  nemo-paced rollout-server --config-name quickstart rollout.num_replicas=2
+  nemo-paced rollout-server --config-name RECIPE --model teacher rollout.host=ib0 rollout.port=8000
+  export NEMO_PACED_API_KEY=$(cat RUN/servers/student/api_key)
+  nemo-paced train --config-name RECIPE 'rollout.endpoints=[http://NODE:8000,http://NODE:8001]'
+  nemo-paced references --config-name RECIPE 'references.endpoints=[http://NODE:8002]'
+
+{RUN_HELP}""",
+    ),
     "preflight": Command(
         "nemo_paced.entry.commands:preflight",
         "what would stop a run, all of it at once and before a weight is read",

@@ -547,6 +547,8 @@ class ReferencesConfig:
 
     source: ReferenceSource = ReferenceSource.teacher
     path: str | None = None
+    # Running servers of the teacher (rollout-server --model teacher) instead of our own.
+    endpoints: list[str] = field(default_factory=list)
     temperature: float = 1.0
     top_p: float = 1.0
 
@@ -555,6 +557,11 @@ class ReferencesConfig:
             (self.source is ReferenceSource.file) == (self.path is not None),
             f"references.source is {self.source.value} and references.path is {self.path!r}: "
             "source=file needs a path, the other sources take none",
+        )
+        _require(
+            not self.endpoints or self.source is ReferenceSource.teacher,
+            f"references.endpoints is set and references.source is {self.source.value}: no "
+            "teacher is asked then; remove one of the two",
         )
 
 
@@ -737,12 +744,15 @@ class RolloutConfig:
 
     temperature: float = 1.0
     top_p: float = 1.0
-    host: str = "127.0.0.1"
-    port: int = 0  # 0: a free one
-    endpoints: list[str] = field(default_factory=list)  # a running sidecar instead of our own
+    # Servers of the same model, each on GPUs of its own, that share the requests.
+    num_replicas: int = 1
+    host: str = "127.0.0.1"  # address or network interface (ib0) that our servers listen on
+    port: int = 0  # of the first replica, the others take the next ones; 0: free ones
+    # Running servers instead of our own; their key is in the variable NEMO_PACED_API_KEY.
+    endpoints: list[str] = field(default_factory=list)
     dtype: str = "auto"  # auto: trainer.precision
     max_num_seqs: int = 128
-    max_in_flight: int = 32  # requests
+    max_in_flight: int = 32  # requests at a server
     kv_cache_gib: float = 1.0  # CPU build of vLLM; the GPU build uses gpu_memory_utilization
     gpu_memory_utilization: float = 0.3
     tensor_parallel_size: int = 1
@@ -764,6 +774,7 @@ class RolloutConfig:
             self,
             "temperature",
             "top_p",
+            "num_replicas",
             "max_num_seqs",
             "max_in_flight",
             "kv_cache_gib",
@@ -774,6 +785,20 @@ class RolloutConfig:
             "tensor_parallel_size",
         )
         _require(self.top_p <= 1, f"rollout.top_p is {self.top_p}: it must be at most 1")
+        _require(
+            self.host not in ("", "0.0.0.0", "::"),
+            f"rollout.host is {self.host!r}, every network of the machine: name an address or an "
+            "interface that the trainer reaches it by",
+        )
+        _require(
+            not self.endpoints or self.num_replicas == 1,
+            f"rollout.num_replicas is {self.num_replicas} and rollout.endpoints is set: no server "
+            "of our own is started then; remove one of the two",
+        )
+        _require(
+            all(endpoint.startswith(("http://", "https://")) for endpoint in self.endpoints),
+            f"rollout.endpoints is {self.endpoints}: each must be a URL, http://HOST:PORT",
+        )
         _require(
             self.max_staleness >= self.refit_every_n_steps - 1,
             f"rollout.max_staleness is {self.max_staleness} and rollout.refit_every_n_steps "
@@ -792,8 +817,16 @@ class GradingConfig:
     """``verifier``: math | exact | multiple_choice, or ``module:function`` of your own."""
 
     verifier: str = "math"
-    time_limit_s: float = 5.0
-    num_workers: int = 2
+    time_limit_s: float = 5.0  # an item; its worker is killed then and the verdict is wrong
+    num_workers: int = 2  # processes
+    numeric_tolerance: float = 1e-6  # relative, where a number is written with a decimal point
+
+    def __post_init__(self) -> None:
+        _positive("grading", self, "time_limit_s", "num_workers")
+        _require(
+            0 <= self.numeric_tolerance < 1,
+            f"grading.numeric_tolerance is {self.numeric_tolerance}: it must lie in [0, 1)",
+        )
 
 
 @dataclass
@@ -1044,6 +1077,16 @@ class PacedConfig:
                 model.packed_sequence_size and max(model.packed_sequence_size, longest)
             ),
         )
+
+    @property
+    def sends_weights(self) -> bool:
+        """Whether the rollout servers have to follow the student while it is trained."""
+        follows = (
+            stage.responses is ResponseSource.rollouts or stage.reestimate_pass_rates
+            for stage in self.stages
+        )
+        periodic = self.weights.reestimate is Reestimation.every_n_steps
+        return any(follows) or periodic or self.trainer.val_check_interval > 0
 
     @property
     def teacher_hf_path(self) -> str:

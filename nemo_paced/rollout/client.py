@@ -1,7 +1,8 @@
-"""HTTP client of OpenAI-compatible vLLM servers: token ids out, token ids and log-probabilities in.
+"""HTTP client of OpenAI-compatible vLLM servers.
 
 Asynchronous inside, a plain call outside. Requests in flight are bounded; each goes to the server
-with the fewest; a transport error, a 5xx or a short answer is tried again a few times.
+with the fewest. A transport error, no answer in time or a 5xx is tried again, at another server
+where there is one; an answer that does not hold what was asked for is refused.
 """
 
 from __future__ import annotations
@@ -9,50 +10,42 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.sidecar import SERVED_NAME
+from nemo_paced.rollout.balancer import Balancer
+from nemo_paced.rollout.completions import (
+    Aborted,
+    Completion,
+    MalformedAnswer,
+    SampleRequest,
+    read_completions,
+    request_body,
+)
 
 logger = logging.getLogger(__name__)
 
-FIRST_RETRY_S = 0.5
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
+CONNECT_TIMEOUT_S = 30.0
+PROBE_TIMEOUT_S = 10.0  # a server that is well answers at once
 
-
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """``n`` samples of one prompt; ``key`` comes back with the answer."""
-
-    key: str
-    prompt_ids: tuple[int, ...]
-    n: int
-    seed: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    stop_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One sample.
-
-    Attributes:
-        token_ids: with the stop token that ended it.
-        logprobs: of each token under the model at temperature 1, nats.
-        finish_reason: ``stop``, or ``length`` when cut at ``max_tokens``.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
+OnResult = Callable[[SampleRequest, list[Completion]], None]
 
 
 class RolloutClient:
-    """Samples from one or several servers of the same model."""
+    """Samples from one or several servers of the same model.
+
+    Args:
+        max_in_flight: requests at a server; so many times the servers in all.
+        request_timeout_s: from sending a request to the end of its answer.
+        max_retries: of one request, after its first attempt.
+        revive: brings a server back that does not answer (see :class:`Balancer`); without it we
+            wait until its ``/health`` is well again.
+        patience_s: how long no server at all may answer.
+    """
 
     def __init__(
         self,
@@ -62,37 +55,50 @@ class RolloutClient:
         max_in_flight: int = 32,
         request_timeout_s: float = 1800.0,
         max_retries: int = 4,
+        revive: Callable[[str], bool] | None = None,
+        patience_s: float = 60.0,
     ) -> None:
         self.endpoints = [endpoint.rstrip("/") for endpoint in endpoints]
         self.max_in_flight = max_in_flight
         self.request_timeout_s = request_timeout_s
         self.max_retries = max_retries
+        self.revive = revive or self.healthy
+        self.patience_s = patience_s
         self._headers = {"Authorization": f"Bearer {api_key}"}
 
-    def sample(
-        self,
-        requests: Sequence[SampleRequest],
-        on_result: Callable[[SampleRequest, list[Completion]], None],
-    ) -> None:
-        """Sample all requests; ``on_result`` is called for each as soon as it is finished.
+    def only(self, endpoint: str, *, timeout_s: float) -> RolloutClient:
+        """A client of one of the servers."""
+        client = RolloutClient([endpoint], "", request_timeout_s=timeout_s)
+        client._headers = self._headers
+        return client
+
+    def sample(self, requests: Sequence[SampleRequest], on_result: OnResult) -> None:
+        """Sample all requests, in this order; ``on_result`` is called for each when it is finished.
+
+        Args:
+            on_result: runs in a thread, several at a time: grading and writing must not hold up
+                the requests.
 
         Raises:
-            RolloutError: a request that failed ``max_retries`` times, or was refused. What finished
-                before has been handed to ``on_result``.
+            RolloutError: a request that failed ``1 + max_retries`` times, was refused, or was
+                answered wrongly. What finished before has been handed to ``on_result``.
         """
         asyncio.run(self._sample_all(requests, on_result))
 
     def call(self, method: str, path: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Call a control route on every server; returns their JSON answers.
+        """Call a control route on every server at once; returns their JSON answers.
 
         Raises:
             RolloutError: a server that cannot be reached or does not answer 200.
         """
-        answers = []
-        with httpx.Client(
-            headers=self._headers, trust_env=False, timeout=self.request_timeout_s
-        ) as client:
-            for endpoint in self.endpoints:
+        with (
+            httpx.Client(
+                headers=self._headers, trust_env=False, timeout=self.request_timeout_s
+            ) as client,
+            ThreadPoolExecutor(len(self.endpoints)) as pool,
+        ):
+
+            def one(endpoint: str) -> dict[str, Any]:
                 try:
                     response = client.request(method, endpoint + path, **arguments)
                 except httpx.TransportError as error:
@@ -101,111 +107,96 @@ class RolloutClient:
                     raise RolloutError(
                         f"{endpoint}{path} answered {response.status_code}: {response.text[:300]}"
                     )
-                answers.append(response.json() if response.content else {})
-        return answers
+                return response.json() if response.content else {}
 
-    async def _sample_all(
-        self,
-        requests: Sequence[SampleRequest],
-        on_result: Callable[[SampleRequest, list[Completion]], None],
-    ) -> None:
-        load = dict.fromkeys(self.endpoints, 0)
-        gate = asyncio.Semaphore(self.max_in_flight)
+            return list(pool.map(one, self.endpoints))
+
+    def healthy(self, endpoint: str) -> bool:
+        try:
+            self.only(endpoint, timeout_s=PROBE_TIMEOUT_S).call("GET", "/health")
+        except RolloutError:
+            return False
+        return True
+
+    async def _sample_all(self, requests: Sequence[SampleRequest], on_result: OnResult) -> None:
+        gate = asyncio.Semaphore(self.max_in_flight * len(self.endpoints))
+        handing_over: set[asyncio.Task[None] | None] = set()
+        timeout = httpx.Timeout(self.request_timeout_s, connect=CONNECT_TIMEOUT_S)
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(
-            headers=self._headers, trust_env=False, timeout=self.request_timeout_s, limits=limits
-        ) as client:
+        async with (
+            Balancer(self.endpoints, revive=self.revive, patience_s=self.patience_s) as balancer,
+            httpx.AsyncClient(
+                headers=self._headers, trust_env=False, timeout=timeout, limits=limits
+            ) as client,
+        ):
 
             async def one(request: SampleRequest) -> None:
                 async with gate:
-                    endpoint = min(load, key=load.__getitem__)
-                    load[endpoint] += 1
-                    try:
-                        completions = await self._with_retries(client, endpoint, request)
-                    finally:
-                        load[endpoint] -= 1
-                on_result(request, completions)
+                    completions = await self._with_retries(client, balancer, request)
+                handing_over.add(asyncio.current_task())
+                await asyncio.to_thread(on_result, request, completions)
 
             tasks = [asyncio.create_task(one(request)) for request in requests]
             try:
                 await asyncio.gather(*tasks)
             except BaseException:
                 for task in tasks:
-                    task.cancel()
+                    if task not in handing_over:  # what is finished is kept
+                        task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 raise
 
     async def _with_retries(
-        self, client: httpx.AsyncClient, endpoint: str, request: SampleRequest
+        self, client: httpx.AsyncClient, balancer: Balancer, request: SampleRequest
     ) -> list[Completion]:
+        endpoint: str | None = None
         for attempt in range(self.max_retries + 1):
+            endpoint = await balancer.acquire(avoid=endpoint)
             try:
                 return await self._ask(client, endpoint, request)
-            except (httpx.TransportError, _Again) as error:
-                if attempt == self.max_retries:
-                    raise RolloutError(
-                        f"sampling {request.n} responses to problem {request.key!r} failed "
-                        f"{attempt + 1} times at {endpoint}: {error!r}"
-                    ) from error
-                logger.debug("%s: %r, trying again", request.key, error)
-                await asyncio.sleep(FIRST_RETRY_S * 2**attempt)
-        raise AssertionError("the last attempt returned or raised")
+            except httpx.TransportError as error:
+                failed = repr(error)
+                balancer.down(endpoint, failed)
+            except asyncio.TimeoutError:
+                failed = f"no answer within {self.request_timeout_s:g} s"
+                balancer.down(endpoint, failed)
+            except _TryAgain as error:
+                failed = str(error)
+            finally:
+                balancer.release(endpoint)
+            if attempt < self.max_retries:
+                logger.debug("%s at %s: %s, trying again", request.key, endpoint, failed)
+                await asyncio.sleep(min(FIRST_RETRY_S * 2**attempt, LONGEST_RETRY_S))
+        raise RolloutError(
+            f"sampling {request.n} responses to problem {request.key!r} failed "
+            f"{self.max_retries + 1} times, last at {endpoint}: {failed}"
+        )
 
     async def _ask(
         self, client: httpx.AsyncClient, endpoint: str, request: SampleRequest
     ) -> list[Completion]:
-        response = await client.post(f"{endpoint}/v1/completions", json=_body(request))
+        response = await asyncio.wait_for(
+            client.post(f"{endpoint}/v1/completions", json=request_body(request)),
+            self.request_timeout_s,
+        )
         if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-            raise _Again(f"status {response.status_code}: {response.text[:200]}")
+            raise _TryAgain(f"status {response.status_code}: {response.text[:200]}")
         if response.status_code != httpx.codes.OK:
             raise RolloutError(
                 f"{endpoint} refused to sample problem {request.key!r}: "
                 f"{response.status_code} {response.text[:300]}"
             )
-        return _completions(response, request)
+        try:
+            return read_completions(response.json(), request)
+        except Aborted as error:
+            raise _TryAgain(str(error)) from error
+        except ValueError as error:  # no JSON, or not what was asked for
+            why = str(error) if isinstance(error, MalformedAnswer) else f"no JSON ({error})"
+            raise RolloutError(
+                f"{endpoint} answered wrongly for problem {request.key!r}: {why}: "
+                f"{response.text[:200]}"
+            ) from error
 
 
-class _Again(Exception):
-    """An answer that is worth another try."""
-
-
-def _body(request: SampleRequest) -> dict[str, Any]:
-    return {
-        "model": SERVED_NAME,
-        "prompt": list(request.prompt_ids),
-        "n": request.n,
-        "seed": request.seed,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "max_tokens": request.max_tokens,
-        "stop_token_ids": list(request.stop_token_ids),
-        "logprobs": 0,  # of the sampled token alone
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-        "detokenize": False,
-    }
-
-
-def _completions(response: httpx.Response, request: SampleRequest) -> list[Completion]:
-    """Check and unpack an answer: exactly n samples, a log-probability a token."""
-    try:
-        choices = sorted(response.json()["choices"], key=lambda choice: choice["index"])
-        completions = [
-            Completion(
-                tuple(choice["token_ids"]),
-                tuple(choice["logprobs"]["token_logprobs"]),
-                choice["finish_reason"],
-            )
-            for choice in choices
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _Again(f"malformed answer ({error!r}): {response.text[:200]}") from error
-    if len(completions) != request.n:
-        raise _Again(f"{len(completions)} samples came, {request.n} were asked for")
-    for completion in completions:
-        if not completion.token_ids or len(completion.token_ids) != len(completion.logprobs):
-            raise _Again(f"a sample of {len(completion.token_ids)} tokens came with "
-                         f"{len(completion.logprobs)} log-probabilities")  # fmt: skip
-        if completion.finish_reason not in ("stop", "length"):
-            raise _Again(f"a sample ended by {completion.finish_reason!r}")
-    return completions
+class _TryAgain(Exception):
+    """A failure of the server that another attempt may not meet."""

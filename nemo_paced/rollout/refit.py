@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 
 FILE_BYTES = 2**30
+ROUTE_TIMEOUT_S = 30.0
 VERSION_FILE = "version"
 
 
@@ -35,10 +37,44 @@ def send_weights(client: RolloutClient, folder: Path) -> None:
     Raises:
         RolloutError: a server refused or cannot be reached.
     """
-    if not (folder / VERSION_FILE).exists():
+    version = written_version(folder)
+    if version is None:
         return
-    version = (folder / VERSION_FILE).read_text()
     send_files(client, sorted(folder.glob("*.safetensors")), version)
+
+
+def written_version(folder: Path) -> str | None:
+    """The version that :func:`write_weights` last wrote; ``None`` before the first."""
+    path = folder / VERSION_FILE
+    return path.read_text() if path.exists() else None
+
+
+def served_version(client: RolloutClient) -> str | None:
+    """The version that a server was last sent; ``None`` for the weights it started with.
+
+    Raises:
+        RolloutError: it cannot be reached, or has no weight routes.
+    """
+    return client.call("GET", "/weight_info")[0].get("weight_version")  # type: ignore[no-any-return]
+
+
+def check_weight_routes(client: RolloutClient) -> None:
+    """Whether every server takes new weights as we send them.
+
+    Raises:
+        ConfigError: names a server that does not.
+    """
+    for endpoint in client.endpoints:
+        one = client.only(endpoint, timeout_s=ROUTE_TIMEOUT_S)
+        try:
+            one.call("GET", "/weight_info")
+            one.call("POST", "/init_weight_transfer_engine", json={"init_info": {}})
+        except RolloutError as error:
+            raise ConfigError(
+                f"rollout.endpoints: {endpoint} does not take new weights, which this run has to "
+                f"send ({error}): start it with `nemo-paced rollout-server`, or keep to stages "
+                "with responses=references, without new pass rates and validation"
+            ) from error
 
 
 def send_files(client: RolloutClient, files: list[Path], version: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.client import Completion, RolloutClient, SampleRequest
+from nemo_paced.rollout.client import RolloutClient
+from nemo_paced.rollout.completions import Completion, SampleRequest
 from nemo_paced.rollout.grading import Grader
 from nemo_paced.rollout.store import RolloutStore
 
@@ -46,6 +49,8 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """Rollouts of every problem, samples in order; each is stored as soon as it is finished.
 
+    Grading and writing run in threads beside the requests.
+
     Args:
         num_samples: by problem id, where they differ; else ``settings.num_samples`` of each.
         step: optimizer steps behind the served weights.
@@ -59,11 +64,12 @@ def sample_rollouts(
         missing = [
             sample
             for sample in range(wanted[problem.id])
-            if store.get(purpose, step, problem.id, sample) is None
+            if (purpose, step, problem.id, sample) not in store
         ]
         if missing:
             requests.append(_request(problem, missing, prompts, settings, run_seed, purpose, step))
-    finished = len(by_id) - len(requests)
+    requests = long_tail_first(requests, store, run_seed)
+    finished, counting = len(by_id) - len(requests), threading.Lock()
 
     def keep(request: SampleRequest, completions: list[Completion]) -> None:
         nonlocal finished
@@ -76,9 +82,10 @@ def sample_rollouts(
                 for index, completion in enumerate(completions)
             ],
         )
-        finished += 1
-        if progress:
-            progress(finished, len(by_id))
+        with counting:
+            finished += 1
+            if progress:
+                progress(finished, len(by_id))
 
     if requests:
         client.sample(requests, on_result=keep)
@@ -89,6 +96,19 @@ def sample_rollouts(
     ]
     assert all(rollout is not None for rollout in found), "the client returned without some of them"
     return found  # type: ignore[return-value]
+
+
+def long_tail_first(
+    requests: Sequence[SampleRequest], store: RolloutStore, seed: int
+) -> list[SampleRequest]:
+    """The order to send in: unknown lengths, shuffled, then what was longest before.
+
+    A long response that is started last keeps every server but one waiting for it.
+    """
+    shuffled = random.Random(seed).sample(list(requests), len(requests))
+    unknown = [r for r in shuffled if store.known_length(r.key) is None]
+    known = [r for r in shuffled if store.known_length(r.key) is not None]
+    return unknown + sorted(known, key=lambda r: -(store.known_length(r.key) or 0))
 
 
 def _request(

@@ -1,16 +1,16 @@
-"""The rollout server beside the trainer: vLLM's OpenAI-compatible server as a child process."""
+"""One server beside the trainer: vLLM's OpenAI-compatible server as a child process."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import secrets
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -18,10 +18,10 @@ import httpx
 from nemo_paced.config import RolloutConfig
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
+from nemo_paced.rollout.completions import SERVED_NAME
 
 logger = logging.getLogger(__name__)
 
-SERVED_NAME = "student"
 LOG_TAIL_LINES = 25
 
 
@@ -36,6 +36,9 @@ class Sidecar:
         max_model_len: longest prompt plus response, tokens.
         dtype: ``float32`` or ``bfloat16``.
         log_path: where the server's output goes.
+        port: where it listens.
+        api_key: what every route asks for.
+        devices: ``CUDA_VISIBLE_DEVICES`` of the server; ``None`` for those of this process.
     """
 
     def __init__(
@@ -46,19 +49,24 @@ class Sidecar:
         max_model_len: int,
         dtype: str,
         log_path: Path,
+        port: int,
+        api_key: str,
+        devices: str | None = None,
     ) -> None:
         self.model_dir = Path(model_dir)
         self.config = config
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.log_path = log_path
-        self.port = config.port or _free_port(config.host)
-        self.api_key = secrets.token_urlsafe(32)
+        self.host = listen_address(config.host)
+        self.port = port
+        self.api_key = api_key
+        self.devices = devices
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
-        return f"http://{self.config.host}:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def __enter__(self) -> Sidecar:
         return self
@@ -117,7 +125,7 @@ class Sidecar:
         arguments = {
             "--model": str(self.model_dir),
             "--served-model-name": SERVED_NAME,
-            "--host": self.config.host,
+            "--host": self.host,
             "--port": str(self.port),
             "--dtype": self.dtype,
             "--max-model-len": str(self.max_model_len),
@@ -134,7 +142,7 @@ class Sidecar:
             command += [name, value]
         # token ids travel: the server needs no tokenizer
         command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
-        if _gpu_present():
+        if gpu_count():
             return [*command, "--gpu-memory-utilization", str(self.config.gpu_memory_utilization)]
         # On CPU vLLM 0.32 dies on a seeded request whose prefill is cut in two ("CPU Generator does
         # not use offset"), so prompts are prefilled whole.
@@ -148,8 +156,10 @@ class Sidecar:
         ]
 
     def _environment(self) -> dict[str, str]:
+        devices = {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
         return {
             **_without_torchrun(os.environ),
+            **devices,
             API_KEY_VARIABLE: self.api_key,
             "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes, which our key guards
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.config.kv_cache_gib))),
@@ -192,16 +202,29 @@ class Sidecar:
         return f"Last lines of {self.log_path}:\n  " + "\n  ".join(lines)
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind((host, 0))
+        return [int(sock.getsockname()[1]) for sock in sockets]
 
 
-def _gpu_present() -> bool:
+def listen_address(host: str) -> str:
+    """The IPv4 address of a network interface; a host name or an address as it is."""
+    import psutil
+
+    for address in psutil.net_if_addrs().get(host, []):
+        if address.family == socket.AF_INET:
+            return str(address.address)
+    return host
+
+
+def gpu_count() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
 
 
 def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:

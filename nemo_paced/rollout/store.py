@@ -1,15 +1,19 @@
 """Finished rollouts on disk: an append-only log that loses at most what was in flight.
 
-Each line is ``crc32 json``; lines are written as soon as a request is finished and synced to disk.
-A last line cut by a crash is dropped (its rollout is asked for again); a damaged line before it
-means that the file was changed by something else, and is refused.
+Each line is ``crc32 json``; the lines of a request are written as soon as it is finished and synced
+to disk. A last line cut by a crash is dropped (its rollout is asked for again); a damaged line
+before it means that the file was changed by something else, and is refused. Memory holds where
+each rollout lies, not the rollout: a run keeps millions of tokens.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import threading
+import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -21,24 +25,33 @@ from nemo_paced.records import Rollout
 
 logger = logging.getLogger(__name__)
 
+HOLD_S = 10.0  # for a killed run's last process to be gone
+
 Key = tuple[str, int, str, int]  # purpose, step, problem id, sample
 
 
 class RolloutStore:
-    """Rollouts by (purpose, step, problem, sample); one writer.
+    """Rollouts by (purpose, step, problem, sample); one process writes, from any of its threads.
 
     Raises:
-        RolloutError: a damaged file, or no room to write.
+        RolloutError: a damaged file, one that another process holds, or no room to write.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "rollouts.log"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._rollouts: dict[Key, Rollout] = {}
-        whole = self._read()
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-        self._file.truncate(whole)
-        self._file.seek(whole)
+        self._places: dict[Key, tuple[int, int]] = {}  # offset and length of the line
+        self._lengths: dict[str, int] = {}  # tokens of a problem's latest rollout
+        self._writing = threading.Lock()
+        self._file = self.path.open("ab+", buffering=0)
+        try:
+            _hold(self._file.fileno(), self.path)
+            self._end = self._read()
+            self._file.truncate(self._end)
+        except BaseException:
+            self._file.close()
+            raise
+        _sync_folder(self.path.parent)  # the file's name must survive a crash too
 
     def __enter__(self) -> RolloutStore:
         return self
@@ -50,54 +63,71 @@ class RolloutStore:
         self._file.close()
 
     def __len__(self) -> int:
-        return len(self._rollouts)
+        return len(self._places)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._places
 
     def get(self, purpose: str, step: int, problem_id: str, sample: int) -> Rollout | None:
-        return self._rollouts.get((purpose, step, problem_id, sample))
+        """Read a rollout back from disk.
+
+        Raises:
+            RolloutError: the file was changed since it was opened.
+        """
+        place = self._places.get((purpose, step, problem_id, sample))
+        if place is None:
+            return None
+        offset, length = place
+        line = os.pread(self._file.fileno(), length, offset)
+        return self._parse(line.removesuffix(b"\n"), offset)[1]
+
+    def known_length(self, problem_id: str) -> int | None:
+        """Tokens of the latest rollout of a problem, whatever its purpose; a guess of the next."""
+        return self._lengths.get(problem_id)
 
     def append(self, purpose: str, rollouts: Iterable[Rollout]) -> None:
         """Write rollouts and sync; one that is stored already is left as it is."""
-        new = [
-            r for r in rollouts if (purpose, r.step, r.problem_id, r.sample) not in self._rollouts
-        ]
-        begin = self._file.tell()
-        try:
-            self._file.write(b"".join(_line(purpose, rollout) for rollout in new))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._drop_after(begin)
-            raise RolloutError(
-                f"{self.path} cannot be written: {error}. The {len(self)} rollouts before are "
-                "safe; free space and start the same command again"
-            ) from error
-        for rollout in new:
-            self._rollouts[purpose, rollout.step, rollout.problem_id, rollout.sample] = rollout
+        with self._writing:
+            new = [r for r in rollouts if _key(purpose, r) not in self]
+            lines = [_line(purpose, rollout) for rollout in new]
+            try:
+                _write_all(self._file.fileno(), b"".join(lines))
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._drop_cut_line()
+                raise RolloutError(
+                    f"{self.path} cannot be written: {error}. The {len(self)} rollouts before are "
+                    "safe; free space and start the same command again"
+                ) from error
+            for rollout, line in zip(new, lines, strict=True):
+                self._enter(purpose, rollout, self._end, len(line))
+                self._end += len(line)
 
-    def _drop_after(self, offset: int) -> None:
-        """Back to whole lines; on a full disk even that may fail, then reading drops the rest."""
+    def _enter(self, purpose: str, rollout: Rollout, offset: int, length: int) -> None:
+        self._places[_key(purpose, rollout)] = offset, length
+        self._lengths[rollout.problem_id] = len(rollout.response_ids)
+
+    def _drop_cut_line(self) -> None:
+        """Back to whole lines; where even that fails, reading drops the rest."""
         try:
-            self._file.seek(offset)
-            self._file.truncate(offset)
+            self._file.truncate(self._end)
         except OSError:
             logger.warning("%s ends in a cut line", self.path)
 
     def _read(self) -> int:
-        """Load all whole lines; returns the offset behind the last of them."""
-        if not self.path.exists():
-            return 0
-        data = self.path.read_bytes()
+        """Find all whole lines; returns the offset behind the last of them."""
         offset = 0
-        while offset < len(data):
-            end = data.find(b"\n", offset)
-            if end < 0:
-                logger.warning("%s: the last line was cut at byte %d: dropped", self.path, offset)
-                break
-            self._load(data[offset:end], offset)
-            offset = end + 1
+        with self.path.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    logger.warning("%s: a last line cut at byte %d: dropped", self.path, offset)
+                    break
+                purpose, rollout = self._parse(line[:-1], offset)
+                self._enter(purpose, rollout, offset, len(line))
+                offset += len(line)
         return offset
 
-    def _load(self, line: bytes, offset: int) -> None:
+    def _parse(self, line: bytes, offset: int) -> tuple[str, Rollout]:
         checksum, _, body = line.partition(b" ")
         if checksum != _checksum(body):
             raise RolloutError(
@@ -105,9 +135,11 @@ class RolloutStore:
                 "file, or remove it to sample again"
             )
         fields = json.loads(body)
-        purpose = fields.pop("purpose")
-        rollout = _rollout(fields)
-        self._rollouts[purpose, rollout.step, rollout.problem_id, rollout.sample] = rollout
+        return fields.pop("purpose"), _rollout(fields)
+
+
+def _key(purpose: str, rollout: Rollout) -> Key:
+    return purpose, rollout.step, rollout.problem_id, rollout.sample
 
 
 def _line(purpose: str, rollout: Rollout) -> bytes:
@@ -123,3 +155,35 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
     fields["response_ids"] = tuple(fields["response_ids"])
     fields["logprobs"] = tuple(fields["logprobs"])
     return Rollout(**fields)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """A full disk takes a part and refuses the rest at the next call."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _hold(descriptor: int, path: Path) -> None:
+    """Two writers would cut each other's lines."""
+    deadline = time.monotonic() + HOLD_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"{path} is being written by another process: wait for it, or choose another "
+                    "exp_manager.name"
+                ) from error
+            time.sleep(0.1)
+        except OSError as error:  # some network file systems have no locks
+            return logger.warning("%s cannot be locked (%s): start no second run", path, error)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

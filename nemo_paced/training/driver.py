@@ -74,6 +74,15 @@ class Driver:
             )
         )
 
+    def check_servers(self) -> None:
+        """Servers that somebody else runs have to take the student's weights, if any are sent.
+
+        Raises:
+            ConfigError: names one that does not.
+        """
+        if self.config.sends_weights:
+            self.sampler.require_weight_routes()
+
     def first_pass_rates(self, resumed_from: Path | None) -> None:
         """The checkpoint's table, a given one, or a first estimate; after :meth:`prepare`."""
         self.table = self._first_table(resumed_from)

@@ -53,6 +53,7 @@ CHANGEABLE = (
     "data.validation_problems",
     "data.forgetting_problems",
     "references.path",
+    "references.endpoints",
     "weights.pass_rates",
     "rollout",
     "grading.num_workers",

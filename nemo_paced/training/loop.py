@@ -194,6 +194,7 @@ class Loop:
     def _prepare(self, log: RunLog, resume_from: Path | None) -> None:
         """What comes before the first step of this start."""
         self.exchange.on_rank_0("prepared", lambda driver: driver.prepare(log))
+        self.exchange.on_rank_0("servers", lambda driver: driver.check_servers())
         held = self.models.step.teacher.held
         if held is not None and held.to_be_quantized:
             self._certify_teacher()

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import Progress
@@ -144,9 +145,9 @@ def sample_references(
     config: PacedConfig, problems: Sequence[Problem], prompts: Prompts, run_dir: Path, bar: Progress
 ) -> Path:
     """y_T of every problem: one sample of the teacher, which sees the privileged context."""
-    own_server = _without_endpoints(config)
+    teacher_served = _with_teacher_endpoints(config)
     sampler = Sampler(
-        own_server,
+        teacher_served,
         Path(config.teacher_hf_path),
         prompts=prompts,
         store_dir=run_dir / "references",
@@ -272,13 +273,13 @@ def _from_solution(problem: Problem, prompts: Prompts) -> Response:
     return Response(f"{problem.id}/reference", problem.id, ids, ids[-1] != prompts.eos_id)
 
 
-def _without_endpoints(config: PacedConfig) -> PacedConfig:
-    """The teacher is served by a server of its own, for as long as it is needed."""
-    if not config.rollout.endpoints:
-        return config
-    from dataclasses import replace
-
-    return replace(config, rollout=replace(config.rollout, endpoints=[]))
+def _with_teacher_endpoints(config: PacedConfig) -> PacedConfig:
+    """Served by ``references.endpoints``, else by servers of our own while they are needed."""
+    endpoints = list(config.references.endpoints)
+    replicas = 1 if endpoints else config.rollout.num_replicas
+    return replace(
+        config, rollout=replace(config.rollout, endpoints=endpoints, num_replicas=replicas)
+    )
 
 
 def save_config(config: PacedConfig, run_dir: Path) -> None:

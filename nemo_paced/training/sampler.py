@@ -1,8 +1,8 @@
-"""Sampling that survives its server: sidecar, client, grader and store of one served model.
+"""Sampling that survives its servers: replicas, client, grader and store of one served model.
 
-Lives on rank 0 (or in a command without ranks). When our own sidecar dies, it is started again, the
-last weights that were sent are sent again from their file, and only the missing rollouts are asked
-for: what was finished is in the store.
+Lives on rank 0 (or in a command without ranks). When a server of ours dies, the others go on with
+its requests; it is started again and gets the last weights that were sent from their file before
+it is asked anything. What was finished is in the store.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.client import RolloutClient
+from nemo_paced.rollout.client import PROBE_TIMEOUT_S, RolloutClient
 from nemo_paced.rollout.grading import Grader
-from nemo_paced.rollout.refit import send_weights
+from nemo_paced.rollout.refit import (
+    check_weight_routes,
+    send_weights,
+    served_version,
+    written_version,
+)
+from nemo_paced.rollout.replicas import Replicas
 from nemo_paced.rollout.sampling import SamplingSettings, sample_rollouts
-from nemo_paced.rollout.sidecar import Sidecar
 from nemo_paced.rollout.store import RolloutStore
 
 logger = logging.getLogger(__name__)
 
 DYING_S = 15.0  # between a broken connection and the end of the server's processes
+RETURN_S = 60.0  # for servers that somebody else runs to answer again
 
 
 class Sampler:
@@ -58,8 +64,7 @@ class Sampler:
         self.log_path = log_path
         self.prompt_limit = prompt_limit
         self.notify = notify
-        self.sidecar: Sidecar | None = None
-        self.restarts = 0
+        self.replicas: Replicas | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Sampler:
@@ -70,13 +75,14 @@ class Sampler:
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="nemo-paced-weights-"))
             )
             if self.config.rollout.endpoints:
-                endpoints, key = list(self.config.rollout.endpoints), _key_from_environment()
+                endpoints, self.api_key = list(self.config.rollout.endpoints), _given_key()
             else:
-                self.sidecar = stack.enter_context(self._new_sidecar())
-                self.sidecar.start(progress=self.notify)
-                endpoints, key = [self.sidecar.endpoint], self.sidecar.api_key
-            self.api_key = key
-            self.client = self._new_client(endpoints, key)
+                self.replicas = stack.enter_context(
+                    make_replicas(self.config, self.model_dir, self.prompt_limit, self.log_path)
+                )
+                self.replicas.start(progress=self.notify)
+                endpoints, self.api_key = self.replicas.endpoints, self.replicas.api_key
+            self.client = self._new_client(endpoints)
             self._stack = stack.pop_all()
         return self
 
@@ -99,69 +105,111 @@ class Sampler:
         Args:
             num_samples: by problem id, instead of ``settings.num_samples`` of each.
         """
-        while True:
-            try:
-                return sample_rollouts(
-                    problems,
-                    prompts=self.prompts,
-                    client=self.client,
-                    store=self.store,
-                    step=step,
-                    purpose=purpose,
-                    settings=settings,
-                    run_seed=self.config.model.seed,
-                    grader=self.grader,
-                    num_samples=num_samples,
-                    progress=progress,
-                )
-            except RolloutError as error:
-                self._recover(error)
+        self._mend_weights()
+        return sample_rollouts(
+            problems,
+            prompts=self.prompts,
+            client=self.client,
+            store=self.store,
+            step=step,
+            purpose=purpose,
+            settings=settings,
+            run_seed=self.config.model.seed,
+            grader=self.grader,
+            num_samples=num_samples,
+            progress=progress,
+        )
+
+    def require_weight_routes(self) -> None:
+        """Refuse servers of somebody else that cannot be sent the student's weights.
+
+        Raises:
+            ConfigError: names one.
+        """
+        if self.replicas is None:
+            check_weight_routes(self.client)
 
     def send_weights(self) -> None:
-        """Make the server load what was last written to ``transfer_dir``."""
+        """Make every server load what was last written to ``transfer_dir``."""
         try:
             send_weights(self.client, self.transfer_dir)
-        except RolloutError as error:
-            self._recover(error)
+        except RolloutError:
+            ended = self.replicas.ended(within_s=DYING_S) if self.replicas is not None else []
+            if self.replicas is None or not ended:
+                raise
+            for endpoint in ended:
+                self.replicas.restart(endpoint, progress=self.notify)
+            send_weights(self.client, self.transfer_dir)
 
-    def _recover(self, error: RolloutError) -> None:
-        """Start a dead sidecar again with the weights it had; anything else passes through."""
-        if self.sidecar is None or not self.sidecar.ended(within_s=DYING_S):
-            raise error
-        if self.restarts >= self.config.rollout.max_restarts:
-            raise RolloutError(
-                f"the rollout server died {self.restarts + 1} times (rollout.max_restarts "
-                f"{self.config.rollout.max_restarts}); see {self.log_path}"
-            ) from error
-        self.restarts += 1
-        logger.warning("the rollout server died (%s): starting it again", error)
-        self.sidecar.restart(progress=self.notify)
-        send_weights(self.client, self.transfer_dir)
+    def _revive(self, endpoint: str) -> bool:
+        """Bring one server back, with the weights it should have; ``False``: not yet.
 
-    def _new_sidecar(self) -> Sidecar:
-        rollout, precision = self.config.rollout, self.config.trainer.compute_precision
-        # the same server evaluates, and evaluation may ask for longer responses
-        evaluated = self.config.evaluation.max_response_length or 0
-        longest = max(self.config.data.max_response_length, evaluated)
-        served = {Precision.fp32: "float32", Precision.bf16: "bfloat16"}[precision]
-        return Sidecar(
-            self.model_dir,
-            rollout,
-            max_model_len=self.prompt_limit + longest,
-            dtype=served if rollout.dtype == "auto" else rollout.dtype,
-            log_path=self.log_path,
-        )
+        The client calls it in a thread. The trainer sends weights between samplings only.
+        """
+        if self.replicas is not None and endpoint in self.replicas.ended():
+            self.replicas.restart(endpoint, progress=self.notify)
+        return self.client.healthy(endpoint) and self._has_current_weights(endpoint)
 
-    def _new_client(self, endpoints: list[str], key: str) -> RolloutClient:
+    def _mend_weights(self) -> None:
+        """A server that was started again by its owner has lost what it was sent."""
+        if written_version(self.transfer_dir) is None:
+            return
+        for endpoint in self.client.endpoints:
+            if not self._has_current_weights(endpoint):
+                logger.warning("%s does not answer: its requests go to the others", endpoint)
+
+    def _has_current_weights(self, endpoint: str) -> bool:
+        """Send them if it has others; ``False`` where it does not answer."""
+        version = written_version(self.transfer_dir)
+        if version is None:
+            return True
+        try:
+            served = served_version(self.client.only(endpoint, timeout_s=PROBE_TIMEOUT_S))
+            if served != version:
+                logger.warning("%s has weights %s, not %s: sent again", endpoint, served, version)
+                timeout_s = self.config.rollout.request_timeout_s
+                send_weights(self.client.only(endpoint, timeout_s=timeout_s), self.transfer_dir)
+        except RolloutError:
+            return False
+        return True
+
+    def _new_client(self, endpoints: list[str]) -> RolloutClient:
+        rollout = self.config.rollout
         return RolloutClient(
             endpoints,
-            key,
-            max_in_flight=self.config.rollout.max_in_flight,
-            request_timeout_s=self.config.rollout.request_timeout_s,
+            self.api_key,
+            max_in_flight=rollout.max_in_flight,
+            request_timeout_s=rollout.request_timeout_s,
+            revive=self._revive,
+            patience_s=RETURN_S + (0 if self.replicas is None else rollout.start_timeout_s),
         )
 
 
-def _key_from_environment() -> str:
+def make_replicas(
+    config: PacedConfig,
+    model_dir: Path,
+    prompt_limit: int,
+    log_path: Path,
+    *,
+    api_key: str | None = None,
+) -> Replicas:
+    """The servers of a model as the configuration wants them, not started yet."""
+    # the same server evaluates, and evaluation may ask for longer responses
+    evaluated = config.evaluation.max_response_length or 0
+    longest = max(config.data.max_response_length, evaluated)
+    served = {Precision.fp32: "float32", Precision.bf16: "bfloat16"}
+    dtype = config.rollout.dtype
+    return Replicas(
+        model_dir,
+        config.rollout,
+        max_model_len=prompt_limit + longest,
+        dtype=served[config.trainer.compute_precision] if dtype == "auto" else dtype,
+        log_path=log_path,
+        api_key=api_key,
+    )
+
+
+def _given_key() -> str:
     key = os.environ.get(API_KEY_VARIABLE, "")
     if not key:
         raise ConfigError(

@@ -7,7 +7,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation import run
 from nemo_paced.evaluation.results import read_results, read_settings
 from nemo_paced.training.convert import find_checkpoint
-from nemo_paced.training.sampler import Sampler
+from nemo_paced.training.sampler import make_replicas
 from tests.runs import accuracy, write_run
 
 
@@ -118,8 +118,5 @@ def test_the_server_has_room_for_the_longest_response(tmp_path, evaluated, lengt
         data=DataConfig(max_response_length=80),
         evaluation=EvaluationConfig(max_response_length=evaluated),
     )
-    sampler = Sampler(
-        config, tmp_path, prompts=None, store_dir=tmp_path, log_path=tmp_path / "log",
-        prompt_limit=16,
-    )  # fmt: skip
-    assert sampler._new_sidecar().max_model_len == length
+    replicas = make_replicas(config, tmp_path, 16, tmp_path / "log")
+    assert [s.max_model_len for s in replicas.sidecars.values()] == [length]

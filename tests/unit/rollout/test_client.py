@@ -1,130 +1,187 @@
-"""The client against a server that answers wrongly on purpose (a healthy one is in tests/slow)."""
+"""The client against servers that answer wrongly on purpose (a healthy one is in tests/slow)."""
 
-import json
+import os
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
 
 import pytest
 
 from nemo_paced.errors import RolloutError
+from nemo_paced.rollout import balancer
 from nemo_paced.rollout import client as client_module
-from nemo_paced.rollout.client import RolloutClient, SampleRequest
-
-
-def choice(index, tokens=(5, 1), logprobs=(-0.5, -0.25), reason="stop"):
-    return {
-        "index": index,
-        "token_ids": list(tokens),
-        "logprobs": {"token_logprobs": list(logprobs)},
-        "finish_reason": reason,
-    }
-
+from nemo_paced.rollout.client import RolloutClient
+from nemo_paced.rollout.completions import SampleRequest
+from tests.unit.rollout.wrong_server import HANG, RESET, Server, choice, good
 
 GOOD = {"choices": [choice(1), choice(0, (6, 7, 1), (-1.0, -2.0, -3.0))]}
-
-
-class Script:
-    """Answers in order; the last one is repeated."""
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.bodies = []
-        self.headers = []
+SHORT = {"choices": [choice(0)]}
 
 
 @pytest.fixture
 def serve(monkeypatch):
     monkeypatch.setattr(client_module, "FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(balancer, "FIRST_PROBE_S", 0.01)
     servers = []
 
-    def start(script):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                length = int(self.headers["Content-Length"])
-                script.bodies.append(json.loads(self.rfile.read(length)))
-                script.headers.append(dict(self.headers))
-                answer = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
-                status, body = answer if isinstance(answer, tuple) else (200, answer)
-                payload = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        return RolloutClient([endpoint], "the-key", max_retries=2, request_timeout_s=5)
+    def start(*answers, **behaviour):
+        servers.append(Server(*answers, **behaviour))
+        return servers[-1]
 
     yield start
     for server in servers:
-        server.shutdown()
-        server.server_close()
+        server.stop()
+
+
+def connect(*servers, **options):
+    options = {"max_retries": 2, "request_timeout_s": 5, "patience_s": 2, **options}
+    return RolloutClient([server.endpoint for server in servers], "the-key", **options)
+
+
+def request(key, n=2):
+    return SampleRequest(key, (3, 4), n, 11, 1.0, 1.0, 9, (1,))
 
 
 def ask(client, *keys):
     answers = {}
-    requests = [SampleRequest(key, (3, 4), 2, 11, 1.0, 1.0, 9, (1,)) for key in keys]
-    client.sample(requests, on_result=lambda r, c: answers.__setitem__(r.key, c))
+    client.sample([request(key) for key in keys], lambda r, c: answers.__setitem__(r.key, c))
     return answers
 
 
 def test_token_ids_travel_both_ways_and_samples_come_in_order(serve):
-    script = Script(GOOD)
-    (completions,) = ask(serve(script), "p").values()
+    server = serve(GOOD)
+    (completions,) = ask(connect(server), "p").values()
     assert [c.token_ids for c in completions] == [(6, 7, 1), (5, 1)]
     assert completions[0].logprobs == (-1.0, -2.0, -3.0)
-    body = script.bodies[0]
+    body = server.bodies[0]
     assert body["prompt"] == [3, 4] and body["n"] == 2 and body["seed"] == 11
-    assert script.headers[0]["Authorization"] == "Bearer the-key"
-
-
-SHORT = {"choices": [choice(0)]}
+    assert server.headers[0]["Authorization"] == "Bearer the-key"
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        SHORT,
         (500, {"error": "boom"}),
-        b"no json",
-        {"choices": [choice(0), choice(1, logprobs=(-1.0,))]},
-        {"choices": [choice(0), choice(1, tokens=(), logprobs=())]},
+        (503, {}),
+        RESET,
         {"choices": [choice(0), choice(1, reason="abort")]},
     ],
 )
-def test_a_bad_answer_is_asked_for_again_a_bounded_number_of_times(serve, bad):
-    script = Script(bad, bad, GOOD)
-    assert len(ask(serve(script), "p")["p"]) == 2
-    assert len(script.bodies) == 3
-    with pytest.raises(RolloutError, match=r"2 responses to problem 'p' failed 3 times"):
-        ask(serve(Script(bad)), "p")
+def test_a_server_at_fault_is_asked_again_a_bounded_number_of_times(serve, bad):
+    server = serve(bad, bad, GOOD)
+    assert len(ask(connect(server), "p")["p"]) == 2
+    assert len(server.bodies) == 3
+    with pytest.raises(RolloutError, match=r"2 responses to problem 'p' failed 3 times, last at"):
+        ask(connect(serve(bad)), "p")
 
 
-def test_fewer_samples_than_asked_are_named(serve):
-    with pytest.raises(RolloutError, match="1 samples came, 2 were asked for"):
-        ask(serve(Script(SHORT)), "p")
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (SHORT, "1 samples came, 2 were asked for"),
+        (b"no json", "no JSON"),
+        (b'{"choices": 3}', "no list of samples"),
+        ({"choices": [choice(0), choice(1, logprobs=(-1.0,))]}, "2 tokens has 1 log-probabilities"),
+        ({"choices": [choice(0), choice(1, tokens=(), logprobs=())]}, "a sample of 0 tokens"),
+        ({"choices": [choice(0), choice(1, reason="strange")]}, "ended by 'strange'"),
+        ({"choices": [choice(0), choice(1, reason="length")]}, "2 tokens ended by 'length'; the"),
+        ({"choices": [choice(0), choice(1, logprobs=(None, -1.0))]}, "no list of samples"),
+        ({"choices": [choice(0), choice(1, (5,) * 10, (-1.0,) * 10)]}, "10 tokens ended by 'stop'"),
+    ],
+)
+def test_a_wrong_answer_is_refused_by_name_and_not_asked_for_again(serve, bad, told):
+    server = serve(bad)
+    with pytest.raises(RolloutError, match=f"answered wrongly for problem 'p': .*{told}"):
+        ask(connect(server), "p")
+    assert len(server.bodies) == 1
 
 
 def test_a_refusal_is_not_tried_again(serve):
-    script = Script((401, {"error": "key"}))
+    server = serve((401, {"error": "key"}))
     with pytest.raises(RolloutError, match="refused to sample problem 'p': 401"):
-        ask(serve(script), "p")
-    assert len(script.bodies) == 1
+        ask(connect(server), "p")
+    assert len(server.bodies) == 1
 
 
 def test_what_finished_before_an_error_was_handed_over(serve):
-    client = serve(Script(GOOD, (400, {})))
-    client.max_in_flight = 1
+    client = connect(serve(GOOD, (400, {})), max_in_flight=1)
     answers = {}
-    requests = [SampleRequest(key, (3,), 2, 1, 1.0, 1.0, 9, (1,)) for key in "ab"]
-    with pytest.raises(RolloutError):
-        client.sample(requests, on_result=lambda r, c: answers.__setitem__(r.key, c))
+
+    def slowly(asked, completions):
+        time.sleep(0.3)  # the error of b comes while a is being graded
+        answers[asked.key] = completions
+
+    with pytest.raises(RolloutError, match="problem 'b'"):
+        client.sample([request("a"), request("b")], slowly)
     assert list(answers) == ["a"]
+
+
+def test_an_error_of_the_caller_stops_the_sampling(serve):
+    def full(asked, completions):
+        raise RolloutError("the disk is full")
+
+    with pytest.raises(RolloutError, match="the disk is full"):
+        connect(serve(good)).sample([request("a")], full)
+
+
+def test_requests_in_flight_are_bounded_and_the_order_is_kept(serve):
+    server = serve(good, delay=0.05)
+    ask(connect(server, max_in_flight=3), *"abcdefghij")
+    assert 1 < server.most_in_flight <= 3
+    server = serve(good)
+    client = connect(server, max_in_flight=1)
+    client.sample([request("a", n=n) for n in (5, 3, 4)], lambda r, c: None)
+    assert [body["n"] for body in server.bodies] == [5, 3, 4]
+
+
+def test_requests_are_spread_by_load(serve):
+    quick, slow = serve(good, delay=0.01), serve(good, delay=0.25)
+    assert len(ask(connect(quick, slow, max_in_flight=2), *map(str, range(40)))) == 40
+    assert len(quick.bodies) + len(slow.bodies) == 40
+    assert len(quick.bodies) > 3 * len(slow.bodies) > 0
+
+
+@pytest.mark.parametrize("fault", [HANG, RESET])
+def test_other_servers_take_over_from_one_that_does_not_answer(serve, fault, caplog):
+    bad, well = serve(fault, healthy=False), serve(good)
+    client = connect(bad, well, max_in_flight=4, request_timeout_s=1)
+    began = time.monotonic()
+    assert len(ask(client, *map(str, range(30)))) == 30
+    assert time.monotonic() - began < 6
+    assert 0 < len(bad.bodies) <= 8, "nothing more is sent to it"
+    assert f"{bad.endpoint} does not answer" in caplog.text
+    if fault == HANG:
+        assert "no answer within 1 s" in caplog.text or "ReadTimeout" in caplog.text
+
+
+def test_a_server_that_answers_again_gets_requests_again(serve):
+    flaky, other = serve(RESET, good, delay=0.02), serve(good, delay=0.02)
+    ask(connect(flaky, other, max_in_flight=1), *map(str, range(60)))
+    assert flaky.probes >= 1 and len(flaky.bodies) > 5
+
+
+def test_a_dead_server_is_brought_back_by_its_owner(serve):
+    server = serve(RESET, good)
+    revived = []
+
+    def revive(endpoint):
+        revived.append((endpoint, threading.current_thread() is threading.main_thread()))
+        return len(revived) > 1
+
+    assert len(ask(connect(server, revive=revive), "a", "b")) == 2
+    assert revived == [(server.endpoint, False)] * 2
+
+    def give_up(endpoint):
+        raise RolloutError("died 3 times")
+
+    with pytest.raises(RolloutError, match="died 3 times"):
+        ask(connect(serve(RESET), revive=give_up), "a")
+
+
+def test_with_no_server_left_each_is_named(serve):
+    servers = serve(RESET, healthy=False), serve(RESET, healthy=False)
+    with pytest.raises(RolloutError, match=r"no rollout server has answered for 0\.5 s") as caught:
+        ask(connect(*servers, patience_s=0.5, max_retries=9), "p")
+    assert all(server.endpoint in str(caught.value) for server in servers)
 
 
 def test_nobody_listening_is_an_error():
@@ -133,3 +190,15 @@ def test_nobody_listening_is_an_error():
         ask(client, "p")
     with pytest.raises(RolloutError, match="/pause"):
         client.call("POST", "/pause")
+    assert not client.healthy("http://127.0.0.1:9")
+
+
+def test_proxies_of_the_environment_are_not_asked(serve, monkeypatch):
+    proxy, server = serve((502, {})), serve(good)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy.endpoint)
+    monkeypatch.setenv("no_proxy", "")
+    assert "http_proxy" in os.environ
+    assert len(ask(connect(server), "p")["p"]) == 2
+    connect(server).call("GET", "/health")
+    assert not proxy.bodies and not proxy.probes

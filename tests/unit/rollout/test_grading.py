@@ -1,10 +1,42 @@
+import json
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from nemo_paced.config import GradingConfig
-from nemo_paced.errors import GradingError
-from nemo_paced.rollout.grading import Grader, extract_answer, normalize
+from nemo_paced.errors import ConfigError, GradingError
+from nemo_paced.rollout.answers import extract_answer, extract_choice, normalize, numbers_agree
+from nemo_paced.rollout.grading import Grader
+
+CASES = [
+    json.loads(line)
+    for line in Path(__file__).with_name("grading_cases.jsonl").read_text().splitlines()
+]
+# Where the verdict is not what a careful reader would say, and why.
+DISAGREEMENTS = {
+    ("Answer: 3.1415926535", r"\pi"): "math-verify rounds decimals to 6 places",
+    ("Answer: 3 hours 20 minutes", "200 minutes"): "sums of units are not understood",
+    ("Answer: X", "x"): "math-verify takes X and x for one variable",
+}
+OWN = "tests.unit.rollout.verifiers:judge"
+
+
+def test_the_labelled_cases_are_judged_as_labelled_but_for_those_listed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong, reasons = set(), {}
+    with Grader(GradingConfig(num_workers=1, time_limit_s=2.0)) as grader:
+        for case in CASES:
+            verdict = grader.grade(case["text"], case["answer"])
+            key = (case["text"].splitlines()[-1] if case["text"].strip() else "", case["answer"])
+            reasons[key] = verdict.reason
+            if verdict.correct is not case["correct"]:
+                wrong.add(key)
+    assert wrong == DISAGREEMENTS.keys()
+    assert len(CASES) >= 170 and 1 - len(wrong) / len(CASES) > 0.98
+    assert reasons["Answer: 9^{9^{9^{9}}}", "3"] == "math-verify: timed out after 2 s"
+    assert not list(tmp_path.iterdir()), "no response was evaluated"
 
 
 @pytest.mark.parametrize(
@@ -25,58 +57,83 @@ def test_the_final_answer_is_found(text, answer):
 def test_normalisation_is_light():
     assert normalize(r" $\text{Yes}$. ") == "yes"
     assert normalize("1,234,567") == "1234567"
-    assert normalize("(1,2)") == "(1,2)"
+    assert normalize("(1,2)") == "(1,2)" and normalize("(1,234)") == "(1,234)"
+    assert normalize("1 1/2") == "1 1/2" and normalize("X") == "X"
 
 
-MATH = [
-    ("Answer: 42", "42", True),
-    ("Answer: 42.0", "42", True),
-    ("Answer: 41", "42", False),
-    (r"\boxed{\frac12}", "1/2", True),
-    (r"\boxed{0.5}", r"\frac{1}{2}", True),
-    (r"Answer: $x^2+2x+1$", "(x+1)^2", True),
-    (r"Answer: $\{1,2\}$", r"\{2,1\}", True),
-    ("Answer: 1,234", "1234", True),
-    ("I do not know", "3", False),
-    ("", "3", False),
-    ("Answer: __import__('os').system('touch /tmp/evaluated')", "3", False),
-]
+def test_decimals_agree_within_the_tolerance_and_integers_exactly():
+    assert numbers_agree("3.14", "3.14159", 1e-3)
+    assert numbers_agree("3.14", "3.14159", 1e-4) is False
+    assert numbers_agree("100000001", "100000000", 1e-3) is False
+    assert numbers_agree("x", "3", 0.1) is None
+    with Grader(GradingConfig(numeric_tolerance=0.01)) as grader:
+        assert grader.grade("Answer: 3.14", "3.1416").correct
+    with pytest.raises(ConfigError, match=r"grading.numeric_tolerance is -1"):
+        GradingConfig(numeric_tolerance=-1)
+    with pytest.raises(ConfigError, match=r"grading.num_workers is 0"):
+        GradingConfig(num_workers=0)
 
 
-def test_math_answers_are_judged():
-    with Grader(GradingConfig(num_workers=1)) as grader:
-        for text, answer, correct in MATH:
-            assert grader.grade(text, answer).correct is correct, (text, answer)
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A or B? Answer: (C)", "C"),
+        ("Answer: c", "C"),
+        (r"It is \boxed{\text{D}}", "D"),
+        ("Answer: B) 12 m", "B"),
+        ("Answer: B or C", None),
+        ("I think A train is slow, so option (B) it is. I am sure.", "B"),
+        ("Between B and D, D. A sure thing.", "D"),
+        ("I do not know", None),
+        ("", None),
+    ],
+)
+def test_the_choice_is_found(text, letter):
+    assert extract_choice(text) == letter
 
 
-def _hang(gold, answer):
-    time.sleep(60)
-
-
-def test_a_comparison_that_hangs_is_ended_and_the_next_one_works(monkeypatch):
-    with Grader(GradingConfig(num_workers=1, time_limit_s=1.0)) as grader:
-        grader.grade("Answer: x", "y")  # workers are up
+def test_one_hanging_item_costs_one_worker_and_no_other_verdict():
+    with Grader(GradingConfig(OWN, num_workers=2, time_limit_s=2.0)) as grader:
+        verdicts = {}
+        assert grader.grade("a", "a").correct  # a worker is up
+        threads = [
+            threading.Thread(target=lambda t=t: verdicts.__setitem__(t, grader.grade(t, "slow")))
+            for t in ("hang", "slow")
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert verdicts["slow"].correct
+        assert verdicts["hang"].reason == f"{OWN}: timed out after 2 s"
+        assert not verdicts["hang"].correct
         began = time.monotonic()
-        with monkeypatch.context() as patch:
-            patch.setattr("nemo_paced.rollout.grading._math_verify", _hang)
-            verdict = grader.grade("Answer: a+b", "c")
-        assert not verdict.correct and "longer than 1 s" in verdict.reason
-        assert time.monotonic() - began < 10
-        assert grader.grade("Answer: x+1", "1+x").correct
+        verdict = grader.grade("die", "a")
+        assert not verdict.correct and "died (exit code 3)" in verdict.reason
+        assert grader.grade("b", "b").correct, "the pool goes on"
+        assert time.monotonic() - began < 30
 
 
-def test_exact_choice_and_own_verifiers():
+def test_what_breaks_the_contract_of_a_verifier_is_an_error():
+    with Grader(GradingConfig(OWN)) as grader:
+        with pytest.raises(GradingError, match="ZeroDivisionError: in my verifier"):
+            grader.grade("raise", "a")
+        assert grader.grade("a", "a").correct
+    with (
+        Grader(GradingConfig("tests.unit.rollout.verifiers:number")) as grader,
+        pytest.raises(GradingError, match="returned 1, not a bool"),
+    ):
+        grader.grade("a", "b")
+    with pytest.raises(GradingError, match="no function"):
+        Grader(GradingConfig("nope"))
+    with pytest.raises(GradingError, match="cannot be called"):
+        Grader(GradingConfig("tests.unit.rollout.verifiers:NOT_CALLABLE"))
+
+
+def test_the_exact_verifier_and_truncation():
     with Grader(GradingConfig(verifier="exact")) as grader:
         assert grader.grade("s1 s2 s3", "s3").correct
         assert not grader.grade("s3 s2", "s3").correct
         assert grader.grade("", "s3").reason == "empty response"
         assert "truncated" in grader.grade("s1", "s3", truncated=True).reason
-    with Grader(GradingConfig(verifier="multiple_choice")) as grader:
-        assert grader.grade("A or B? Answer: (C)", "C").correct
-        assert not grader.grade("Answer: B", "C").correct
-    with Grader(GradingConfig(verifier="operator:contains")) as grader:
-        assert grader.grade("abc", "b").correct
-    with pytest.raises(GradingError, match="no function"):
-        Grader(GradingConfig(verifier="nope"))
-    with Grader(GradingConfig(verifier="operator:add")) as grader, pytest.raises(GradingError):
-        grader.grade("a", "b")
+        assert grader.grade("s3", "s3", truncated=True).correct

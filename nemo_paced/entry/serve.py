@@ -1,0 +1,98 @@
+"""The command ``rollout-server``: the servers of a model without a trainer beside them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+from nemo_paced.compose import run_directory, with_config
+from nemo_paced.config import PacedConfig
+from nemo_paced.errors import ConfigError
+from nemo_paced.rollout.api_key import API_KEY_VARIABLE
+from nemo_paced.rollout.replicas import Replicas
+from nemo_paced.training.prepare import server_notes
+from nemo_paced.training.progress import progress_bar
+from nemo_paced.training.sampler import make_replicas
+
+logger = logging.getLogger(__name__)
+
+ENDPOINTS_FILE, KEY_FILE = "endpoints.json", "api_key"
+WATCH_S = 1.0
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="nemo-paced rollout-server", allow_abbrev=False)
+    parser.add_argument("--model", choices=("student", "teacher"), default="student")
+    known, rest = parser.parse_known_args(arguments)
+    with_config(rest, lambda config: serve(config, known.model))
+
+
+def serve(config: PacedConfig, role: str) -> None:
+    """Start the servers, say where they are, and keep them running until SIGTERM or SIGINT.
+
+    Args:
+        role: ``student`` or ``teacher``.
+
+    Raises:
+        ConfigError: no such model, or ``rollout.endpoints`` is set.
+        RolloutError: a server did not start, or died more than ``rollout.max_restarts`` times.
+    """
+    folder = run_directory(config) / "servers" / role
+    replicas = _replicas(config, role, folder)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with replicas:
+            with progress_bar() as bar:
+                replicas.start(server_notes(bar))
+            _write_files(folder, replicas)
+            print("\n".join(replicas.endpoints), flush=True)
+            logger.info("endpoints: %s; key: %s", folder / ENDPOINTS_FILE, folder / KEY_FILE)
+            _watch(replicas)
+    except KeyboardInterrupt:
+        logger.info("rollout-server: stopped")
+    finally:
+        (folder / ENDPOINTS_FILE).unlink(missing_ok=True)  # nobody answers there any more
+
+
+def _replicas(config: PacedConfig, role: str, folder: Path) -> Replicas:
+    key = "student.hf_path" if role == "student" else "teacher.hf_path"
+    model = config.student.hf_path if role == "student" else config.teacher_hf_path
+    if not Path(model or "-").is_dir():
+        raise ConfigError(f"{key} is {model!r}: no such directory; give a Hugging Face directory")
+    if config.rollout.endpoints:
+        raise ConfigError("rollout.endpoints is set: rollout-server starts servers, remove it")
+    data = config.data
+    limit = data.max_prompt_length if role == "student" else data.max_teacher_prompt_length
+    return make_replicas(
+        config,
+        Path(model),
+        limit,
+        folder / "server.log",
+        api_key=os.environ.get(API_KEY_VARIABLE),  # servers on several nodes share one
+    )
+
+
+def _write_files(folder: Path, replicas: Replicas) -> None:
+    """Endpoints for whoever reads them, the key for this user alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / KEY_FILE).unlink(missing_ok=True)
+    descriptor = os.open(folder / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(replicas.api_key + "\n")
+    temporary = folder / f".{ENDPOINTS_FILE}.tmp"
+    temporary.write_text(json.dumps({"endpoints": replicas.endpoints}, indent=1) + "\n")
+    temporary.replace(folder / ENDPOINTS_FILE)  # its being there means that all are healthy
+
+
+def _watch(replicas: Replicas) -> None:
+    """Start again what dies; a trainer sends its weights again when it sees the old ones."""
+    while True:
+        for endpoint in replicas.ended():
+            replicas.restart(endpoint)
+            logger.info("%s is healthy again", endpoint)
+        time.sleep(WATCH_S)

@@ -1,0 +1,142 @@
+"""``rollout.num_replicas`` servers of one model: started together, started again one by one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from nemo_paced.config import RolloutConfig
+from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.rollout.sidecar import Sidecar, free_ports, gpu_count, listen_address
+
+logger = logging.getLogger(__name__)
+
+
+class Replicas:
+    """Context manager around the servers; every one asks for the same key.
+
+    Args:
+        model_dir: Hugging Face directory to serve.
+        max_model_len: longest prompt plus response, tokens.
+        dtype: ``float32`` or ``bfloat16``.
+        log_path: of the first server; the others' have their number behind the name.
+        api_key: made for these servers when ``None``.
+
+    Raises:
+        ConfigError: fewer GPUs than the servers need.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        config: RolloutConfig,
+        *,
+        max_model_len: int,
+        dtype: str,
+        log_path: Path,
+        api_key: str | None = None,
+    ) -> None:
+        self.config = config
+        self.api_key = api_key or secrets.token_urlsafe(32)
+        count = config.num_replicas
+        ports = [config.port + i for i in range(count)] if config.port else None
+        devices = replica_devices(config, gpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        self.sidecars = {
+            sidecar.endpoint: sidecar
+            for index, port in enumerate(ports or free_ports(listen_address(config.host), count))
+            for sidecar in [
+                Sidecar(
+                    model_dir,
+                    config,
+                    max_model_len=max_model_len,
+                    dtype=dtype,
+                    log_path=log_path.with_stem(f"{log_path.stem}_{index}") if index else log_path,
+                    port=port,
+                    api_key=self.api_key,
+                    devices=devices[index],
+                )
+            ]
+        }
+        self.restarts = dict.fromkeys(self.sidecars, 0)
+
+    @property
+    def endpoints(self) -> list[str]:
+        return list(self.sidecars)
+
+    def __enter__(self) -> Replicas:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self, progress: Callable[[str], None] | None = None) -> None:
+        """Start all servers at once and wait until each is healthy.
+
+        Raises:
+            RolloutError: one did not start, with the end of its log; the others are stopped.
+        """
+        with ThreadPoolExecutor(len(self.sidecars)) as pool:
+            try:
+                started = [pool.submit(s.start, progress) for s in self.sidecars.values()]
+                for future in as_completed(started):
+                    future.result()
+            except BaseException:
+                self.stop()  # ends the waiting of the other threads
+                raise
+        if progress:
+            progress("")
+
+    def stop(self) -> None:
+        """End every server's process tree; safe to call twice."""
+        with ThreadPoolExecutor(len(self.sidecars)) as pool:
+            for future in [pool.submit(s.stop) for s in self.sidecars.values()]:
+                future.result()
+
+    def ended(self, within_s: float = 0.0) -> list[str]:
+        """Endpoints whose server is gone, after waiting so long for a first one."""
+        for sidecar in self.sidecars.values():
+            if sidecar.ended(within_s / len(self.sidecars)):
+                break
+        return [endpoint for endpoint, s in self.sidecars.items() if not s.alive()]
+
+    def restart(self, endpoint: str, progress: Callable[[str], None] | None = None) -> None:
+        """Start one anew, with the weights of ``model_dir``: newer ones are to be sent after.
+
+        Raises:
+            RolloutError: it died more than ``rollout.max_restarts`` times, or does not start.
+        """
+        sidecar = self.sidecars[endpoint]
+        if self.restarts[endpoint] >= self.config.max_restarts:
+            raise RolloutError(
+                f"the rollout server {endpoint} died {self.restarts[endpoint] + 1} times "
+                f"(rollout.max_restarts {self.config.max_restarts}); see {sidecar.log_path}"
+            )
+        self.restarts[endpoint] += 1
+        logger.warning("the rollout server %s died: starting it again", endpoint)
+        sidecar.restart(progress)
+
+
+def replica_devices(config: RolloutConfig, gpus: int, visible: str | None) -> list[str | None]:
+    """``CUDA_VISIBLE_DEVICES`` of each replica: its own GPUs, as many as it is split over.
+
+    Args:
+        gpus: that this process sees; 0 for the CPU build.
+        visible: ``CUDA_VISIBLE_DEVICES`` of this process.
+
+    Raises:
+        ConfigError: fewer GPUs than replicas need.
+    """
+    count, width = config.num_replicas, config.tensor_parallel_size
+    if not gpus or count == 1:
+        return [None] * count
+    if count * width > gpus:
+        raise ConfigError(
+            f"rollout.num_replicas {count} x rollout.tensor_parallel_size {width} needs "
+            f"{count * width} GPUs and {gpus} are visible: lower one of them"
+        )
+    names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+    return [",".join(names[i * width : (i + 1) * width]) for i in range(count)]

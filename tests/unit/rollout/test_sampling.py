@@ -1,0 +1,100 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nemo_paced.compose import ASSETS
+from nemo_paced.config import DataConfig, GradingConfig, PrivilegedContext
+from nemo_paced.hf.tokenizer import Prompts
+from nemo_paced.records import Problem, Rollout
+from nemo_paced.rollout.client import RolloutClient
+from nemo_paced.rollout.completions import SampleRequest
+from nemo_paced.rollout.grading import Grader
+from nemo_paced.rollout.sampling import SamplingSettings, long_tail_first, sample_rollouts
+from nemo_paced.rollout.store import RolloutStore
+from tests.unit.rollout.wrong_server import Server, good
+
+PROBLEMS = [Problem(f"p{i}", "s1 f1", "s1") for i in range(30)]
+
+
+def sample(folder, endpoint, problems=PROBLEMS, num_samples=4):
+    data = DataConfig(
+        prompt_template="{problem}",
+        use_chat_template=False,
+        max_prompt_length=16,
+        max_response_length=16,
+    )
+    prompts = Prompts(ASSETS / "student", data, PrivilegedContext.none)
+    with RolloutStore(folder) as store, Grader(GradingConfig(verifier="exact")) as grader:
+        return sample_rollouts(
+            problems,
+            prompts=prompts,
+            client=RolloutClient([endpoint], "key", max_in_flight=4),
+            store=store,
+            step=0,
+            purpose="pass_rates",
+            settings=SamplingSettings(num_samples, 1.0, 1.0, 16),
+            run_seed=1,
+            grader=grader,
+        )
+
+
+PROGRAM = """
+import sys
+from tests.unit.rollout.test_sampling import sample
+sample(sys.argv[1], sys.argv[2])
+"""
+
+
+def stored(folder):
+    path = folder / "rollouts.log"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [json.loads(line.partition(b" ")[2]) for line in lines]
+
+
+def test_a_killed_client_loses_only_what_was_in_flight_and_counts_nothing_twice(tmp_path):
+    server = Server(good, delay=0.2)
+    try:
+        for kill_after in (1, 20, 60):
+            process = subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path, server.endpoint])
+            deadline = time.monotonic() + 60
+            path = tmp_path / "rollouts.log"
+            while not path.exists() or path.read_bytes().count(b"\n") < kill_after:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.005)
+            process.kill()
+            process.wait()
+        before, asked = path.read_bytes().count(b"\n"), len(server.bodies)
+        rollouts = sample(tmp_path, server.endpoint)
+        assert len(server.bodies) - asked == len(PROBLEMS) - before // 4, "only what was missing"
+    finally:
+        server.stop()
+    keys = [(r.problem_id, r.sample) for r in rollouts]
+    assert keys == [(p.id, k) for p in PROBLEMS for k in range(4)]
+    found = [(row["problem_id"], row["sample"]) for row in stored(tmp_path)]
+    assert sorted(found) == sorted(keys), "each once"
+    assert len(server.bodies) <= len(PROBLEMS) + 3 * 4, "four were in flight at each kill"
+    assert len({(body["seed"]) for body in server.bodies}) == len(PROBLEMS)
+
+
+def test_more_samples_of_a_problem_ask_for_the_difference_only(tmp_path):
+    server = Server(good)
+    try:
+        sample(tmp_path, server.endpoint, PROBLEMS[:3], num_samples=2)
+        sample(tmp_path, server.endpoint, PROBLEMS[:3], num_samples=5)
+    finally:
+        server.stop()
+    assert [body["n"] for body in server.bodies] == [2] * 3 + [3] * 3
+    assert len({body["seed"] for body in server.bodies}) == 6, "other seeds than the first ones"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unknown_lengths_are_sent_first_and_then_the_longest(tmp_path, seed):
+    requests = [SampleRequest(f"p{i}", (3,), 1, 0, 1.0, 1.0, 9, (1,)) for i in range(6)]
+    with RolloutStore(tmp_path) as store:
+        for name, length in (("p1", 3), ("p3", 9), ("p4", 5)):
+            store.append("pass_rates", [Rollout(name, name, (1,) * length)])
+        order = [r.key for r in long_tail_first(requests, store, seed)]
+    assert sorted(order[:3]) == ["p0", "p2", "p5"] and order[3:] == ["p3", "p4", "p1"]
