@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "nemo_paced"
 # lowest first; a module may import its own layer's folder and what is below it
 LAYERS = (
-    {"errors", "records", "config", "logs", "compose"},
+    {"errors", "records", "settings", "config", "logs", "compose"},
     {"cpu_megatron", "link", "parallel", "pipeline"},
     {"losses", "weights"},
     {"hf"},

@@ -1,0 +1,134 @@
+"""The values that a setting may have, where they are names."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Precision(Enum):
+    """The dtype of forward and backward; master weights are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class DivergenceKind(Enum):
+    """``stages[].divergence``; the values are those of ``losses.divergence.Divergence``."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+    skew_forward_kl = "skew_forward_kl"
+    skew_reverse_kl = "skew_reverse_kl"
+    adaptive_kl = "adaptive_kl"
+
+
+class ResponseSource(Enum):
+    """``stages[].responses``: stored teacher responses, or fresh samples of the current student."""
+
+    references = "references"
+    rollouts = "rollouts"
+
+
+class Recompute(Enum):
+    """``model.recompute_granularity``: what backward computes again instead of keeping it."""
+
+    none = "none"
+    selective = "selective"  # attention itself
+    full = "full"  # whole layers: model.recompute_num_layers at a time
+
+
+class OptimBackend(Enum):
+    """``model.optim.backend``: whose fused Adam runs."""
+
+    auto = "auto"  # Transformer Engine's, else Apex's, else torch's
+    transformer_engine = "transformer_engine"
+    apex = "apex"
+    torch = "torch"
+
+
+class ReferenceSource(Enum):
+    """``references.source``: where y_T of a problem comes from."""
+
+    teacher = "teacher"  # sampled from the teacher, which sees the privileged context
+    solution = "solution"  # the data's expert solution as it stands
+    file = "file"  # references.path: JSONL or Parquet with `id` and `response`
+
+
+class PrivilegedContext(Enum):
+    """``teacher.privileged_context``: what the teacher's prompt holds beyond the student's."""
+
+    expert_solution = "expert_solution"
+    answer = "answer"
+    none = "none"
+
+
+class TeacherPlacement(Enum):
+    """``teacher.placement``: where the teacher's weights are while the student trains."""
+
+    colocated = "colocated"  # on the student's devices, beside it
+    offloaded = "offloaded"  # in pinned host memory; on the devices for the teacher's phase only
+    # Signals of all stored responses are computed before the first step and kept on disk; the
+    # teacher is freed then. Forward KL only: fresh samples cannot be known before.
+    cached = "cached"
+    separate = "separate"  # on ranks of its own (teacher.separate_ranks), one step ahead
+
+
+class Fp8Backend(Enum):
+    """``teacher.fp8.backend``: whose FP8 GEMMs run."""
+
+    auto = "auto"  # transformer_engine on a GPU that has it, torch otherwise
+    transformer_engine = "transformer_engine"
+    torch = "torch"  # torch._scaled_mm; the CPU has it too
+
+
+class Fp8Recipe(Enum):
+    """``teacher.fp8.recipe``: which values share a scale. Spelt as Megatron spells them."""
+
+    auto = "auto"  # the finest scales that backend and GPU have
+    rowwise = "rowwise"  # a token, an output feature of a weight (torch)
+    tensorwise = "tensorwise"  # a whole tensor (transformer_engine)
+    blockwise = "blockwise"  # 1 x 128 of a token, 128 x 128 of a weight (transformer_engine)
+    mxfp8 = "mxfp8"  # 32 values, scale a power of 2 (transformer_engine, Blackwell)
+
+
+class WeightScheme(Enum):
+    """``weights.scheme``: the function from pass rate to problem weight."""
+
+    beta_kernel = "beta_kernel"  # p^alpha (1-p)^beta: PACED
+    unweighted = "unweighted"
+    hard_filter = "hard_filter"  # 1 where low <= p <= high
+
+
+class Estimator(Enum):
+    """``weights.estimator``: what the Beta kernel is taken of, with c of K rollouts right."""
+
+    plug_in = "plug_in"  # the kernel at c / K: the paper's; 0 where all or none were right
+    posterior = "posterior"  # the kernel's mean over what is known of the pass rate; never 0
+
+
+class Reestimation(Enum):
+    """``weights.reestimate``: what moves pass rates besides ``stages[].reestimate_pass_rates``."""
+
+    never = "never"
+    every_n_steps = "every_n_steps"  # weights.num_rollouts new rollouts of every problem
+    free = "free"  # the on-policy stages' own rollouts, which are graded anyway
+
+
+class Reduction(Enum):
+    """``loss.reduction``: what is divided by what (see ``losses/reduction.py``)."""
+
+    token_sum = "token_sum"
+    sequence_mean = "sequence_mean"
+    token_mean = "token_mean"
+
+
+# as Lightning and NeMo spell them; all of them keep fp32 master weights here
+PRECISIONS = {
+    "bf16": Precision.bf16,
+    "bf16-mixed": Precision.bf16,
+    "bf16-true": Precision.bf16,
+    "fp32": Precision.fp32,
+    "32": Precision.fp32,
+    "32-true": Precision.fp32,
+}

@@ -1,0 +1,100 @@
+"""``data``, ``references``, ``grading`` and ``evaluation``: problems and what is asked of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_paced.settings.checks import positive, require
+from nemo_paced.settings.choices import ReferenceSource
+
+
+@dataclass
+class DataConfig:
+    """Problem files (JSONL or Parquet: id, problem, answer, optional solution) and prompts.
+
+    Templates are ``str.format`` strings over ``{problem}``, ``{solution}``, ``{answer}`` and
+    ``{student_prompt}`` (the filled student prompt; in the teacher's template only).
+    """
+
+    problems: str = ""
+    validation_problems: str | None = None
+    forgetting_problems: str | None = None
+    prompt_template: str = (
+        "Solve the following math problem step by step. The last line of your response should be "
+        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+        '\n\n{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+    )
+    # Used where teacher.privileged_context is not `none`.
+    teacher_prompt_template: str = (
+        "Problem:\n{problem}\n\nA reference for your guidance:\n{context}\n\nUse it to answer in "
+        "your own words, not verbatim.\n\n{student_prompt}"
+    )
+    use_chat_template: bool = True
+    max_prompt_length: int = 1024  # tokens of the student's prompt
+    max_teacher_prompt_length: int = 3072
+    max_response_length: int = 8192  # tokens, EOS included
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        positive(
+            "data", self, "max_prompt_length", "max_teacher_prompt_length", "max_response_length"
+        )
+        for name in ("prompt_template", "teacher_prompt_template"):
+            require(
+                "{problem}" in getattr(self, name) or "{student_prompt}" in getattr(self, name),
+                f"data.{name} has no {{problem}} field: every prompt would be the same",
+            )
+
+
+@dataclass
+class ReferencesConfig:
+    """Where the stored responses of forward KL come from."""
+
+    source: ReferenceSource = ReferenceSource.teacher
+    path: str | None = None
+    # Running servers of the teacher (rollout-server --model teacher) instead of our own.
+    endpoints: list[str] = field(default_factory=list)
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(
+            (self.source is ReferenceSource.file) == (self.path is not None),
+            f"references.source is {self.source.value} and references.path is {self.path!r}: "
+            "source=file needs a path, the other sources take none",
+        )
+        require(
+            not self.endpoints or self.source is ReferenceSource.teacher,
+            f"references.endpoints is set and references.source is {self.source.value}: no "
+            "teacher is asked then; remove one of the two",
+        )
+
+
+@dataclass
+class GradingConfig:
+    """``verifier``: math | exact | multiple_choice, or ``module:function`` of your own."""
+
+    verifier: str = "math"
+    time_limit_s: float = 5.0  # an item; its worker is killed then and the verdict is wrong
+    num_workers: int = 2  # processes
+    numeric_tolerance: float = 1e-6  # relative, where a number is written with a decimal point
+
+    def __post_init__(self) -> None:
+        positive("grading", self, "time_limit_s", "num_workers")
+        require(
+            0 <= self.numeric_tolerance < 1,
+            f"grading.numeric_tolerance is {self.numeric_tolerance}: it must lie in [0, 1)",
+        )
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out accuracy: mean@k; the paper's sampling."""
+
+    samples: int = 8
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_response_length: int | None = None  # None: data.max_response_length
+
+    def __post_init__(self) -> None:
+        positive("evaluation", self, "samples", "temperature", "top_p")

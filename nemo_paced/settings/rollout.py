@@ -1,0 +1,81 @@
+"""``rollout``: the vLLM servers and how they sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_paced.settings.checks import positive, require
+
+
+@dataclass
+class RolloutConfig:
+    """The vLLM sidecar and how it samples."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # Servers of the same model, each on GPUs of its own, that share the requests.
+    num_replicas: int = 1
+    host: str = "127.0.0.1"  # address or network interface (ib0) that our servers listen on
+    port: int = 0  # of the first replica, the others take the next ones; 0: free ones
+    # Running servers instead of our own; their key is in the variable NEMO_PACED_API_KEY.
+    endpoints: list[str] = field(default_factory=list)
+    dtype: str = "auto"  # auto: trainer.precision
+    max_num_seqs: int = 128
+    max_in_flight: int = 32  # requests at a server
+    kv_cache_gib: float = 1.0  # CPU build of vLLM; the GPU build uses gpu_memory_utilization
+    gpu_memory_utilization: float = 0.3
+    tensor_parallel_size: int = 1
+    refit_every_n_steps: int = 1
+    # Optimizer steps that rollouts may lag behind the student trained on them. 0: strictly
+    # on-policy, trainer and server wait for each other. Above: the server samples for the steps to
+    # come while this one is trained on.
+    max_staleness: int = 0
+    # |trainer - server| log-probability, mean over the sampled tokens of a step, nats.
+    max_logprob_gap: float = 0.1
+    start_timeout_s: float = 600.0
+    request_timeout_s: float = 1800.0
+    max_restarts: int = 2
+    python: str | None = None  # interpreter that runs vLLM; None: this one
+
+    def __post_init__(self) -> None:
+        positive(
+            "rollout",
+            self,
+            "temperature",
+            "top_p",
+            "num_replicas",
+            "max_num_seqs",
+            "max_in_flight",
+            "kv_cache_gib",
+            "refit_every_n_steps",
+            "max_logprob_gap",
+            "start_timeout_s",
+            "request_timeout_s",
+            "tensor_parallel_size",
+        )
+        require(self.top_p <= 1, f"rollout.top_p is {self.top_p}: it must be at most 1")
+        require(
+            self.host not in ("", "0.0.0.0", "::"),
+            f"rollout.host is {self.host!r}, every network of the machine: name an address or an "
+            "interface that the trainer reaches it by",
+        )
+        require(
+            not self.endpoints or self.num_replicas == 1,
+            f"rollout.num_replicas is {self.num_replicas} and rollout.endpoints is set: no server "
+            "of our own is started then; remove one of the two",
+        )
+        require(
+            all(endpoint.startswith(("http://", "https://")) for endpoint in self.endpoints),
+            f"rollout.endpoints is {self.endpoints}: each must be a URL, http://HOST:PORT",
+        )
+        require(
+            self.max_staleness >= self.refit_every_n_steps - 1,
+            f"rollout.max_staleness is {self.max_staleness} and rollout.refit_every_n_steps "
+            f"{self.refit_every_n_steps}, with which rollouts are up to "
+            f"{self.refit_every_n_steps - 1} steps old: raise the first or lower the second",
+        )
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that are sampled before their turn."""
+        return self.max_staleness - (self.refit_every_n_steps - 1)

@@ -1,0 +1,55 @@
+"""``stages`` and ``loss``: what is minimised, when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_paced.settings.checks import positive, require
+from nemo_paced.settings.choices import DivergenceKind, Reduction, ResponseSource
+
+
+@dataclass
+class StageConfig:
+    """One stage: which divergence along whose responses, for what share of the steps."""
+
+    name: str = "forward_kl"
+    divergence: DivergenceKind = DivergenceKind.forward_kl
+    responses: ResponseSource = ResponseSource.references
+    fraction: float = 1.0  # of trainer.max_steps
+    reestimate_pass_rates: bool = False  # before the stage's first step
+    reset_optimizer: bool = False  # at the stage's first step
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.fraction <= 1, f"stages[{self.name}].fraction is {self.fraction}: in (0, 1]"
+        )
+
+
+@dataclass
+class LossConfig:
+    reduction: Reduction = Reduction.token_sum
+    temperature: float = 1.0  # of both distributions inside the divergence
+    jsd_beta: float = 0.5
+    skew: float = 0.1
+    akl_head_mass: float = 0.5
+    chunk_size: int | None = None  # tokens a chunk of the loss; None: chosen by the loss
+
+    def __post_init__(self) -> None:
+        positive("loss", self, "temperature")
+        for name in ("jsd_beta", "skew", "akl_head_mass"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"loss.{name} is {value}: it must lie between 0 and 1")
+
+
+def two_stages() -> list[StageConfig]:
+    """The paper's schedule: forward KL for the first half, then reverse KL on fresh rollouts."""
+    return [
+        StageConfig(name="forward_kl", fraction=0.5),
+        StageConfig(
+            name="reverse_kl",
+            divergence=DivergenceKind.reverse_kl,
+            responses=ResponseSource.rollouts,
+            fraction=0.5,
+            reestimate_pass_rates=True,
+        ),
+    ]

@@ -1,0 +1,146 @@
+"""``weights``: from rollouts to pass rates to problem weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_paced.settings.checks import positive, refuse_ignored, require
+from nemo_paced.settings.choices import Estimator, Reestimation, WeightScheme
+
+
+@dataclass
+class AdaptiveConfig:
+    """``weights.adaptive``: rollouts go where they lower the error of the weights most.
+
+    ``weights.num_rollouts`` is then the mean over the problems; a larger one continues the rollouts
+    of a smaller one.
+    """
+
+    enabled: bool = False
+    initial_rollouts: int = 2  # of every problem, in the first round
+    rollouts_per_round: float = 1.0  # a problem, in the mean; fewer: better spent, more rounds
+    max_rollouts: int = 64  # of one problem
+    # Expected RMS error of the weights (whose mean is 1) at which to stop before
+    # weights.num_rollouts are spent; 0: spend them.
+    target_error: float = 0.0
+
+    def __post_init__(self) -> None:
+        where = "weights.adaptive"
+        positive(where, self, "initial_rollouts", "rollouts_per_round", "max_rollouts")
+        require(
+            self.target_error >= 0,
+            f"{where}.target_error is {self.target_error}: above 0, or 0 to spend the budget",
+        )
+        if not self.enabled:
+            refuse_ignored(
+                where,
+                self,
+                ("initial_rollouts", "rollouts_per_round", "max_rollouts", "target_error"),
+                "weights.adaptive.enabled is false",
+                "set weights.adaptive.enabled=true",
+            )
+
+
+@dataclass
+class WeightsConfig:
+    """From pass rates to problem weights; paper's defaults."""
+
+    scheme: WeightScheme = WeightScheme.beta_kernel
+    alpha: float = 1.0
+    beta: float = 1.0
+    low: float = 0.2  # hard_filter only
+    high: float = 0.8
+    estimator: Estimator = Estimator.plug_in
+    prior: list[float] = field(default_factory=lambda: [1.0, 1.0])  # Beta(a0, b0); posterior only
+    fit_prior: bool = False  # to the counts themselves, by maximum likelihood; posterior only
+    num_rollouts: int = 8  # K
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    pass_rates: str | None = None  # table of an earlier `pass-rates`, instead of sampling at step 0
+    reestimate: Reestimation = Reestimation.never
+    reestimate_every_n_steps: int = 0  # with reestimate=every_n_steps
+    # reestimate=free: what a problem's earlier counts are multiplied by at each new rollout; at
+    # most 1 / (1 - discount) rollouts are remembered.
+    discount: float = 0.9
+    # reestimate=free: share of the batch's problems of weight 0 that are sampled and graded (not
+    # trained on), so that they can come back.
+    exploration: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive("weights", self, "num_rollouts")
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            require(value >= 0, f"weights.{name} is {value}: exponents must be 0 or above")
+        require(
+            0 <= self.low < self.high <= 1,
+            f"weights.low, weights.high are {self.low}, {self.high}: need 0 <= low < high <= 1",
+        )
+        self._check_estimator()
+        self._check_adaptive()
+        self._check_reestimation()
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether a problem can have weight 0, so that on-policy stages do not sample it."""
+        if self.scheme is WeightScheme.beta_kernel:
+            return self.estimator is Estimator.plug_in and (self.alpha > 0 or self.beta > 0)
+        return self.scheme is WeightScheme.hard_filter
+
+    def _check_estimator(self) -> None:
+        require(
+            len(self.prior) == 2 and min(self.prior) > 0,
+            f"weights.prior is {self.prior}: two numbers above 0 are needed",
+        )
+        if self.estimator is Estimator.plug_in:
+            refuse_ignored(
+                "weights",
+                self,
+                ("prior", "fit_prior"),
+                "weights.estimator is plug_in",
+                "set weights.estimator=posterior",
+            )
+            return
+        require(
+            self.scheme is WeightScheme.beta_kernel,
+            f"weights.estimator is posterior and weights.scheme is {self.scheme.value}, which is "
+            "no function of a posterior: it would be ignored; set weights.estimator=plug_in",
+        )
+        require(
+            not self.fit_prior or self.prior == [1.0, 1.0],
+            f"weights.prior is {self.prior} and weights.fit_prior is true, which replaces it: "
+            "leave one of them out",
+        )
+
+    def _check_adaptive(self) -> None:
+        adaptive = self.adaptive
+        if not adaptive.enabled:
+            return
+        require(
+            self.estimator is Estimator.posterior,
+            "weights.adaptive.enabled is true and weights.estimator is plug_in, which stopping "
+            "early would bias; set weights.estimator=posterior",
+        )
+        require(
+            adaptive.initial_rollouts <= self.num_rollouts <= adaptive.max_rollouts,
+            f"weights.num_rollouts is {self.num_rollouts}, the mean over the problems: it must lie "
+            f"between weights.adaptive.initial_rollouts {adaptive.initial_rollouts} and "
+            f"weights.adaptive.max_rollouts {adaptive.max_rollouts}",
+        )
+
+    def _check_reestimation(self) -> None:
+        periodic = self.reestimate is Reestimation.every_n_steps
+        require(
+            periodic == (self.reestimate_every_n_steps > 0) and self.reestimate_every_n_steps >= 0,
+            f"weights.reestimate is {self.reestimate.value} and weights.reestimate_every_n_steps "
+            f"is {self.reestimate_every_n_steps}: every_n_steps needs a number above 0, the others "
+            "take none",
+        )
+        require(0 < self.discount <= 1, f"weights.discount is {self.discount}: in (0, 1]")
+        require(0 <= self.exploration <= 1, f"weights.exploration is {self.exploration}: in [0, 1]")
+        if self.reestimate is not Reestimation.free:
+            refuse_ignored(
+                "weights",
+                self,
+                ("discount", "exploration"),
+                f"weights.reestimate is {self.reestimate.value}",
+                "set weights.reestimate=free",
+            )
