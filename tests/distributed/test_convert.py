@@ -213,5 +213,5 @@ def test_an_interrupted_export_leaves_a_temporary_folder_that_the_next_replaces(
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is no checkpoint and holds none: give RUN"):
+    with pytest.raises(CheckpointError, match="is no checkpoint and holds no whole one: give RUN"):
         convert.find_checkpoint(tmp_path)
