@@ -134,7 +134,7 @@ def test_requests_in_flight_are_bounded_and_the_order_is_kept(serve):
 
 
 def test_requests_are_spread_by_load(serve):
-    quick, slow = serve(good, delay=0.01), serve(good, delay=0.25)
+    quick, slow = serve(good, delay=0.01), serve(good, delay=1.0)
     assert len(ask(connect(quick, slow, max_in_flight=2), *map(str, range(40)))) == 40
     assert len(quick.bodies) + len(slow.bodies) == 40
     assert len(quick.bodies) > 3 * len(slow.bodies) > 0
