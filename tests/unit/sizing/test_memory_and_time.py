@@ -130,7 +130,7 @@ def test_where_the_teacher_is_decides_which_phase_holds_it():
     assert colocated.teacher > 0 == offloaded.teacher == cached.teacher
     assert offloaded.teacher_phase == colocated.teacher_phase
     assert offloaded.student_phase == colocated.student_phase - colocated.teacher
-    assert cached.teacher_phase < offloaded.teacher_phase
+    assert cached.teacher_phase == offloaded.teacher_phase, "while the cache is filled"
     assert colocated.teacher_head == offloaded.teacher_head == 2 * 151936 * 4096
     assert memory(tensor=4).teacher == pytest.approx(colocated.teacher / 4, rel=0.01)
 

@@ -52,7 +52,13 @@ def test_the_settings_of_a_layout_are_keys_of_the_configuration():
     found = search(problem(), WORK, gpus=8, fp8=False, placements=EVERYWHERE)
     found += search(problem(), WORK, gpus=24, fp8=False, placements=EVERYWHERE)
     assert {c.teacher.placement for c in found} == set(EVERYWHERE)
-    for candidate in found:
+    # some of each placement: composing a configuration takes a while
+    some = [
+        candidate
+        for where in EVERYWHERE
+        for candidate in [c for c in found if c.teacher.placement is where][::97][:8]
+    ]
+    for candidate in some:
         config = _configured(report.overrides(candidate, 8))
         assert student_layout(config) == candidate.layout
         assert teacher_plan(config).placement == candidate.teacher.placement
