@@ -9,6 +9,7 @@ While it samples, which may take hours, it is interrupted; what was sampled is i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import threading
@@ -28,7 +29,7 @@ _interruptible = False  # written by the main thread alone
 
 
 class StopRequested(KeyboardInterrupt):
-    """The run stops here. A KeyboardInterrupt: asyncio lets nothing else out of its callbacks."""
+    """The run stops here. A KeyboardInterrupt, so that no handler of errors takes it for one."""
 
 
 def block_warning() -> None:
@@ -87,6 +88,10 @@ def interruptible() -> Iterator[None]:
         if _requested.is_set():
             raise StopRequested
         yield
+    except asyncio.CancelledError:
+        if not _requested.is_set():
+            raise
+        raise StopRequested from None
     finally:
         _interruptible = False
 
@@ -112,4 +117,15 @@ def _take(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if _interruptible:
         _interruptible = False  # once: what follows is cleaning up
-        raise StopRequested
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise StopRequested from None
+        # raised here, between two callbacks of the loop, one of them could be lost, and cleaning up
+        # would wait for it for ever
+        loop.call_soon_threadsafe(_cancel_all, loop)
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
