@@ -25,6 +25,7 @@ METRICS = {
     "rollout/mean_length": "tokens of a response",
     "rollout/logprob_gap": "mean |trainer - server| log-probability of the sampled tokens",
     "rollout/staleness": "optimizer steps between the sampling weights and the current ones",
+    "rollout/sampling_s": "how long the server took for this step's rollouts, whoever waited",
     "validation/accuracy": "mean@k on the held-out problems",
     "validation/standard_error": "of validation/accuracy, over problems",
     "time/step_s": "wall time of the whole step",
@@ -33,4 +34,8 @@ METRICS = {
     "time/rollout_s": "waiting for the batch: sampling and grading in the reverse-KL stage",
     "time/refit_s": "weights from the trainer to the server",
     "time/checkpoint_s": "writing a checkpoint",
+    "throughput/tokens_per_second": "response tokens over the teacher's and the student's time",
+    "throughput/student_tflops_per_rank": "model FLOPs of forward and backward, without padding",
+    "throughput/teacher_tflops_per_rank": "model FLOPs of its forward",
+    "throughput/mfu": "the student's share of its GPU's peak; only where that is known",
 }
