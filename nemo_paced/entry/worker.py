@@ -13,6 +13,7 @@ from nemo_paced.logs import set_up_logging
 from nemo_paced.training import stop
 
 PARENT_POLL_S = 0.5
+_LAUNCHER = os.getppid()
 
 
 def main() -> int:
@@ -34,6 +35,8 @@ def main() -> int:
         if str(error):
             print(f"nemo-paced: error: {error}", file=sys.stderr, flush=True)
         # the other ranks may wait in a collective: leave without saying goodbye to them
+        if os.getpgrp() == os.getpid() and os.getppid() != _LAUNCHER:
+            os.killpg(os.getpgrp(), signal.SIGKILL)  # nobody else will end this rank's helpers
         os._exit(2)
     return 0
 
@@ -49,10 +52,9 @@ def _end_group_with_parent() -> None:
     if os.getpgrp() != os.getpid():
         return  # not started by our launcher: the group is somebody else's
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == _LAUNCHER:
             if signal.sigtimedwait({signal.SIGTERM}, PARENT_POLL_S) is not None:
                 break
         os.killpg(os.getpgrp(), signal.SIGKILL)
