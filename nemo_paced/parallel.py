@@ -85,10 +85,6 @@ class Parallel:
         return self.groups.cp
 
     @property
-    def dp_group(self) -> ProcessGroup:
-        return self.groups.dp
-
-    @property
     def tp_rank(self) -> int:
         return self.groups.tp.rank()
 
@@ -123,10 +119,6 @@ class Parallel:
     @property
     def ep_rank(self) -> int:
         return self.groups.ep.rank()
-
-    @property
-    def ep_size(self) -> int:
-        return self.groups.ep.size()
 
     @property
     def is_first_stage(self) -> bool:
@@ -302,12 +294,7 @@ def await_value(key: str, timeout_s: float) -> Any:
 
 def are_published(keys: list[str]) -> bool:
     """Whether all of these keys are there, without waiting."""
-    return _store().check(keys)
-
-
-def is_published(key: str) -> bool:
-    """Whether some rank has published it; does not wait."""
-    return bool(_store().check([key]))
+    return bool(_store().check(keys))
 
 
 def forget(key: str) -> None:

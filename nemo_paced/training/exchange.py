@@ -151,7 +151,7 @@ class BatchExchange:
         """On rank 0: what the others wait for, or all stop here."""
         try:
             with stop.interruptible():
-                if self.parallel.world_size > 1 and parallel_module.is_published(_STOP_WANTED):
+                if self.parallel.world_size > 1 and parallel_module.are_published([_STOP_WANTED]):
                     raise stop.StopRequested
                 return make()
         except stop.StopRequested:
