@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -6,6 +7,7 @@ from nemo_paced.config import DataConfig, EvaluationConfig, PacedConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation import run
 from nemo_paced.evaluation.results import read_results, read_settings
+from nemo_paced.training.checkpoint_files import RunState, record_sizes
 from nemo_paced.training.convert import find_checkpoint
 from nemo_paced.training.sampler import make_replicas
 from tests.runs import accuracy, write_run
@@ -106,8 +108,10 @@ def test_what_cannot_be_evaluated_is_named_before_anything_starts(tmp_path, prob
 def test_a_run_that_holds_an_export_is_still_a_run(tmp_path):
     newest = tmp_path / "checkpoints" / "step_00000002"
     newest.mkdir(parents=True)
-    (newest / "paced.json").write_text("{}")
+    state = RunState(step=2, consumed_problems=8, skipped_steps=0, config={}, layout=(1, 1))
+    (newest / "paced.json").write_text(json.dumps(asdict(state)))
     (newest / "metadata.json").write_text("{}")
+    record_sizes(newest)
     hf_directory(tmp_path / "hf")
     assert find_checkpoint(tmp_path) == find_checkpoint(newest) == newest
 
