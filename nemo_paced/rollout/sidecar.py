@@ -142,6 +142,7 @@ class Sidecar:
             command += [name, value]
         # token ids travel: the server needs no tokenizer
         command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+        command += ["--enable-scale-out"]  # /inference/v1/generate
         if gpu_count():
             return [*command, "--gpu-memory-utilization", str(self.config.gpu_memory_utilization)]
         # On CPU vLLM 0.32 dies on a seeded request whose prefill is cut in two ("CPU Generator does
