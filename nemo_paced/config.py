@@ -27,9 +27,12 @@ from nemo_paced.settings.choices import Recompute as Recompute
 from nemo_paced.settings.choices import Reduction as Reduction
 from nemo_paced.settings.choices import Reestimation as Reestimation
 from nemo_paced.settings.choices import ReferenceSource as ReferenceSource
+from nemo_paced.settings.choices import RefitBackend as RefitBackend
 from nemo_paced.settings.choices import ResponseSource as ResponseSource
+from nemo_paced.settings.choices import RolloutPlacement as RolloutPlacement
 from nemo_paced.settings.choices import TeacherPlacement as TeacherPlacement
 from nemo_paced.settings.choices import WeightScheme as WeightScheme
+from nemo_paced.settings.choices import WeightSwap as WeightSwap
 from nemo_paced.settings.data import DataConfig as DataConfig
 from nemo_paced.settings.data import EvaluationConfig as EvaluationConfig
 from nemo_paced.settings.data import GradingConfig as GradingConfig

@@ -20,6 +20,10 @@ class RolloutError(PacedError):
     """The rollout server did not start, died, or answered with something other than was asked."""
 
 
+class WeightsLost(RolloutError):
+    """No server has the student's weights any more, and only all ranks together can send them."""
+
+
 class Stopped(PacedError):
     """Not an error: the run stopped on request after a checkpoint, and can go on from there."""
 

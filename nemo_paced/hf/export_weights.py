@@ -56,10 +56,10 @@ def _collect(
 ) -> Sequence[torch.Tensor | None]:
     """The Hugging Face tensors of one parameter on rank 0, ``None`` each elsewhere."""
     nothing, gpt = [None] * len(row.hf), chunks[0]
-    stage = _stage(chunks, row, layer, parallel)
+    stage = stage_of(chunks, row, layer, parallel)
     joined = None
     if parallel.pp_rank == stage and _has_part(gpt, row, parallel):
-        joined = join(row, _gather(row, held[row, layer], parallel), gpt.architecture)
+        joined = join(row, gather_shards(row, held[row, layer], parallel), gpt.architecture)
     source = _source(gpt, row, stage, parallel)
     if parallel.rank == 0:
         if source == 0:
@@ -190,7 +190,9 @@ def _set_dtype(folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _stage(chunks: Sequence[PacedGPTModel], row: Row, layer: int | None, parallel: Parallel) -> int:
+def stage_of(
+    chunks: Sequence[PacedGPTModel], row: Row, layer: int | None, parallel: Parallel
+) -> int:
     """The pipeline stage that holds a parameter: chunks of equal size, dealt out in turn."""
     if layer is not None:
         return layer // len(chunks[0].decoder.layers) % parallel.pp_size
@@ -215,7 +217,7 @@ def _source(gpt: PacedGPTModel, row: Row, stage: int, parallel: Parallel) -> int
     return first if row.expert is None else first + gpt.expert_owner(row.expert)
 
 
-def _gather(row: Row, shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor]:
+def gather_shards(row: Row, shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor]:
     if parallel.tp_size == 1 or row.expert is not None:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]

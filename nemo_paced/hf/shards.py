@@ -62,11 +62,15 @@ def join(
     if row.layout is Layout.gate_up:
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[i] for half in halves]) for i in range(2)]
-    groups = architecture.num_kv_heads
-    grouped = _grouped(torch.cat(list(shards)), groups)
-    queries = architecture.num_heads // groups * architecture.head_dim
-    parts = grouped.split([queries, architecture.head_dim, architecture.head_dim], 1)
-    return [part.flatten(0, 1) for part in parts]
+    return split_qkv(torch.cat(list(shards)), architecture)
+
+
+def split_qkv(fused: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
+    """Query, key and value of a fused parameter, or of one rank's part of it."""
+    per_group = architecture.num_heads // architecture.num_kv_heads + 2
+    groups = fused.shape[0] // (per_group * architecture.head_dim)
+    sizes = [(per_group - 2) * architecture.head_dim, architecture.head_dim, architecture.head_dim]
+    return [part.flatten(0, 1) for part in _grouped(fused, groups).split(sizes, 1)]
 
 
 def _rows(tensor: Any, count: int, rank: int) -> torch.Tensor:

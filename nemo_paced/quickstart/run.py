@@ -106,7 +106,7 @@ class Quickstart:
             if not hf_dir.exists():
                 _command(["export-hf", str(self.out / arm), str(hf_dir)])
             files = sorted(hf_dir.glob("*.safetensors"))
-            self._evaluate(arm, sampler, lambda: send_files(sampler.client, files, arm))
+            self._evaluate(arm, sampler, lambda: send_files(sampler.weights.sync, files, arm))
 
     def _train(self, arm: str, sampler: Sampler, references: Path) -> None:
         """In processes of its own, on the server that runs already."""

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from nemo_paced.config import RolloutConfig
+from nemo_paced.config import RolloutConfig, RolloutPlacement
 from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.rollout.backends import choose_backend
 from nemo_paced.rollout.sidecar import Sidecar, free_ports, gpu_count, listen_address
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Replicas:
         dtype: ``float32`` or ``bfloat16``.
         log_path: of the first server; the others' have their number behind the name.
         api_key: made for these servers when ``None``.
+        trainer_gpus: how many of this node's GPUs, the first ones, a trainer uses meanwhile.
 
     Raises:
         ConfigError: fewer GPUs than the servers need.
@@ -39,12 +41,17 @@ class Replicas:
         dtype: str,
         log_path: Path,
         api_key: str | None = None,
+        trainer_gpus: int = 0,
     ) -> None:
         self.config = config
         self.api_key = api_key or secrets.token_urlsafe(32)
         count = config.num_replicas
         ports = [config.port + i for i in range(count)] if config.port else None
-        devices = replica_devices(config, gpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        gpus, visible = gpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        colocated = config.placement is RolloutPlacement.colocated
+        devices = replica_devices(config, gpus, visible, first=0 if colocated else trainer_gpus)
+        self.sleep = bool(colocated and gpus and trainer_gpus)
+        self.backend = choose_backend(config, gpus, [listen_address(config.host)])
         self.sidecars = {
             sidecar.endpoint: sidecar
             for index, port in enumerate(ports or free_ports(listen_address(config.host), count))
@@ -58,6 +65,8 @@ class Replicas:
                     port=port,
                     api_key=self.api_key,
                     devices=devices[index],
+                    refit=self.backend,
+                    sleeps=self.sleep,
                 )
             ]
         }
@@ -120,23 +129,30 @@ class Replicas:
         sidecar.restart(progress)
 
 
-def replica_devices(config: RolloutConfig, gpus: int, visible: str | None) -> list[str | None]:
+def replica_devices(
+    config: RolloutConfig, gpus: int, visible: str | None, *, first: int = 0
+) -> list[str | None]:
     """``CUDA_VISIBLE_DEVICES`` of each replica: its own GPUs, as many as it is split over.
 
     Args:
         gpus: that this process sees; 0 for the CPU build.
         visible: ``CUDA_VISIBLE_DEVICES`` of this process.
+        first: of these GPUs that servers may have.
 
     Raises:
         ConfigError: fewer GPUs than replicas need.
     """
     count, width = config.num_replicas, config.tensor_parallel_size
-    if not gpus or count == 1:
+    if not gpus:
         return [None] * count
-    if count * width > gpus:
+    if first + count * width > gpus:
+        beside = f" beside the trainer's {first}" if first else ""
+        remedy = "lower one of them"
+        if first:
+            remedy += ", set rollout.placement=colocated, or give rollout.endpoints of other nodes"
         raise ConfigError(
             f"rollout.num_replicas {count} x rollout.tensor_parallel_size {width} needs "
-            f"{count * width} GPUs and {gpus} are visible: lower one of them"
+            f"{count * width} GPUs{beside} and {gpus} are visible: {remedy}"
         )
-    names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+    names = (visible.split(",") if visible else [str(index) for index in range(gpus)])[first:]
     return [",".join(names[i * width : (i + 1) * width]) for i in range(count)]

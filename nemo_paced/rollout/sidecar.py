@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from nemo_paced.config import RolloutConfig
+from nemo_paced.config import RefitBackend, RolloutConfig
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.completions import SERVED_NAME
@@ -39,6 +39,8 @@ class Sidecar:
         port: where it listens.
         api_key: what every route asks for.
         devices: ``CUDA_VISIBLE_DEVICES`` of the server; ``None`` for those of this process.
+        refit: how it gets new weights.
+        sleeps: its GPUs are somebody else's too.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Sidecar:
         port: int,
         api_key: str,
         devices: str | None = None,
+        refit: RefitBackend = RefitBackend.file,
+        sleeps: bool = False,
     ) -> None:
         self.model_dir = Path(model_dir)
         self.config = config
@@ -62,6 +66,8 @@ class Sidecar:
         self.port = port
         self.api_key = api_key
         self.devices = devices
+        self.refit = refit
+        self.sleeps = sleeps
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -134,7 +140,7 @@ class Sidecar:
             # the model's generation_config.json must not change how we sample
             "--generation-config": "vllm",
             "--middleware": "nemo_paced.rollout.api_key.ApiKeyMiddleware",
-            "--weight-transfer-config": json.dumps({"backend": "file"}),
+            "--weight-transfer-config": json.dumps({"backend": self.refit.value}),
         }
         python = self.config.python or sys.executable
         command = [python, "-m", "vllm.entrypoints.openai.api_server"]
@@ -143,6 +149,8 @@ class Sidecar:
         # token ids travel: the server needs no tokenizer
         command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
         command += ["--enable-scale-out"]  # /inference/v1/generate
+        if self.sleeps:
+            command.append("--enable-sleep-mode")
         if gpu_count():
             return [*command, "--gpu-memory-utilization", str(self.config.gpu_memory_utilization)]
         # On CPU vLLM 0.32 dies on a seeded request whose prefill is cut in two ("CPU Generator does
@@ -157,10 +165,12 @@ class Sidecar:
         ]
 
     def _environment(self) -> dict[str, str]:
-        devices = {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
+        special = {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
+        if self.refit is RefitBackend.ipc:  # handles travel pickled, on a route that our key guards
+            special["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         return {
             **_without_torchrun(os.environ),
-            **devices,
+            **special,
             API_KEY_VARIABLE: self.api_key,
             "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes, which our key guards
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.config.kv_cache_gib))),

@@ -1,14 +1,17 @@
-"""What runs inside vLLM's processes: a weight-transfer backend that reads safetensors files.
+"""What runs inside vLLM's processes: weight-transfer backends for files and for gloo.
 
 Registered through the entry point group ``vllm.general_plugins``. vLLM's own backends move weights
-between GPUs; this one serves the CPU build and trainers that share only a disk with the server.
+between GPUs; these serve the CPU build, trainers that share only a disk with the server (``file``),
+and those that share only a network with it (``gloo``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -16,13 +19,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-BACKEND = "file"
-
 
 def register() -> None:
     """Called by vLLM in every process it starts."""
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)
+    if "file" not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine("file", FileWeightTransferEngine)
+        WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
 
 
 @dataclass
@@ -37,14 +39,31 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     path: str
 
 
-class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """Loads each file's tensors through the model's own checkpoint loader."""
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """Where the group meets, and the rank in it of this server's first worker."""
 
-    init_info_cls = FileInitInfo
-    update_info_cls = FileUpdateInfo
+    master_address: str
+    master_port: int
+    world_size: int
+    rank_offset: int
 
-    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        pass
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """What rank 0 is about to broadcast, in its order."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+InitInfo = TypeVar("InitInfo", bound=WeightTransferInitInfo)
+UpdateInfo = TypeVar("UpdateInfo", bound=WeightTransferUpdateInfo)
+
+
+class _CheckpointEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Hands tensors with Hugging Face names to the model's own checkpoint loader."""
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -54,19 +73,18 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # the base class would synchronise an accelerator, which the CPU build has not
         self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        from safetensors import safe_open
-
-        with safe_open(update_info.path, framework="pt") as file:
-            model: Any = self.model
-            model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_tied_head()
+
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        model: Any = self.model
+        model.load_weights(tensors)
 
     def _repack_tied_head(self) -> None:
         """On CPU a tied LM head keeps a prepacked copy, which the reload leaves as it was."""
@@ -78,3 +96,49 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
 
     def shutdown(self) -> None:
         pass
+
+
+class FileWeightTransferEngine(_CheckpointEngine[FileInitInfo, FileUpdateInfo]):
+    """A file at a time."""
+
+    init_info_cls = FileInitInfo
+    update_info_cls = FileUpdateInfo
+
+    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
+        pass
+
+    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+        from safetensors import safe_open
+
+        with safe_open(update_info.path, framework="pt") as file:
+            self._load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+
+class GlooWeightTransferEngine(_CheckpointEngine[GlooInitInfo, GlooUpdateInfo]):
+    """A parameter at a time, whole, into host memory first."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        from nemo_paced.rollout.gloo_group import join_group
+
+        config = self.parallel_config
+        worker = config.data_parallel_index * config.world_size + config.rank
+        self._group = join_group(
+            master_address=init_info.master_address,
+            master_port=init_info.master_port,
+            rank=init_info.rank_offset + worker,
+            world_size=init_info.world_size,
+        )
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        self._load(self._received(update_info))
+
+    def _received(self, info: GlooUpdateInfo) -> Iterable[tuple[str, torch.Tensor]]:
+        from nemo_paced.rollout.gloo_group import broadcast
+
+        for name, dtype, shape in zip(info.names, info.dtype_names, info.shapes, strict=True):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            broadcast(self._group, tensor)
+            yield name, tensor

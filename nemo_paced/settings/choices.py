@@ -115,6 +115,31 @@ class Reestimation(Enum):
     free = "free"  # the on-policy stages' own rollouts, which are graded anyway
 
 
+class RolloutPlacement(Enum):
+    """``rollout.placement``: on which GPUs the run's own rollout servers work."""
+
+    separate = "separate"  # on those of rank 0's node that the trainer leaves free
+    colocated = "colocated"  # on the trainer's: the servers sleep while it works
+
+
+class RefitBackend(Enum):
+    """``rollout.refit``: how new weights reach the rollout servers (``rollout/transfer.py``)."""
+
+    auto = "auto"  # the fastest that placement, hardware and packages allow
+    file = "file"  # safetensors files in memory or on a disk that the server's process sees
+    gloo = "gloo"  # over the network from CPU memory to CPU memory
+    ipc = "ipc"  # CUDA IPC: colocated servers read the trainer's memory
+    nccl = "nccl"  # rank 0 broadcasts whole parameters
+    nccl_m2n = "nccl_m2n"  # every rank sends its shards: no rank ever has the whole model
+
+
+class WeightSwap(Enum):
+    """``rollout.swap``: what a new version of the weights does to responses under way."""
+
+    between_requests = "between_requests"  # they are finished first: one version a response
+    in_flight = "in_flight"  # they go on with the new weights: a response may hold several
+
+
 class Reduction(Enum):
     """``loss.reduction``: what is divided by what (see ``losses/reduction.py``)."""
 

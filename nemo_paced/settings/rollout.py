@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nemo_paced.settings.checks import positive, require
+from nemo_paced.settings.choices import RefitBackend, RolloutPlacement, WeightSwap
 
 
 @dataclass
@@ -15,6 +16,8 @@ class RolloutConfig:
     top_p: float = 1.0
     # Servers of the same model, each on GPUs of its own, that share the requests.
     num_replicas: int = 1
+    # Where they are. colocated: one node is enough; they sleep while the trainer works.
+    placement: RolloutPlacement = RolloutPlacement.separate
     host: str = "127.0.0.1"  # address or network interface (ib0) that our servers listen on
     port: int = 0  # of the first replica, the others take the next ones; 0: free ones
     # Running servers instead of our own; their key is in the variable NEMO_PACED_API_KEY.
@@ -25,7 +28,11 @@ class RolloutConfig:
     kv_cache_gib: float = 1.0  # CPU build of vLLM; the GPU build uses gpu_memory_utilization
     gpu_memory_utilization: float = 0.3
     tensor_parallel_size: int = 1
+    # How new weights reach the servers; rollout-server must be told the same.
+    refit: RefitBackend = RefitBackend.auto
     refit_every_n_steps: int = 1
+    # When: after the responses under way, or in their midst (with max_staleness).
+    swap: WeightSwap = WeightSwap.between_requests
     # Optimizer steps that rollouts may lag behind the student trained on them. 0: strictly
     # on-policy, trainer and server wait for each other. Above: the server samples for the steps to
     # come while this one is trained on.
@@ -73,6 +80,36 @@ class RolloutConfig:
             f"rollout.max_staleness is {self.max_staleness} and rollout.refit_every_n_steps "
             f"{self.refit_every_n_steps}, with which rollouts are up to "
             f"{self.refit_every_n_steps - 1} steps old: raise the first or lower the second",
+        )
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        colocated = self.placement is RolloutPlacement.colocated
+        require(
+            not colocated or not self.max_staleness,
+            f"rollout.placement is colocated and rollout.max_staleness {self.max_staleness}: a "
+            "server that sleeps while the trainer works cannot sample ahead; set max_staleness to "
+            "0 or placement to separate",
+        )
+        require(
+            not colocated or not self.endpoints,
+            "rollout.placement is colocated and rollout.endpoints is set: servers that somebody "
+            "else runs do not sleep for this trainer; set placement to separate",
+        )
+        require(
+            not colocated or self.refit not in (RefitBackend.nccl, RefitBackend.nccl_m2n),
+            f"rollout.refit is {self.refit.value} and rollout.placement colocated: NCCL refuses "
+            "two ranks on one GPU; set refit to ipc or file",
+        )
+        require(
+            colocated or self.refit is not RefitBackend.ipc,
+            "rollout.refit is ipc and rollout.placement separate: CUDA IPC shares the memory of "
+            "one GPU; set placement to colocated, or refit to nccl",
+        )
+        require(
+            self.swap is WeightSwap.between_requests or self.max_staleness > 0,
+            "rollout.swap is in_flight and rollout.max_staleness 0, with which no response is "
+            "under way when weights change: raise max_staleness or set swap to between_requests",
         )
 
     @property

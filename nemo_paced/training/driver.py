@@ -70,7 +70,11 @@ class Driver:
             )
         self.sampler = self._stack.enter_context(
             prepare.student_sampler(
-                config, self.run_dir, self.prompts, prepare.server_notes(self.bar)
+                config,
+                self.run_dir,
+                self.prompts,
+                prepare.server_notes(self.bar),
+                beside_trainer=True,
             )
         )
 

@@ -36,6 +36,8 @@ from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import PacedGPTModel, load_hf_config
 from nemo_paced.parallel import Parallel
+from nemo_paced.rollout.refit import write_weights
+from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.training.setup import Models, build_models
 from nemo_paced.training.teacher_setup import WeightReader
 
@@ -149,7 +151,8 @@ def _run_rank(config: PacedConfig, rank: int) -> DryRank:
             for each in config.stages:  # their divergences and responses differ
                 models.step(items, each, config.model.optim.lr)
             _update(models)
-            models.push_weights(None, step=1)
+            models.student.sync_parameters()
+            write_weights(MegatronWeightSource(models.student.chunks, parallel), None, version=1)
             return DryRank(
                 rank=rank,
                 stage=stage,

@@ -5,8 +5,8 @@ ranks through the store. It makes the next ones early in two cases: a teacher on
 works one batch ahead, and with ``rollout.max_staleness`` the server samples for the steps to come,
 in a thread, while this one is trained on. All ranks count what is ahead: a refit is collective.
 
-Whatever the others wait for, under its key they may also hear that the run stops (``stop.py``): all
-stop at the same place then.
+Whatever the others wait for, under its key they may also hear that the run stops (``stop.py``), or
+that the servers have lost the weights: all stop, or send them, at the same place then.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource
+from nemo_paced.errors import WeightsLost
 from nemo_paced.link import MESSAGE_TIMEOUT_S
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.remote import RemoteTeacher
@@ -28,6 +29,7 @@ from nemo_paced.training.driver import Driver
 from nemo_paced.training.schedule import Stage
 
 _STOP = "stop"  # rank 0's message in place of the one that is waited for
+_LOST = "weights lost"  # likewise
 _STOP_WANTED = "stop_wanted"  # the key under which a rank that was asked to stop tells rank 0
 
 T = TypeVar("T")
@@ -58,6 +60,7 @@ class BatchExchange:
         self._announced_until = 0  # the remote teacher knows the batches of the steps below
         self._ahead: dict[int, Future[Batch]] = {}  # rank 0's
         self._given = 0
+        self._losses = 0  # of the servers' weights; what is asked for again has another key
         self._published: list[str] = []
         self._sampler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
 
@@ -113,6 +116,7 @@ class BatchExchange:
 
         Raises:
             StopRequested: on every rank.
+            WeightsLost: on every rank: after another refit the same is to be asked for again.
         """
         if self.driver is None:
             return Batch.from_message(self._await(key))
@@ -125,26 +129,40 @@ class BatchExchange:
         while self._published:
             parallel_module.forget(self._published.pop())
 
-    def on_rank_0(self, key: str, work: Callable[[Driver], T]) -> T | None:
-        """Its result, on rank 0; the others wait for its end, and not in a collective.
+    def tell(self, key: str, work: Callable[[Driver], T]) -> T:
+        """Rank 0's result, plain data, on every rank; the others do not wait in a collective.
 
         Raises:
             StopRequested: on every rank.
+            WeightsLost: on every rank: after another refit the same is to be asked for again.
         """
         driver = self.driver
         if driver is None:
-            self._await(key)
-            return None
+            return self._await(key)  # type: ignore[no-any-return]
         result = self._unless_stopped(key, lambda: work(driver))
-        self._publish(key, "done")
+        self._publish(key, result)
         return result
+
+    def on_rank_0(self, key: str, work: Callable[[Driver], T]) -> T | None:
+        """Its result, on rank 0; the others wait for its end, as in :meth:`tell`."""
+        results: list[T] = []
+
+        def done(driver: Driver) -> str:
+            results.append(work(driver))
+            return "done"
+
+        self.tell(key, done)
+        return results[0] if results else None
 
     def _await(self, key: str) -> Any:
         if stop.requested():
             parallel_module.publish(_STOP_WANTED, self.parallel.rank)
-        message = parallel_module.await_value(key, MESSAGE_TIMEOUT_S)
+        message = parallel_module.await_value(self._numbered(key), MESSAGE_TIMEOUT_S)
         if message == _STOP:
             raise stop.StopRequested
+        if message == _LOST:
+            self._losses += 1
+            raise WeightsLost("told by rank 0")
         return message
 
     def _unless_stopped(self, key: str, make: Callable[[], T]) -> T:
@@ -157,11 +175,18 @@ class BatchExchange:
         except stop.StopRequested:
             self._publish(key, _STOP)
             raise
+        except WeightsLost:
+            self._publish(key, _LOST)
+            self._losses += 1
+            raise
 
     def _publish(self, key: str, message: Any) -> None:
         if self.parallel.world_size > 1:
-            parallel_module.publish(key, message)
-            self._published.append(key)
+            parallel_module.publish(self._numbered(key), message)
+            self._published.append(self._numbered(key))
+
+    def _numbered(self, key: str) -> str:
+        return f"{key}/{self._losses}"
 
     @property
     def _size(self) -> int:

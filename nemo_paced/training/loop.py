@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nemo_paced import parallel as parallel_module
-from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
-from nemo_paced.errors import CheckpointError, PacedError, Stopped
+from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement, WeightSwap
+from nemo_paced.errors import CheckpointError, PacedError, Stopped, WeightsLost
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.cache import SignalCache
@@ -33,6 +33,7 @@ from nemo_paced.training.exchange import BatchExchange
 from nemo_paced.training.faults import Guard, RunStopped, Watch
 from nemo_paced.training.fingerprint import check_config
 from nemo_paced.training.progress import RunLog
+from nemo_paced.training.refit import Refit
 from nemo_paced.training.schedule import Stage
 from nemo_paced.training.setup import Models, build_models
 from nemo_paced.training.step import StepResult
@@ -40,6 +41,8 @@ from nemo_paced.training.teacher_setup import serve_teacher
 from nemo_paced.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def train(config: PacedConfig, run_dir: Path) -> None:
@@ -158,7 +161,9 @@ class Loop:
         self.exchange = BatchExchange(
             config, all_stages, driver, parallel, models.step.teacher.remote
         )
+        self.refit = Refit(models.student, parallel, driver, self.exchange)
         self.times: dict[str, float] = {}
+        self._sampled_s = 0.0  # for which the servers were busy until the last step's end
 
     def run(self, resume_from: Path | None) -> bool:
         """Whether all steps are done; if not, it was asked to stop."""
@@ -218,7 +223,9 @@ class Loop:
         if on_policy and not self.exchange.is_sampled(self.step):
             self._refit_if_due()
         with self._timed("rollout"):
-            batch = self.exchange.batch(self.step, self.consumed, stage, self.served_step)
+            batch = self._sampled(
+                lambda: self.exchange.batch(self.step, self.consumed, stage, self.served_step)
+            )
         if on_policy and self.config.rollout.steps_ahead:
             self._refit_if_due()
             assert self.served_step is not None, "it has just been refit, or not long ago"
@@ -246,7 +253,20 @@ class Loop:
             **batch.metrics,
             **validation,
             **{f"time/{name}_s": seconds for name, seconds in self.times.items()},
+            **self._waits(on_policy, time.perf_counter() - begin),
             "time/step_s": time.perf_counter() - begin,
+        }
+
+    def _waits(self, on_policy: bool, step_s: float) -> dict[str, float]:
+        """For which share of the step trainer and servers each waited for the other; on rank 0."""
+        if self.driver is None:
+            return {}
+        before, self._sampled_s = self._sampled_s, self.driver.sampler.busy_s()
+        if not on_policy:
+            return {}
+        return {
+            "rollout/trainer_wait": min(1.0, self.times["rollout"] / step_s),
+            "rollout/server_wait": max(0.0, 1 - (self._sampled_s - before) / step_s),
         }
 
     def _enter(self, stage: Stage) -> None:
@@ -256,8 +276,9 @@ class Loop:
             self.models.student.reset_optimizer()
         if schedule.reestimation_due(self.config.weights, stage, self.step):
             self._refit()
-            self.exchange.on_rank_0(
-                f"pass_rates/{self.step}", lambda driver: driver.estimate_pass_rates(self.step)
+            key = f"pass_rates/{self.step}"
+            self._sampled(
+                lambda: self.exchange.on_rank_0(key, lambda d: d.estimate_pass_rates(self.step))
             )
             self._fill_teacher_cache()
 
@@ -275,7 +296,7 @@ class Loop:
             assert self.driver is not None, "rank 0 has one"
             return self.driver.certificate_batch(self.step, self.consumed)
 
-        batch = self.exchange.give_all(make)
+        batch = self._sampled(lambda: self.exchange.give_all(make))
         stage = schedule.stage_at(self.stages, self.step)
         kind = Divergence(stage.config.divergence.value)
         certify(self.models, batch.items, responses, kind, self.run_dir)
@@ -318,10 +339,21 @@ class Loop:
         """Bring the server to the current weights; collective over the ranks that hold them."""
         if self.served_step == self.step:
             return
-        self.exchange.settle()
+        if self.config.rollout.swap is WeightSwap.between_requests:
+            self.exchange.settle()
         with self._timed("refit"):
-            self.models.push_weights(self.driver, self.step)
+            self.refit(self.step)
         self.served_step = self.step
+
+    def _sampled(self, ask: Callable[[], T]) -> T:
+        """What the servers are asked for; again where they had all lost the weights."""
+        while True:
+            try:
+                return ask()
+            except WeightsLost as error:
+                logger.warning("the rollout servers need the weights again: %s", error)
+                self.served_step = None
+                self._refit()
 
     def _result_metrics(self, result: StepResult | None) -> dict[str, Any]:
         if result is None:
@@ -346,10 +378,12 @@ class Loop:
         every = self.config.trainer.val_check_interval
         if not every or self.step % every or not self.config.data.validation_problems:
             return {}
-        self._refit()
         key = f"validation/{self.step}"
         try:
-            metrics = self.exchange.on_rank_0(key, lambda driver: driver.validate(self.step))
+            self._refit()
+            metrics = self._sampled(
+                lambda: self.exchange.on_rank_0(key, lambda driver: driver.validate(self.step))
+            )
         except stop.StopRequested:  # the step itself is whole: it stops before the next one
             logger.info("asked to stop: the validation of step %d is left out", self.step)
             return {}

@@ -26,6 +26,8 @@ METRICS = {
     "rollout/logprob_gap": "mean |trainer - server| log-probability of the sampled tokens",
     "rollout/staleness": "optimizer steps between the sampling weights and the current ones",
     "rollout/sampling_s": "how long the server took for this step's rollouts, whoever waited",
+    "rollout/trainer_wait": "share of the step's wall time for which the ranks waited for rollouts",
+    "rollout/server_wait": "share of it for which the servers sampled nothing",
     "validation/accuracy": "mean@k on the held-out problems",
     "validation/standard_error": "of validation/accuracy, over problems",
     "time/step_s": "wall time of the whole step",

@@ -49,7 +49,12 @@ def check_prompts(problems: Sequence[Problem], prompts: Prompts) -> None:
 
 
 def student_sampler(
-    config: PacedConfig, run_dir: Path, prompts: Prompts, notify: Callable[[str], None]
+    config: PacedConfig,
+    run_dir: Path,
+    prompts: Prompts,
+    notify: Callable[[str], None],
+    *,
+    beside_trainer: bool = False,
 ) -> Sampler:
     return Sampler(
         config,
@@ -59,6 +64,7 @@ def student_sampler(
         log_path=run_dir / "logs" / "sidecar.log",
         prompt_limit=config.data.max_prompt_length,
         notify=notify,
+        trainer_gpus=config.trainer.devices if beside_trainer else 0,
     )
 
 

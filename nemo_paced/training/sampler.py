@@ -1,37 +1,40 @@
 """Sampling that survives its servers: replicas, client, grader and store of one served model.
 
 Lives on rank 0 (or in a command without ranks). When a server of ours dies, the others go on with
-its requests; it is started again and gets the last weights that were sent from their file before
-it is asked anything. What was finished is in the store.
+its requests; it is started again, and asked nothing before it has the last weights that were sent.
+What was finished is in the store.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
 
 from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.client import PROBE_TIMEOUT_S, RolloutClient
+from nemo_paced.rollout.backends import choose_backend
+from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.grading import Grader
-from nemo_paced.rollout.refit import (
-    check_weight_routes,
-    send_weights,
-    served_version,
-    written_version,
-)
+from nemo_paced.rollout.refit import check_weight_routes, transfer_folder
 from nemo_paced.rollout.replicas import Replicas
 from nemo_paced.rollout.sampling import SamplingSettings, sample_rollouts
+from nemo_paced.rollout.server_weights import ServerWeights
+from nemo_paced.rollout.sidecar import gpu_count
 from nemo_paced.rollout.store import RolloutStore
+from nemo_paced.rollout.transfer import Meeting
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DYING_S = 15.0  # between a broken connection and the end of the server's processes
 RETURN_S = 60.0  # for servers that somebody else runs to answer again
@@ -44,6 +47,7 @@ class Sampler:
         model_dir: Hugging Face directory to serve; ignored with ``rollout.endpoints``.
         store_dir: where finished rollouts are appended.
         prompt_limit: longest prompt in tokens; with the response limit the server's context.
+        trainer_gpus: of this node, which a trainer uses meanwhile.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Sampler:
         log_path: Path,
         prompt_limit: int,
         notify: Callable[[str], None] | None = None,
+        trainer_gpus: int = 0,
     ) -> None:
         self.config = config
         self.model_dir = model_dir
@@ -64,30 +69,40 @@ class Sampler:
         self.log_path = log_path
         self.prompt_limit = prompt_limit
         self.notify = notify
+        self.trainer_gpus = trainer_gpus
         self.replicas: Replicas | None = None
         self._stack = ExitStack()
+        self._busy_s, self._busy_since = 0.0, 0.0
 
     def __enter__(self) -> Sampler:
         with ExitStack() as stack:
             self.store = stack.enter_context(RolloutStore(self.store_dir))
             self.grader = stack.enter_context(Grader(self.config.grading))
-            self.transfer_dir = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="nemo-paced-weights-"))
-            )
+            folder = Path(stack.enter_context(transfer_folder(_size(self.model_dir))))
             if self.config.rollout.endpoints:
                 endpoints, self.api_key = list(self.config.rollout.endpoints), _given_key()
+                hosts = [urlsplit(endpoint).hostname or "" for endpoint in endpoints]
+                backend = choose_backend(self.config.rollout, gpu_count(), hosts)
             else:
                 self.replicas = stack.enter_context(
-                    make_replicas(self.config, self.model_dir, self.prompt_limit, self.log_path)
+                    make_replicas(
+                        self.config,
+                        self.model_dir,
+                        self.prompt_limit,
+                        self.log_path,
+                        trainer_gpus=self.trainer_gpus,
+                    )
                 )
                 self.replicas.start(progress=self.notify)
                 endpoints, self.api_key = self.replicas.endpoints, self.replicas.api_key
+                backend = self.replicas.backend
             self.client = self._new_client(endpoints)
+            self.weights = ServerWeights(self.client, backend, self.config.rollout.swap, folder)
+            self._sleep()
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.sidecar = None  # a thread that still samples need not start it again
         self._stack.close()
 
     def sample(
@@ -105,20 +120,31 @@ class Sampler:
         Args:
             num_samples: by problem id, instead of ``settings.num_samples`` of each.
         """
-        self._mend_weights()
-        return sample_rollouts(
-            problems,
-            prompts=self.prompts,
-            client=self.client,
-            store=self.store,
-            step=step,
-            purpose=purpose,
-            settings=settings,
-            run_seed=self.config.model.seed,
-            grader=self.grader,
-            num_samples=num_samples,
-            progress=progress,
-        )
+        self._busy_since = time.monotonic()
+        try:
+            self._wake()
+            rollouts = sample_rollouts(
+                problems,
+                prompts=self.prompts,
+                client=self._client_of(self.weights.usable()),
+                store=self.store,
+                step=step,
+                purpose=purpose,
+                settings=settings,
+                run_seed=self.config.model.seed,
+                grader=self.grader,
+                num_samples=num_samples,
+                progress=progress,
+            )
+            self._sleep()
+            return rollouts
+        finally:
+            self._busy_s, self._busy_since = self.busy_s(), 0.0
+
+    def busy_s(self) -> float:
+        """For how long the servers have been sampling, seconds since this was made."""
+        since = self._busy_since
+        return self._busy_s + (time.monotonic() - since if since else 0.0)
 
     def require_weight_routes(self) -> None:
         """Refuse servers of somebody else that cannot be sent the student's weights.
@@ -127,53 +153,54 @@ class Sampler:
             ConfigError: names one.
         """
         if self.replicas is None:
-            check_weight_routes(self.client)
+            check_weight_routes(self.client, self.weights.backend)
 
     def send_weights(self) -> None:
-        """Make every server load what was last written to ``transfer_dir``."""
+        """Make every server load what was last written to ``weights.folder``."""
+        self._wake()
+        self._with_restart(self.weights.send_written)
+
+    def begin_update(self, version: str) -> Meeting | None:
+        """Hold the servers for weights that come from all ranks, as ``ServerWeights.begin``."""
+        self._wake()
+        return self._with_restart(lambda: self.weights.begin(version))
+
+    def _with_restart(self, work: Callable[[], T]) -> T:
+        """Once more after starting the servers of ours again that died."""
         try:
-            send_weights(self.client, self.transfer_dir)
+            return work()
         except RolloutError:
             ended = self.replicas.ended(within_s=DYING_S) if self.replicas is not None else []
             if self.replicas is None or not ended:
                 raise
             for endpoint in ended:
                 self.replicas.restart(endpoint, progress=self.notify)
-            send_weights(self.client, self.transfer_dir)
+            return work()
 
     def _revive(self, endpoint: str) -> bool:
         """Bring one server back, with the weights it should have; ``False``: not yet.
 
-        The client calls it in a thread. The trainer sends weights between samplings only.
+        The client calls it in a thread.
         """
         if self.replicas is not None and endpoint in self.replicas.ended():
             self.replicas.restart(endpoint, progress=self.notify)
-        return self.client.healthy(endpoint) and self._has_current_weights(endpoint)
+        return self.client.healthy(endpoint) and self.weights.current(endpoint)
 
-    def _mend_weights(self) -> None:
-        """A server that was started again by its owner has lost what it was sent."""
-        if written_version(self.transfer_dir) is None:
-            return
-        for endpoint in self.client.endpoints:
-            if not self._has_current_weights(endpoint):
-                logger.warning("%s does not answer: its requests go to the others", endpoint)
+    def _wake(self) -> None:
+        """Servers on the trainer's GPUs take their memory again; nothing where they have it."""
+        if self.replicas is not None and self.replicas.sleep:
+            self.client.call("POST", "/wake_up")
 
-    def _has_current_weights(self, endpoint: str) -> bool:
-        """Send them if it has others; ``False`` where it does not answer."""
-        version = written_version(self.transfer_dir)
-        if version is None:
-            return True
-        try:
-            served = served_version(self.client.only(endpoint, timeout_s=PROBE_TIMEOUT_S))
-            if served != version:
-                logger.warning("%s has weights %s, not %s: sent again", endpoint, served, version)
-                timeout_s = self.config.rollout.request_timeout_s
-                send_weights(self.client.only(endpoint, timeout_s=timeout_s), self.transfer_dir)
-        except RolloutError:
-            return False
-        return True
+    def _sleep(self) -> None:
+        """Weights to host memory, keys and values dropped: the GPUs are the trainer's."""
+        if self.replicas is not None and self.replicas.sleep:
+            self.client.call("POST", "/sleep", params={"level": 1, "mode": "wait"})
 
-    def _new_client(self, endpoints: list[str]) -> RolloutClient:
+    def _client_of(self, endpoints: Sequence[str]) -> RolloutClient:
+        every = endpoints is self.weights.client.endpoints
+        return self.client if every else self._new_client(endpoints)
+
+    def _new_client(self, endpoints: Sequence[str]) -> RolloutClient:
         rollout = self.config.rollout
         return RolloutClient(
             endpoints,
@@ -192,6 +219,7 @@ def make_replicas(
     log_path: Path,
     *,
     api_key: str | None = None,
+    trainer_gpus: int = 0,
 ) -> Replicas:
     """The servers of a model as the configuration wants them, not started yet."""
     # the same server evaluates, and evaluation may ask for longer responses
@@ -206,7 +234,13 @@ def make_replicas(
         dtype=served[config.trainer.compute_precision] if dtype == "auto" else dtype,
         log_path=log_path,
         api_key=api_key,
+        trainer_gpus=trainer_gpus,
     )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a model's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _given_key() -> str:

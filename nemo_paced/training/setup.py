@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -15,8 +14,6 @@ from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import build_chunks, load_hf_config
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel
-from nemo_paced.rollout.refit import write_weights
-from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.training import checkpoint
 from nemo_paced.training.checkpoint_files import RunState
 from nemo_paced.training.output_layer import DivergenceOutputLayer
@@ -30,9 +27,6 @@ from nemo_paced.training.teacher_setup import (
     cut_of,
 )
 
-if TYPE_CHECKING:
-    from nemo_paced.training.driver import Driver
-
 logger = logging.getLogger(__name__)
 
 
@@ -44,15 +38,6 @@ class Models:
     parallel: Parallel
     student: Student
     step: Step
-
-    def push_weights(self, driver: Driver | None, step: int) -> None:
-        """Send the student's weights to the rollout server; every rank takes part."""
-        folder = driver.sampler.transfer_dir if driver is not None else None
-        self.student.sync_parameters()
-        source = MegatronWeightSource(self.student.chunks, self.parallel)
-        write_weights(source, folder, version=step)
-        if driver is not None:
-            driver.sampler.send_weights()
 
     def save(
         self,

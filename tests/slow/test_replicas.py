@@ -25,7 +25,7 @@ from nemo_paced.config import (
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import Prompts
-from nemo_paced.rollout.refit import VERSION_FILE, served_version
+from nemo_paced.rollout.refit import VERSION_FILE
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.training.sampler import Sampler
 from tests.unit.rollout.wrong_server import Server
@@ -71,6 +71,10 @@ def sample(served, step, on_progress=None, num_samples=8):
     )
 
 
+def served_version(client):
+    return client.call("GET", "/weight_info")[0]["weight_version"]
+
+
 def kill_server(sidecar):
     """The server itself, as the kernel's out-of-memory killer would."""
     (server,) = psutil.Process(sidecar._process.pid).children()
@@ -82,8 +86,8 @@ def test_one_of_two_servers_killed_in_mid_batch_loses_nothing(tmp_path):
         first, second = served.replicas.sidecars.values()
         # weights are sent as in training, so that the one started again must get them again
         weights = ASSETS / "student" / "model.safetensors"
-        (served.transfer_dir / "00000.safetensors").symlink_to(weights)
-        (served.transfer_dir / VERSION_FILE).write_text("7")
+        (served.weights.folder / "00000.safetensors").symlink_to(weights)
+        (served.weights.folder / VERSION_FILE).write_text("7")
         served.send_weights()
         finished = []
 

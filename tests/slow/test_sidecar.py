@@ -9,12 +9,13 @@ import httpx
 import pytest
 import torch
 
-from nemo_paced.config import RolloutConfig
+from nemo_paced.config import RolloutConfig, WeightSwap
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.completions import SampleRequest
 from nemo_paced.rollout.refit import send_files
 from nemo_paced.rollout.sidecar import Sidecar, free_ports
+from nemo_paced.rollout.weight_sync import WeightSync
 from tests.tiny import make_hf_model
 
 pytestmark = pytest.mark.slow
@@ -90,9 +91,10 @@ def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(fami
                     answer = stranger.request(method, sidecar.endpoint + path, headers=headers)
                     assert answer.status_code == 401, (method, path)
         client = RolloutClient([sidecar.endpoint], sidecar.api_key)
+        sync = WeightSync(client, WeightSwap.between_requests)
         assert worst_gap(models[0], client) < 1e-4
         for version, model in enumerate([models[1], models[2], models[0]]):
-            send_files(client, [model / "model.safetensors"], str(version))
+            send_files(sync, [model / "model.safetensors"], str(version))
             assert worst_gap(model, client) < 1e-4
             assert client.call("GET", "/weight_info")[0]["weight_version"] == str(version)
         # the same seed gives the same samples; another one others

@@ -2,7 +2,14 @@ import socket
 
 import pytest
 
-from nemo_paced.config import ReferencesConfig, ReferenceSource, RolloutConfig
+from nemo_paced.config import (
+    ReferencesConfig,
+    ReferenceSource,
+    RefitBackend,
+    RolloutConfig,
+    RolloutPlacement,
+    WeightSwap,
+)
 from nemo_paced.errors import ConfigError
 from nemo_paced.rollout.replicas import replica_devices
 from nemo_paced.rollout.sidecar import free_ports, listen_address
@@ -13,9 +20,13 @@ def test_each_replica_gets_gpus_of_its_own():
     assert replica_devices(config, 8, None) == ["0,1", "2,3", "4,5"]
     assert replica_devices(config, 6, "7,6,5,4,3,2") == ["7,6", "5,4", "3,2"]
     assert replica_devices(config, 0, None) == [None] * 3, "the CPU build has none"
-    assert replica_devices(RolloutConfig(tensor_parallel_size=2), 8, None) == [None]
+    assert replica_devices(RolloutConfig(tensor_parallel_size=2), 8, None) == ["0,1"]
+    one = RolloutConfig(num_replicas=2)
+    assert replica_devices(one, 8, None, first=6) == ["6", "7"], "the trainer has the others"
     with pytest.raises(ConfigError, match="needs 6 GPUs and 4 are visible"):
         replica_devices(config, 4, None)
+    with pytest.raises(ConfigError, match=r"needs 2 GPUs beside the trainer's 8 .*=colocated"):
+        replica_devices(one, 8, None, first=8)
 
 
 def test_an_interface_is_named_by_its_address():
@@ -37,6 +48,14 @@ def test_free_ports_differ_and_can_be_listened_on():
         ({"num_replicas": 0}, "rollout.num_replicas is 0"),
         ({"num_replicas": 2, "endpoints": ["http://a:1"]}, "rollout.num_replicas is 2 and"),
         ({"endpoints": ["a:1"]}, "each must be a URL"),
+        ({"placement": RolloutPlacement.colocated, "max_staleness": 1}, "cannot sample ahead"),
+        (
+            {"placement": RolloutPlacement.colocated, "endpoints": ["http://a:1"]},
+            "do not sleep for this trainer",
+        ),
+        ({"placement": RolloutPlacement.colocated, "refit": RefitBackend.nccl}, "NCCL refuses"),
+        ({"refit": RefitBackend.ipc}, "rollout.refit is ipc and rollout.placement separate"),
+        ({"swap": WeightSwap.in_flight}, "rollout.swap is in_flight and rollout.max_staleness 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, told):

@@ -1,0 +1,58 @@
+"""Which of the transports of ``rollout.refit`` a run can use."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+from collections.abc import Sequence
+
+from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement
+from nemo_paced.errors import ConfigError
+
+ON_GPUS = (RefitBackend.ipc, RefitBackend.nccl, RefitBackend.nccl_m2n)
+LOOPBACK = "127.0.0.1"
+
+
+def choose_backend(config: RolloutConfig, gpus: int, hosts: Sequence[str]) -> RefitBackend:
+    """``rollout.refit``, with ``auto`` resolved; the same in the trainer and in rollout-server.
+
+    Args:
+        gpus: that this process sees.
+        hosts: of the servers.
+
+    Raises:
+        ConfigError: a backend that lacks something, which is named.
+    """
+    backend, on_this_machine = config.refit, all(is_loopback(host) for host in hosts)
+    if backend is RefitBackend.auto:
+        if not gpus or not _importable("vllm"):
+            return RefitBackend.file if on_this_machine else RefitBackend.gloo
+        if config.placement is RolloutPlacement.colocated:
+            return RefitBackend.ipc
+        return RefitBackend.nccl_m2n if _importable("nccl.m2n") else RefitBackend.nccl
+    lacking = []
+    if backend in ON_GPUS and not gpus:
+        lacking.append("a GPU (auto, file and gloo work without)")
+    if backend in ON_GPUS and not _importable("vllm"):
+        lacking.append("vllm in the trainer's environment (pip install vllm; or file, gloo)")
+    if backend is RefitBackend.nccl_m2n and not _importable("nccl.m2n"):
+        lacking.append("the packages nccl-extensions and nccl4py (or nccl)")
+    if lacking:
+        raise ConfigError(f"rollout.refit is {backend.value}, which needs {'; '.join(lacking)}")
+    return backend
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False

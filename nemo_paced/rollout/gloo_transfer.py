@@ -1,0 +1,86 @@
+"""The trainer's end of ``rollout.refit=gloo``: rank 0 broadcasts parameters over the network.
+
+Laid out like vLLM's NCCL engine, with a gloo group of rank 0 and every server's workers in place of
+NCCL's, so that it runs wherever two processes reach each other: between CPUs, and to servers on
+other nodes that share no disk with the trainer. The servers' end is in ``vllm_plugin.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from nemo_paced.errors import RolloutError
+from nemo_paced.rollout.gloo_group import JOIN_TIMEOUT_S, broadcast, join_group
+from nemo_paced.rollout.weight_source import MegatronWeightSource
+from nemo_paced.rollout.weight_sync import WeightSync
+
+
+class GlooSender:
+    """Every trainer rank makes one and calls it at the same time.
+
+    Args:
+        sync: rank 0's; ``None`` on the others, which only take part in gathering the weights.
+        rendezvous: ``master_address``, ``master_port`` and ``world_size`` of rank 0 and workers.
+
+    Raises:
+        RolloutError: a server did not join.
+    """
+
+    def __init__(
+        self, sync: WeightSync | None, source: MegatronWeightSource, rendezvous: dict[str, Any]
+    ) -> None:
+        self.sync = sync
+        self.source = source
+        self._group: Any = None
+        if sync is not None:
+            info = {**rendezvous, "rank_offset": 1}
+            self._group = _beside(
+                lambda: sync.init_weight_transfer_engine(info),
+                lambda: join_group(**rendezvous, rank=0),
+            )
+
+    def send_weights(self) -> None:
+        """One update of all servers, from start to finish; collective.
+
+        Raises:
+            RolloutError: a server refused, or was lost on the way.
+        """
+        if self.sync is None:
+            for _ in self.source:  # take part in the gathers
+                pass
+            return
+        sync, parameters = self.sync, self.source.metadata()
+        info = {
+            "names": [meta.name for meta in parameters],
+            "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in parameters],
+            "shapes": [list(meta.shape) for meta in parameters],
+        }
+        sync.start_weight_update()
+        _beside(lambda: sync.update_weights(info), self._broadcast)
+        sync.finish_weight_update()
+
+    def shutdown(self) -> None:
+        self._group = None
+
+    def _broadcast(self) -> None:
+        assert self._group is not None, "rank 0 has one"
+        for name, tensor in self.source:
+            assert tensor is not None, f"rank 0 gets every tensor, {name} too"
+            broadcast(self._group, tensor.cpu().contiguous())
+
+
+def _beside(server_side: Callable[[], None], ours: Callable[[], Any]) -> Any:
+    """Both at once, since each waits for the other; what the servers say comes first."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-sync")
+    asked = pool.submit(server_side)
+    try:
+        result = ours()
+        asked.result()
+        return result
+    except RuntimeError as error:  # torch's of a broken connection are subclasses
+        cause = asked.exception(JOIN_TIMEOUT_S) or error
+        raise RolloutError(f"the weights did not reach the rollout servers: {cause}") from cause
+    finally:
+        pool.shutdown(wait=False)

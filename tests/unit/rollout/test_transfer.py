@@ -1,0 +1,160 @@
+"""Which transport carries the weights, and that vLLM takes what we hand to it."""
+
+import ast
+import inspect
+import json
+
+import httpx
+import pytest
+from vllm.distributed.weight_transfer import ipc_engine, m2n_trainer
+from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+from vllm.entrypoints.rl.online import api_router
+from vllm.entrypoints.serve.dev.sleep import api_router as sleep_router
+
+from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement, WeightSwap
+from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.rollout import backends
+from nemo_paced.rollout.backends import choose_backend
+from nemo_paced.rollout.client import RolloutClient
+from nemo_paced.rollout.replicas import Replicas
+from nemo_paced.rollout.weight_sync import WeightSync, _json_safe
+
+HERE, ELSEWHERE = ["127.0.0.1"], ["127.0.0.1", "10.0.0.7"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "hosts", "placement", "packages", "chosen"),
+    [
+        (0, HERE, "separate", {"vllm"}, "file"),
+        (0, ELSEWHERE, "separate", {"vllm"}, "gloo"),
+        (8, HERE, "separate", set(), "file"),
+        (8, ELSEWHERE, "separate", set(), "gloo"),
+        (8, HERE, "separate", {"vllm"}, "nccl"),
+        (8, ELSEWHERE, "separate", {"vllm", "nccl.m2n"}, "nccl_m2n"),
+        (8, HERE, "colocated", {"vllm", "nccl.m2n"}, "ipc"),
+    ],
+)
+def test_auto_takes_what_hardware_and_packages_allow(
+    monkeypatch, gpus, hosts, placement, packages, chosen
+):
+    monkeypatch.setattr(backends, "_importable", lambda package: package in packages)
+    config = RolloutConfig(placement=RolloutPlacement(placement))
+    assert choose_backend(config, gpus, hosts) is RefitBackend(chosen)
+
+
+def test_a_transport_that_lacks_something_names_all_of_it(monkeypatch):
+    monkeypatch.setattr(backends, "_importable", lambda package: False)
+    with pytest.raises(ConfigError, match=r"nccl_m2n, which needs a GPU .*; vllm .*nccl4py"):
+        choose_backend(RolloutConfig(refit=RefitBackend.nccl_m2n), 0, HERE)
+    assert choose_backend(RolloutConfig(refit=RefitBackend.gloo), 0, HERE) is RefitBackend.gloo
+
+
+def test_the_server_is_started_for_the_transport_and_to_sleep(monkeypatch, tmp_path):
+    monkeypatch.setattr("nemo_paced.rollout.replicas.gpu_count", lambda: 8)
+    config = RolloutConfig(placement=RolloutPlacement.colocated)
+
+    def started(**options):
+        replicas = Replicas(
+            tmp_path, config, max_model_len=8, dtype="bfloat16", log_path=tmp_path / "l", **options
+        )
+        (sidecar,) = replicas.sidecars.values()
+        return replicas, sidecar._command(), sidecar._environment()
+
+    replicas, command, environment = started(trainer_gpus=8)
+    assert replicas.sleep and "--enable-sleep-mode" in command
+    assert json.loads(command[command.index("--weight-transfer-config") + 1]) == {"backend": "ipc"}
+    assert environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+    replicas, command, _ = started()  # nobody trains on its GPUs
+    assert not replicas.sleep and "--enable-sleep-mode" not in command
+
+
+def servers(monkeypatch, answers):
+    """Two servers' control routes: ``answers(host, path, body)``; returns what they were asked."""
+    asked = []
+
+    def respond(request):
+        body = json.loads(request.content) if request.content else None
+        asked.append((request.url.host, request.url.path, dict(request.url.params), body))
+        return httpx.Response(200, json=answers(request.url.host, request.url.path))
+
+    plain = httpx.Client
+    monkeypatch.setattr(
+        "nemo_paced.rollout.client.httpx.Client",
+        lambda **options: plain(transport=httpx.MockTransport(respond), **options),
+    )
+    return RolloutClient(["http://a:1", "http://b:1"], "key"), asked
+
+
+def test_workers_of_several_servers_are_numbered_one_after_another(monkeypatch):
+    sizes = {"a": 2, "b": 4}
+    client, asked = servers(monkeypatch, lambda host, path: {"world_size": sizes[host]})
+    sync = WeightSync(client, WeightSwap.between_requests)
+    sync.init_weight_transfer_engine({"rank_offset": 3, "world_size": 9})
+    joined = {
+        host: body["init_info"]
+        for host, path, _, body in asked
+        if path == "/init_weight_transfer_engine"
+    }
+    assert joined == {
+        "a": {"rank_offset": 3, "world_size": 9},
+        "b": {"rank_offset": 5, "world_size": 9},
+    }
+
+
+@pytest.mark.parametrize(("swap", "mode"), [("between_requests", "wait"), ("in_flight", "keep")])
+def test_requests_under_way_are_finished_or_held(monkeypatch, swap, mode):
+    client, asked = servers(monkeypatch, lambda host, path: {})
+    sync = WeightSync(client, WeightSwap(swap))
+    sync.pause()
+    sync.resume()
+    assert {(path, *params.items()) for _, path, params, _ in asked} == {
+        ("/pause", ("mode", mode), ("clear_cache", "true")),
+        ("/reset_prefix_cache", ("reset_running_requests", "true")),
+        ("/resume",),
+    }
+
+
+def test_servers_that_hold_different_weights_are_named(monkeypatch):
+    sums = {"a": {"x": "1", "y": "2"}, "b": {"x": "1", "y": "3"}}
+    client, _ = servers(monkeypatch, lambda host, path: {"checksums": sums[host]})
+    with pytest.raises(RolloutError, match=r"b:1 and http://a:1 hold different weights .*\(y, 1"):
+        WeightSync(client, WeightSwap.between_requests).check_same_weights()
+    sums["b"]["y"] = "2"
+    WeightSync(client, WeightSwap.between_requests).check_same_weights()
+
+
+def test_vllms_engines_find_the_methods_that_they_call():
+    client = WeightSync(RolloutClient(["http://a:1"], "k"), WeightSwap.between_requests)
+    assert isinstance(client, VLLMWeightSyncClient)
+    for method in ("init_weight_transfer_engine", "update_weights", "finish_weight_update"):
+        ours = inspect.signature(getattr(WeightSync, method)).parameters
+        theirs = inspect.signature(getattr(VLLMWeightSyncClient, method)).parameters
+        assert list(ours) == list(theirs), method
+    # we renumber what they hand over under this name
+    assert "rank_offset" in inspect.signature(NCCLWeightTransferInitInfo).parameters
+    assert '"rank_offset"' in inspect.getsource(m2n_trainer)
+
+
+def test_cuda_handles_travel_as_vllm_reads_them(monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    handles = [{"GPU-1": (1, b"\x00", "x")}]
+    info = {"names": ["w"], "dtype_names": ["float32"], "shapes": [[2]], "ipc_handles": handles}
+    sent = json.loads(json.dumps(_json_safe({**info, "ipc_handles_pickled": None})))
+    assert ipc_engine.IPCWeightTransferUpdateInfo(**sent).ipc_handles == handles
+
+
+def test_the_routes_that_we_call_are_in_vllm():
+    def routes(module):
+        return {
+            node.value
+            for node in ast.walk(ast.parse(inspect.getsource(module)))
+            if isinstance(node, ast.Constant) and str(node.value).startswith("/")
+        }
+
+    assert {"/pause", "/resume", "/weight_checker", "/get_world_size", "/weight_info"} <= routes(
+        api_router
+    )
+    assert {"/sleep", "/wake_up"} <= routes(sleep_router)
+    taken = inspect.signature(sleep_router.sleep).parameters
+    assert {"level", "mode"} <= taken.keys()
