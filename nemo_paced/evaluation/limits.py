@@ -16,6 +16,8 @@ from nemo_paced.training.sampler import given_key
 
 logger = logging.getLogger(__name__)
 
+AS_STARTED = (None, "default")  # vLLM's weight version before any is sent
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -85,9 +87,10 @@ def _served_context(endpoint: str, key: str, models: Iterable[Path]) -> int:
     client = RolloutClient([endpoint], key, request_timeout_s=PROBE_TIMEOUT_S)
     card = client.call("GET", "/v1/models")[0]["data"][0]
     root, version = Path(card.get("root", "")), served_version(client)
+    as_started = version in AS_STARTED
     for model in models:
-        if root.resolve() != model.resolve() or version is not None:
-            weights = f"{root}" if version is None else f"weights that it was sent ({version})"
+        if root.resolve() != model.resolve() or not as_started:
+            weights = f"{root}" if as_started else f"weights that it was sent ({version})"
             logger.warning(
                 "%s serves %s; what it answers is put down to %s", endpoint, weights, model
             )
