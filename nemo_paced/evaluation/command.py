@@ -158,9 +158,11 @@ def _evaluate(config: PacedConfig, arguments: argparse.Namespace, problems: Prob
             label: job.ask(folder, work / sources[label].fingerprint, label=label, bar=bar)
             for label, folder in models.items()
         }
-    settings = earlier.settings | job.settings
-    ResultsFile(results, settings, earlier.sources | sources, installed_versions()).write(out)
-    show(Console(), results, settings)
+    file = ResultsFile(
+        results, job.settings, job.asked, earlier.sources | sources, installed_versions()
+    )
+    file.write(out)
+    show(Console(), results, job.settings)
     Console(stderr=True).print(f"written: {out}", soft_wrap=True)
 
 
@@ -198,6 +200,11 @@ def _earlier(baseline: Path | None, job: Job) -> ResultsFile:
     suites = [*job.problems, *job.tasks]
     if missing := [suite for suite in suites if suite not in file.models[label]]:
         raise ConfigError(f"--baseline {baseline} has no suite {missing[0]!r}: evaluate it on that")
+    if others := [s for s, digest in job.asked.items() if file.asked.get(s) != digest]:
+        raise ConfigError(
+            f"--baseline {baseline}: its {others[0]!r} holds other problems, or asked them with "
+            "another prompt; evaluate both on the same"
+        )
     different = [k for k, value in job.settings.items() if file.settings.get(k) != value]
     if different:
         told = (f"{k} {file.settings.get(k)!r}, now {job.settings[k]!r}" for k in different)
@@ -207,7 +214,7 @@ def _earlier(baseline: Path | None, job: Job) -> ResultsFile:
         )
     kept = {suite: file.models[label][suite] for suite in suites}
     sources = {"baseline": file.sources[label]} if label in file.sources else {}
-    return ResultsFile({"baseline": kept}, {}, sources)
+    return ResultsFile({"baseline": kept}, {}, {}, sources)
 
 
 def _default_out(config: PacedConfig, source: Source) -> Path:

@@ -4,6 +4,7 @@
 
     {"models":   {LABEL: {SUITE: accuracy}},
      "settings": {NAME: value},                       how it was sampled
+     "asked":    {SUITE: digest},                     of problems, answers and prompt template
      "sources":  {LABEL: {"path", "fingerprint"}},    which models these were
      "versions": {PACKAGE: version}}
 
@@ -17,10 +18,10 @@ fields of :class:`~nemo_paced.rollout.accuracy.Accuracy` (undefined ones are nul
     "pass_at": {K: {"mean", "standard_error"}}        unbiased pass@k, k = 1, 2, 4 ... samples
 
 Every standard error is over problems. ``settings``: ``dtype`` of the server (empty where a running
-one was asked), ``temperature``, ``top_p``, ``max_tokens`` (of
-a response) and ``max_tokens_from`` (the setting or the context that it comes from), ``verifier``,
-``seed``, and ``lm_eval`` where its tasks were among the suites. ``sources`` and ``versions`` are
-written by ``evaluate`` alone.
+one was asked), ``temperature``, ``top_p``, ``max_tokens`` (of a response) and ``max_tokens_from``
+(the setting or the context that it comes from), ``verifier``, ``seed``, and ``lm_eval`` where its
+tasks were among the suites. ``asked``, ``sources`` and ``versions`` are written by ``evaluate``
+alone.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class ResultsFile:
 
     models: Results
     settings: dict[str, Any]
+    asked: dict[str, str] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -75,6 +77,7 @@ class ResultsFile:
                 for label, suites in self.models.items()
             },
             "settings": self.settings,
+            "asked": self.asked,
             "sources": {
                 label: {"path": source.path, "fingerprint": source.fingerprint}
                 for label, source in self.sources.items()
@@ -101,6 +104,7 @@ class ResultsFile:
                     for label, suites in content["models"].items()
                 },
                 content.get("settings", {}),
+                content.get("asked", {}),
                 {label: Source(**s) for label, s in content.get("sources", {}).items()},
                 content.get("versions", {}),
             )

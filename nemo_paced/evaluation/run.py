@@ -54,6 +54,17 @@ class Job:
             }
         return settings
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """By suite, what names its questions: the same for models that can be compared."""
+        data = self.config.data
+        sampled = {
+            suite: [data.prompt_template, data.use_chat_template, *map(asdict, problems)]
+            for suite, problems in self.problems.items()
+        }
+        chosen = {name: [suite.questions, suite.metrics] for name, suite in self.tasks.items()}
+        return {name: _digest(content) for name, content in (sampled | chosen).items()}
+
     def ask(
         self, hf_dir: Path, work_dir: Path, *, label: str, bar: Progress
     ) -> dict[str, Accuracy]:

@@ -161,6 +161,9 @@ class TestBaselineOfAnEarlierEvaluation:
     def test_must_have_been_asked_alike(self, earlier, served):
         with pytest.raises(ConfigError, match=r"temperature 0\.6, now 0\.9"):
             run(self.model, *self.common, "--baseline", earlier, "evaluation.temperature=0.9")
+        with pytest.raises(ConfigError, match=r"'few' holds other problems, or asked them with"):
+            run(self.model, *self.common, "--baseline", earlier,
+                "data.prompt_template='again {problem}'")  # fmt: skip
         with pytest.raises(ConfigError, match=r"has no suite 'forgetting'"):
             run(self.model, "--config-name", "quickstart", "--baseline", earlier,
                 "--problems", f"forgetting={self.common[1]}")  # fmt: skip
