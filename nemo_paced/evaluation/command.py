@@ -134,6 +134,33 @@ def _evaluate(config: PacedConfig, arguments: argparse.Namespace, problems: Prob
         problems = own_problems(config)
     if twice := problems.keys() & tasks.keys():
         raise ConfigError(f"{min(twice)!r} is the name of a problem file and of a task: rename it")
+    given = _given_models(config, arguments)
+    with progress_bar() as bar, tempfile.TemporaryDirectory(prefix="nemo-paced-") as scratch:
+        models = {label: _as_hf(path, Path(scratch) / label) for label, path in given.items()}
+        longest = _longest_prompt(config, models, problems)
+        limits = Limits.of(config, models, longest_prompt=longest, lm_eval=bool(tasks))
+        job = Job(config, problems, tasks, limits)
+        earlier = _earlier(arguments.baseline, job)
+        sources = {label: Source.of(given[label], folder) for label, folder in models.items()}
+        out = arguments.out or _default_out(config, sources["model"])
+        work = out.parent / "evaluation"
+        results: Results = dict(earlier.models)
+        for label, folder in models.items():
+            results[label] = job.ask(
+                folder, work / sources[label].fingerprint, label=label, bar=bar
+            )
+    sources = earlier.sources | sources
+    ResultsFile(results, job.settings, job.asked, sources, installed_versions()).write(out)
+    show(Console(), results, job.settings)
+    Console(stderr=True).print(f"written: {out}", soft_wrap=True)
+
+
+def _given_models(config: PacedConfig, arguments: argparse.Namespace) -> dict[str, Path]:
+    """By label, the baseline first; without one that is a results file.
+
+    Raises:
+        ConfigError: two models for servers that run already.
+    """
     paths = {"baseline": arguments.baseline, "model": arguments.model}
     given = {label: path for label, path in paths.items() if path is not None and path.is_dir()}
     if config.rollout.endpoints and len(given) > 1:
@@ -141,29 +168,7 @@ def _evaluate(config: PacedConfig, arguments: argparse.Namespace, problems: Prob
             "rollout.endpoints is set and --baseline is a model: running servers hold one model; "
             "evaluate each at its own, then give the baseline's results.json as --baseline"
         )
-    with progress_bar() as bar, tempfile.TemporaryDirectory(prefix="nemo-paced-") as scratch:
-        models = {label: _as_hf(path, Path(scratch) / label) for label, path in given.items()}
-        limits = Limits.of(
-            config,
-            models,
-            longest_prompt=_longest_prompt(config, models, problems),
-            lm_eval=bool(tasks),
-        )
-        job = Job(config, problems, tasks, limits)
-        earlier = _earlier(arguments.baseline, job)
-        sources = {label: Source.of(given[label], folder) for label, folder in models.items()}
-        out = arguments.out or _default_out(config, sources["model"])
-        work = out.parent / "evaluation"
-        results: Results = dict(earlier.models) | {
-            label: job.ask(folder, work / sources[label].fingerprint, label=label, bar=bar)
-            for label, folder in models.items()
-        }
-    file = ResultsFile(
-        results, job.settings, job.asked, earlier.sources | sources, installed_versions()
-    )
-    file.write(out)
-    show(Console(), results, job.settings)
-    Console(stderr=True).print(f"written: {out}", soft_wrap=True)
+    return given
 
 
 def _as_hf(path: Path, scratch: Path) -> Path:

@@ -49,37 +49,46 @@ class Limits:
         Raises:
             ConfigError: a context that the longest prompt fills.
         """
-        contexts = {f"the context of the {label}": context_length(p) for label, p in models.items()}
-        contexts |= {
-            f"the context of {endpoint}": _served_context(endpoint, given_key(), models.values())
-            for endpoint in config.rollout.endpoints
-        }
-        known = {name: length for name, length in contexts.items() if length is not None}
-        narrowest = min(known, key=known.__getitem__, default="")
+        narrowest, context = _narrowest(config, models)
         evaluation = config.evaluation
-        setting = "evaluation.max_response_length"
-        response = evaluation.max_response_length
+        setting, response = "evaluation.max_response_length", evaluation.max_response_length
         if response is None:
             setting, response = "data.max_response_length", config.data.max_response_length
         few_shot = evaluation.lm_eval.max_length
-        if known:
-            context = known[narrowest]
-            if context <= longest_prompt:
-                raise ConfigError(
-                    f"{narrowest} is {context} tokens and the longest prompt has {longest_prompt}: "
-                    "nothing is left for a response"
-                )
+        if context is not None:
             few_shot = min(few_shot, context)
-            if longest_prompt and response > context - longest_prompt:
+            left = _left(narrowest, context, longest_prompt)
+            if longest_prompt and response > left:
                 logger.warning(
                     "responses are limited to %d tokens: %s is %d tokens, and the longest prompt "
                     "has %d (%s asks for %d)",
-                    context - longest_prompt, narrowest, context, longest_prompt, setting, response,
+                    left, narrowest, context, longest_prompt, setting, response,
                 )  # fmt: skip
-                setting, response = f"{narrowest}, {context}", context - longest_prompt
+                setting, response = f"{narrowest}, {context}", left
         needed = [longest_prompt + response] if longest_prompt else []
         needed += [few_shot] if lm_eval else []
         return Limits(response, setting, few_shot, max(needed))
+
+
+def _narrowest(config: PacedConfig, models: Mapping[str, Path]) -> tuple[str, int | None]:
+    """The shortest context in words and in tokens; ``None`` where nothing says one."""
+    contexts = {f"the context of the {label}": context_length(p) for label, p in models.items()}
+    contexts |= {
+        f"the context of {endpoint}": _served_context(endpoint, given_key(), models.values())
+        for endpoint in config.rollout.endpoints
+    }
+    known = {name: length for name, length in contexts.items() if length is not None}
+    return min(known.items(), key=lambda item: item[1], default=("", None))
+
+
+def _left(whose: str, context: int, longest_prompt: int) -> int:
+    """Tokens beside the longest prompt."""
+    if context <= longest_prompt:
+        raise ConfigError(
+            f"{whose} is {context} tokens and the longest prompt has {longest_prompt}: nothing is "
+            "left for a response"
+        )
+    return context - longest_prompt
 
 
 def _served_context(endpoint: str, key: str, models: Iterable[Path]) -> int:
