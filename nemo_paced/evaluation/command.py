@@ -17,7 +17,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import load_suites
 from nemo_paced.evaluation.results import Results, ResultsFile, Source, installed_versions
-from nemo_paced.evaluation.run import Job
+from nemo_paced.evaluation.run import IN_WORDS, Job
 from nemo_paced.evaluation.tables import show
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
@@ -210,7 +210,9 @@ def _earlier(baseline: Path | None, job: Job) -> ResultsFile:
             f"--baseline {baseline}: its {others[0]!r} holds other problems, or asked them with "
             "another prompt; evaluate both on the same"
         )
-    different = [k for k, value in job.settings.items() if file.settings.get(k) != value]
+    different = [
+        k for k, v in job.settings.items() if k not in IN_WORDS and file.settings.get(k) != v
+    ]
     if different:
         told = (f"{k} {file.settings.get(k)!r}, now {job.settings[k]!r}" for k in different)
         raise ConfigError(

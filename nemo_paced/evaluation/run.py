@@ -23,6 +23,8 @@ from nemo_paced.training.sampler import Sampler, served_dtype
 
 logger = logging.getLogger(__name__)
 
+IN_WORDS = ("max_tokens_from",)  # settings that explain another one and decide nothing
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -105,7 +107,7 @@ class Job:
         with other settings, prompts or answers holds none of them. The number of samples may grow.
         """
         asked = [(p.id, p.answer, prompts.student(p)) for p in self.problems[suite]]
-        settings = {k: value for k, value in self.settings.items() if k != "lm_eval"}
+        settings = {k: v for k, v in self.settings.items() if k not in (*IN_WORDS, "lm_eval")}
         grading = to_dict(self.config.grading)
         return f"evaluation {suite} {_digest(settings, grading, prompts.stop_token_ids, asked)}"
 

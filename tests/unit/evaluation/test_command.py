@@ -151,6 +151,9 @@ class TestBaselineOfAnEarlierEvaluation:
 
     def test_is_not_asked_again(self, tmp_path, earlier, served):
         out = tmp_path / "results.json"
+        said = json.loads(earlier.read_text())
+        said["settings"]["max_tokens_from"] = "the context of another"  # of as many tokens
+        earlier.write_text(json.dumps(said))
         run(self.model, *self.common, "--baseline", earlier, "--out", out)
         assert [call[0] for call in served] == ["model"]
         before, after = ResultsFile.read(earlier), ResultsFile.read(out)
