@@ -16,8 +16,14 @@ from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import load_suites
-from nemo_paced.evaluation.results import Results, ResultsFile, Source, installed_versions
-from nemo_paced.evaluation.run import IN_WORDS, Job
+from nemo_paced.evaluation.results import (
+    Results,
+    ResultsFile,
+    Source,
+    different_settings,
+    installed_versions,
+)
+from nemo_paced.evaluation.run import Job
 from nemo_paced.evaluation.tables import show
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
@@ -210,10 +216,7 @@ def _earlier(baseline: Path | None, job: Job) -> ResultsFile:
             f"--baseline {baseline}: its {others[0]!r} holds other problems, or asked them with "
             "another prompt; evaluate both on the same"
         )
-    different = [
-        k for k, v in job.settings.items() if k not in IN_WORDS and file.settings.get(k) != v
-    ]
-    if different:
+    if different := different_settings(file.settings, job.settings):
         told = (f"{k} {file.settings.get(k)!r}, now {job.settings[k]!r}" for k in different)
         raise ConfigError(
             f"--baseline {baseline} was asked otherwise ({'; '.join(told)}): what is compared must "

