@@ -129,5 +129,6 @@ def installed_versions() -> dict[str, str]:
 
 
 def different_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the settings in ``now`` that ``before`` has otherwise, or not at all."""
-    return [k for k, value in now.items() if k not in IN_WORDS and before.get(k) != value]
+    """Names of the settings that both have, with other values: what cannot be compared."""
+    both = [name for name in now if name in before and name not in IN_WORDS]
+    return [name for name in both if before[name] != now[name]]
