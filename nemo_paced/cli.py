@@ -209,21 +209,42 @@ a model that does not fit one, as for import-hf.
 example: nemo-paced export-hf RUN HF_DIR trainer.devices=2 model.pipeline_model_parallel_size=2""",
     ),
     "evaluate": Command(
-        "nemo_paced.evaluation.run:main",
-        "accuracy of a model on a problem file, with its standard error",
+        "nemo_paced.evaluation.command:main",
+        "accuracy of a model on problem files and lm-eval's tasks, and what it forgot",
         """\
 usage: nemo-paced evaluate CHECKPOINT_OR_HF_DIR [--problems [NAME=]FILE ...] [--samples 8]
-           [--baseline CHECKPOINT_OR_HF_DIR] [--out results.json]
+           [--lm-eval TASK,...] [--lm-eval-tasks DIR] [--lm-eval-args KEY=VALUE,...]
+           [--baseline CHECKPOINT_OR_HF_DIR_OR_RESULTS_JSON] [--out results.json]
            [--config-name NAME] [key=value ...]
 
-Serves the model, samples and grades, prints mean@k. The configuration gives prompts, verifier and
-sampling (evaluation.*); without --config-name it is that of the run which the model lies in.
---baseline adds the paired difference. A suite is named after its file unless NAME= says otherwise;
-the report takes the one named `forgetting` for the forgetting table. Without --problems the
-suites are data.validation_problems (`heldout`) and data.forgetting_problems (`forgetting`).
+Serves the model, samples and grades; prints mean@k, pass@k, the majority's accuracy, the share of
+responses that were cut and their lengths, each mean with its standard error over problems. The
+defaults are the paper's (8 samples, T .6, top-p .95, 30,000 tokens, or what the model's context
+leaves: you are told). The configuration gives prompts, verifier and sampling (evaluation.*);
+without --config-name it is that of the run which the model lies in. rollout.endpoints asks running
+servers. On a GPU of its own, add rollout.gpu_memory_utilization=0.9.
 
-example: nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems heldout=heldout.jsonl \\
-             --problems forgetting=old_skills.jsonl --out RUN/results.json""",
+--problems: JSONL or Parquet; the schemas of MATH-500 and AIME are read. A suite is named after its
+file unless NAME= says otherwise. Without it and --lm-eval, the suites are data.validation_problems
+(`heldout`) and data.forgetting_problems (`forgetting`).
+
+--lm-eval: tasks of lm-eval (extra [eval]) on the same server, e.g. mmlu: five-shot, on a fixed draw
+of 2,000 questions in proportion to the subtasks. --lm-eval-args sets evaluation.lm_eval.*:
+num_fewshot, limit, apply_chat_template, max_length; null is the task's own. --lm-eval-tasks: task
+files of your own, which may name local data; without them lm-eval fetches its data sets.
+
+--baseline: what was forgotten, baseline minus model, paired by problem, for every suite. The
+results.json of an evaluation that asked alike stands for its model.
+
+Results go to --out (else under exp_manager.exp_dir/evaluation), with settings, fingerprints and
+versions; finished answers are kept beside them in evaluation/, and the same command, interrupted,
+goes on from there. `nemo-paced report` shows RUN/results.json.
+
+examples:
+  nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems heldout=heldout.jsonl \\
+      --problems forgetting=old_skills.jsonl --out RUN/results.json
+  nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems math500=test.jsonl \\
+      --problems aime2024=aime_2024.jsonl --problems aime2025=aime_2025.jsonl --lm-eval mmlu""",
     ),
     "report": Command(
         "nemo_paced.analysis.report:main",

@@ -34,9 +34,10 @@ from nemo_paced.settings.choices import TeacherPlacement as TeacherPlacement
 from nemo_paced.settings.choices import WeightScheme as WeightScheme
 from nemo_paced.settings.choices import WeightSwap as WeightSwap
 from nemo_paced.settings.data import DataConfig as DataConfig
-from nemo_paced.settings.data import EvaluationConfig as EvaluationConfig
 from nemo_paced.settings.data import GradingConfig as GradingConfig
 from nemo_paced.settings.data import ReferencesConfig as ReferencesConfig
+from nemo_paced.settings.evaluation import EvaluationConfig as EvaluationConfig
+from nemo_paced.settings.evaluation import LmEvalConfig as LmEvalConfig
 from nemo_paced.settings.model import ModelConfig as ModelConfig
 from nemo_paced.settings.model import OptimConfig as OptimConfig
 from nemo_paced.settings.model import SchedConfig as SchedConfig

@@ -95,14 +95,24 @@ def sequence_limits(inputs: Inputs) -> Iterator[Finding]:
     ``max_position_embeddings`` is the length after rope scaling; vLLM refuses to serve more.
     """
     data = inputs.config.data
-    evaluated = inputs.config.evaluation.max_response_length or 0
-    longest = max(data.max_response_length, evaluated)
     for who, architecture, key in (
         ("student", inputs.student, "max_prompt_length"),
         ("teacher", inputs.teacher, "max_teacher_prompt_length"),
     ):
         if architecture is not None:
-            yield from _limit(architecture, who, key, getattr(data, key), longest)
+            prompt = getattr(data, key)
+            yield from _limit(architecture, who, key, prompt, data.max_response_length)
+    evaluated = inputs.config.evaluation.max_response_length or 0
+    if inputs.student is not None and inputs.config.trainer.val_check_interval:
+        left = inputs.student.max_positions - data.max_prompt_length
+        if evaluated > left:
+            yield warning(
+                "evaluation.max_response_length",
+                f"is {evaluated} and the student's {inputs.student.max_positions} positions leave "
+                f"{left} tokens beside data.max_prompt_length {data.max_prompt_length}: validation "
+                "is limited to these",
+                "set it to what the model can hold to say so",
+            )
 
 
 def _limit(
@@ -114,8 +124,7 @@ def _limit(
             f"{prompt} + response {response} = {prompt + response} tokens, above the "
             f"{architecture.max_positions} positions of the {who} ({architecture.name}, rope "
             "scaling included)",
-            f"lower data.{key} or data.max_response_length (or "
-            "evaluation.max_response_length, where that is the longer)",
+            f"lower data.{key} or data.max_response_length",
         )
 
 

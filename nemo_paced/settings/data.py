@@ -1,4 +1,4 @@
-"""``data``, ``references``, ``grading`` and ``evaluation``: problems and what is asked of them."""
+"""``data``, ``references`` and ``grading``: problems and what is asked of them."""
 
 from __future__ import annotations
 
@@ -85,16 +85,3 @@ class GradingConfig:
             0 <= self.numeric_tolerance < 1,
             f"grading.numeric_tolerance is {self.numeric_tolerance}: it must lie in [0, 1)",
         )
-
-
-@dataclass
-class EvaluationConfig:
-    """Held-out accuracy: mean@k; the paper's sampling."""
-
-    samples: int = 8
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_response_length: int | None = None  # None: data.max_response_length
-
-    def __post_init__(self) -> None:
-        positive("evaluation", self, "samples", "temperature", "top_p")

@@ -24,7 +24,7 @@ from nemo_paced.rollout.adaptive import sample_in_rounds
 from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.training.progress import progress_bar
-from nemo_paced.training.sampler import Sampler
+from nemo_paced.training.sampler import Sampler, evaluation_length
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def student_sampler(
     notify: Callable[[str], None],
     *,
     beside_trainer: bool = False,
+    max_model_len: int | None = None,
 ) -> Sampler:
     return Sampler(
         config,
@@ -63,19 +64,27 @@ def student_sampler(
         store_dir=run_dir / "rollouts",
         log_path=run_dir / "logs" / "sidecar.log",
         prompt_limit=config.data.max_prompt_length,
+        max_model_len=max_model_len,
         notify=notify,
         trainer_gpus=config.trainer.devices if beside_trainer else 0,
     )
 
 
-def evaluation_settings(config: PacedConfig) -> SamplingSettings:
-    """How held-out problems are sampled: the ``evaluation`` block."""
+def evaluation_settings(config: PacedConfig, max_tokens: int | None = None) -> SamplingSettings:
+    """How held-out problems are sampled: the ``evaluation`` block.
+
+    Args:
+        max_tokens: of a response; ``None``: what :func:`evaluation_length` says of the student.
+    """
     evaluation = config.evaluation
+    if max_tokens is None:
+        student, prompt = Path(config.student.hf_path), config.data.max_prompt_length
+        max_tokens = evaluation_length(config, student, prompt)
     return SamplingSettings(
         num_samples=evaluation.samples,
         temperature=evaluation.temperature,
         top_p=evaluation.top_p,
-        max_tokens=evaluation.max_response_length or config.data.max_response_length,
+        max_tokens=max_tokens,
     )
 
 

@@ -114,10 +114,15 @@ def test_everything_is_found_at_once(config, tmp_path):
     assert any("1 student prompts are too long" in line for line in told)
 
 
-def test_the_longest_evaluation_response_counts_too(config, tmp_path):
-    config.evaluation.max_response_length = 119
+def test_validation_that_the_context_limits_is_a_warning(config, models, tmp_path):
+    assert not found(config, tmp_path), "nothing is evaluated while training"
+    config.trainer.val_check_interval = 1
+    config.data.validation_problems = str(models / "problems.jsonl")
     (finding,) = found(config, tmp_path)
-    assert "16 + response 119 = 135 tokens, above the 128 positions" in finding.what
+    assert finding.severity is Severity.warning
+    assert "is 30000 and the student's 128 positions leave 120 tokens" in finding.what
+    config.evaluation.max_response_length = 120
+    assert not found(config, tmp_path)
 
 
 def test_padding_of_both_vocabularies_is_told(config, tmp_path):
