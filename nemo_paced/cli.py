@@ -86,6 +86,13 @@ Serves the teacher, samples a response to each problem with its privileged conte
 and writes references.jsonl into the run directory. `train` does this itself when it is missing.
 Does nothing where no stage trains on responses of the teacher.
 
+Responses are graded. references.wrong says what becomes of wrong ones: keep (default, the paper's),
+resample (up to references.max_attempts samples, 8 by default; what is wrong then is kept) or drop
+(after references.max_attempts, 1 by default): such a problem has weight 0 in stages with
+responses=references. An interrupted command goes on where it stopped.
+
+example: nemo-paced references --config-name RECIPE references.wrong=drop references.max_attempts=4
+
 {RUN_HELP}""",
     ),
     "train": Command(

@@ -30,6 +30,7 @@ from nemo_paced.settings.choices import ReferenceSource as ReferenceSource
 from nemo_paced.settings.choices import ResponseSource as ResponseSource
 from nemo_paced.settings.choices import TeacherPlacement as TeacherPlacement
 from nemo_paced.settings.choices import WeightScheme as WeightScheme
+from nemo_paced.settings.choices import WrongReferences as WrongReferences
 from nemo_paced.settings.data import DataConfig as DataConfig
 from nemo_paced.settings.data import EvaluationConfig as EvaluationConfig
 from nemo_paced.settings.data import GradingConfig as GradingConfig

@@ -124,7 +124,7 @@ def pass_rates(arguments: list[str]) -> None:
 
 
 def references(arguments: list[str]) -> None:
-    from nemo_paced.training import prepare
+    from nemo_paced.training.references import references as make
 
     def action(config: PacedConfig) -> None:
         if config.references.source is not ReferenceSource.teacher or all(
@@ -132,7 +132,7 @@ def references(arguments: list[str]) -> None:
         ):
             logger.info("references: no stage trains on responses of the teacher; none are sampled")
             return
-        _prepare(config, prepare.references)
+        _prepare(config, make)
 
     with_config(arguments, action)
 
