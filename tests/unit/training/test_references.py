@@ -62,6 +62,19 @@ def make_config(tmp_path, monkeypatch):
     return make
 
 
+class Teacher(ScriptedClient):
+    """Every wrong response is another one."""
+
+    def __init__(self, prompts, break_after):
+        super().__init__(TRUE_RATES, prompts.response("s8"), (), break_after)
+        self.prompts = prompts
+
+    def sample(self, requests, on_result):
+        for request in requests:
+            self.wrong_ids = tuple(self.prompts.response(f"s{request.seed % 8}"))
+            super().sample([request], on_result)
+
+
 @pytest.fixture
 def teacher(monkeypatch):
     """What the teachers' clients answer, in the order of the samplers made; each is in the list."""
@@ -74,10 +87,7 @@ def teacher(monkeypatch):
 
         def __enter__(self):
             super().__enter__()
-            self.client = ScriptedClient(
-                TRUE_RATES, self.prompts.response("s8"), self.prompts.response("s9"),
-                break_after=TeacherSampler.break_after,
-            )  # fmt: skip
+            self.client = Teacher(self.prompts, TeacherSampler.break_after)
             clients.append(self.client)
             return self
 
