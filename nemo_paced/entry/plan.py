@@ -107,6 +107,7 @@ def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[Problem,
         rollout.tensor_parallel_size,
         rollout.gpu_memory_utilization * cluster.gpu.memory,
         rollout.max_num_seqs,
+        replicas=len(rollout.endpoints) or rollout.num_replicas,
     )
     problem = Problem(
         student=ModelShape.read(config.student.hf_path, "student.hf_path"),

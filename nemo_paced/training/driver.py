@@ -65,7 +65,7 @@ class Driver:
     def prepare(self, log: RunLog) -> None:
         """References and rollout server, each only if it is needed and missing."""
         config, self.bar = self.config, log.bar
-        if any(s.responses is ResponseSource.references for s in config.stages):
+        if config.needs_references:
             self.references = load_references(
                 config, self.problems, self.prompts, self.run_dir, self.bar
             )

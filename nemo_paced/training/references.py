@@ -53,13 +53,7 @@ def load_references(
     path = run_dir / REFERENCES_FILE
     if source is ReferenceSource.file:
         path = Path(config.references.path or "")
-    elif not path.exists():
-        sample_references(config, problems, prompts, run_dir, bar)
-    elif not made_with(path, config.references):
-        logger.info(
-            "%s was made with another references.wrong or references.max_attempts: it is made "
-            "anew, and no sample is asked for twice", path,
-        )  # fmt: skip
+    elif to_be_sampled(config, run_dir):
         sample_references(config, problems, prompts, run_dir, bar)
     found = read_references(path, problems, prompts)
     if dropped := sum(problem.id not in found for problem in problems):
@@ -68,6 +62,21 @@ def load_references(
             dropped, len(problems),
         )  # fmt: skip
     return found
+
+
+def to_be_sampled(config: PacedConfig, run_dir: Path) -> bool:
+    """Whether a run asks the teacher: a stage needs its responses and there is no file that fits.
+
+    The file of another ``references.wrong`` or ``references.max_attempts`` does not; it is made
+    anew from the samples that there are, and from new ones where they are too few.
+
+    Raises:
+        ConfigError: a malformed line in the file.
+    """
+    settings, path = config.references, run_dir / REFERENCES_FILE
+    if settings.source is not ReferenceSource.teacher or not config.needs_references:
+        return False
+    return not path.exists() or not made_with(path, settings)
 
 
 def sample_references(
