@@ -123,7 +123,10 @@ def test_servers_that_are_gone_end_the_job_with_their_name_and_exit_code(slurm, 
                  ROLLOUT_NODES="1", ROLLOUT_HOST="lo", STAGES="train",
                  OVERRIDES=f"{QUICK} rollout.max_restarts=0 trainer.max_steps=1000")  # fmt: skip
     metrics = run_dir / "metrics.jsonl"
-    slurm.wait(lambda: metrics.exists() or finished(slurm, job), "the first step", 300)
+    slurm.wait(
+        lambda: (metrics.exists() and metrics.read_text()) or finished(slurm, job),
+        "the first step", 300,
+    )  # fmt: skip
     # what watches over it is left to clean up after it
     entry = ["-m", "vllm.entrypoints.openai.api_server"]
     servers = [p for p in processes_of(job, run_dir) if p.cmdline()[1:3] == entry]
