@@ -53,7 +53,7 @@ def load_references(
     path = run_dir / REFERENCES_FILE
     if source is ReferenceSource.file:
         path = Path(config.references.path or "")
-    elif to_be_sampled(config, run_dir):
+    elif not _is_made(config, run_dir):
         sample_references(config, problems, prompts, run_dir, bar)
     found = read_references(path, problems, prompts)
     if dropped := sum(problem.id not in found for problem in problems):
@@ -65,18 +65,14 @@ def load_references(
 
 
 def to_be_sampled(config: PacedConfig, run_dir: Path) -> bool:
-    """Whether a run asks the teacher: a stage needs its responses and there is no file that fits.
-
-    The file of another ``references.wrong`` or ``references.max_attempts`` does not; it is made
-    anew from the samples that there are, and from new ones where they are too few.
+    """Whether a run is going to ask the teacher for references.
 
     Raises:
-        ConfigError: a malformed line in the file.
+        ConfigError: a malformed line in references.jsonl.
     """
-    settings, path = config.references, run_dir / REFERENCES_FILE
-    if settings.source is not ReferenceSource.teacher or not config.needs_references:
+    if config.references.source is not ReferenceSource.teacher or not config.needs_references:
         return False
-    return not path.exists() or not made_with(path, settings)
+    return not _is_made(config, run_dir)
 
 
 def sample_references(
@@ -159,6 +155,16 @@ def references(config: PacedConfig, run_dir: Path) -> Path:
     check_prompts(problems, prompts)
     with progress_bar() as bar:
         return sample_references(config, problems, prompts, run_dir, bar)
+
+
+def _is_made(config: PacedConfig, run_dir: Path) -> bool:
+    """Whether references.jsonl is there, and made with these settings.
+
+    That of another ``references.wrong`` or ``references.max_attempts`` is made anew from the
+    samples that there are, and from new ones where they are too few.
+    """
+    path = run_dir / REFERENCES_FILE
+    return path.exists() and made_with(path, config.references)
 
 
 def _choose(

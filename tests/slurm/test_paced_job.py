@@ -125,7 +125,7 @@ def test_servers_that_are_gone_end_the_job_with_their_name_and_exit_code(slurm, 
     metrics = run_dir / "metrics.jsonl"
     slurm.wait(
         lambda: (metrics.exists() and metrics.read_text()) or finished(slurm, job),
-        "the first step", 300,
+        "the first step", 600,
     )  # fmt: skip
     # what watches over it is left to clean up after it
     entry = ["-m", "vllm.entrypoints.openai.api_server"]
