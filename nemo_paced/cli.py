@@ -86,6 +86,13 @@ Serves the teacher, samples a response to each problem with its privileged conte
 and writes references.jsonl into the run directory. `train` does this itself when it is missing.
 Does nothing where no stage trains on responses of the teacher.
 
+Responses are graded. references.wrong says what becomes of wrong ones: keep (default, the paper's),
+resample (up to references.max_attempts samples, 8 by default; what is wrong then is kept) or drop
+(after references.max_attempts, 1 by default): such a problem has weight 0 in stages with
+responses=references. An interrupted command goes on where it stopped.
+
+example: nemo-paced references --config-name RECIPE references.wrong=drop references.max_attempts=4
+
 {RUN_HELP}""",
     ),
     "train": Command(
@@ -145,7 +152,8 @@ Takes seconds; reads configurations, tokenizers and problem files, no weights; w
   models       layout against heads, MLP columns and layers; vocabulary padding; sequence limits
   tokenizers   the same ids, special tokens, end of text and chat template for both models
   files        problems, every prompt within its limit, references, pass rates, room on the disk
-  run          stages, an earlier run in the same directory, vLLM for the rollout server
+  run          stages, an earlier run in the same directory
+  servers      vLLM and GPUs for our own; running ones answer, take the key, serve long enough
   ranks        each answers, one set of library versions, clocks, a GPU each, one small all-reduce
 Exit status 2 with an error; warnings do not stop a run. `train` makes the same checks first. Under
 torchrun or srun every rank joins; else trainer.devices ranks are started on this node. A rank that
@@ -167,10 +175,11 @@ usage: nemo-paced plan --config-name NAME [--gpu h100|h200|a100|b200] [--nodes N
 
 Needs no GPU and no weights. Prints, for the layout of the configuration, the memory of a GPU by
 pipeline stage and what it is for, FLOPs and projected seconds of a step and hours of the run; then
-the layouts that fit, cheapest first, and the settings of the best one. With --nodes over so many
-GPUs, without over the fewest that do. --prompt-tokens and --response-tokens are means of a problem
-(default: half of data.max_*). Every rate is a data sheet's times an assumed share, printed below;
-replace them by what you measure.
+the layouts that fit, cheapest first, and the settings of the best one. The servers of
+rollout.num_replicas count on the first GPUs; those of rollout.endpoints are beside the GPUs that
+are counted. With --nodes over so many GPUs, without over the fewest that do. --prompt-tokens and
+--response-tokens are means of a problem (default: half of data.max_*). Every rate is a data sheet's
+times an assumed share, printed below; replace them by what you measure.
 
 examples:
   nemo-paced plan --config-name RECIPE --gpu h100 --nodes 2

@@ -33,6 +33,7 @@ from nemo_paced.settings.choices import RolloutPlacement as RolloutPlacement
 from nemo_paced.settings.choices import TeacherPlacement as TeacherPlacement
 from nemo_paced.settings.choices import WeightScheme as WeightScheme
 from nemo_paced.settings.choices import WeightSwap as WeightSwap
+from nemo_paced.settings.choices import WrongReferences as WrongReferences
 from nemo_paced.settings.data import DataConfig as DataConfig
 from nemo_paced.settings.data import GradingConfig as GradingConfig
 from nemo_paced.settings.data import ReferencesConfig as ReferencesConfig
@@ -148,9 +149,8 @@ class PacedConfig:
             "cannot be computed beforehand; set teacher.placement=offloaded, or keep to stages "
             "with responses=references",
         )
-        stored = any(s.responses is ResponseSource.references for s in self.stages)
         require(
-            stored or self.teacher.cache_dir is None,
+            self.needs_references or self.teacher.cache_dir is None,
             "teacher.cache_dir is set and every stage trains on rollouts: fresh samples never come "
             "again, and nothing would be kept; leave it out",
         )
@@ -257,6 +257,11 @@ class PacedConfig:
                 model.packed_sequence_size and max(model.packed_sequence_size, longest)
             ),
         )
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether a stage trains on stored responses."""
+        return any(stage.responses is ResponseSource.references for stage in self.stages)
 
     @property
     def sends_weights(self) -> bool:

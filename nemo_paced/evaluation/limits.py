@@ -11,7 +11,6 @@ from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.directory import context_length
 from nemo_paced.rollout.client import PROBE_TIMEOUT_S, RolloutClient
-from nemo_paced.rollout.refit import served_version
 from nemo_paced.training.sampler import given_key
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,8 @@ def _served_context(endpoint: str, key: str, models: Iterable[Path]) -> int:
     """``--max-model-len`` of a running server, which is asked whether it serves the model."""
     client = RolloutClient([endpoint], key, request_timeout_s=PROBE_TIMEOUT_S)
     card = client.call("GET", "/v1/models")[0]["data"][0]
-    root, version = Path(card.get("root", "")), served_version(client)
+    version = client.call("GET", "/weight_info")[0].get("weight_version")
+    root = Path(card.get("root", ""))
     as_started = version in AS_STARTED
     for model in models:
         if root.resolve() != model.resolve() or not as_started:

@@ -11,6 +11,7 @@ from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import padded_vocab_size
 from nemo_paced.preflight.findings import Finding, error, note, warning
 from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.sizing.flops import Server
 from nemo_paced.sizing.memory import stages_memory
 from nemo_paced.sizing.search import divides
 from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, work_of
@@ -168,8 +169,12 @@ def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
             return
     stages = stages_memory(inputs.student_shape, inputs.teacher_shape, layout, teacher, work)
     rollout = inputs.config.rollout
-    served = 0.0 if rollout.endpoints else rollout.gpu_memory_utilization
-    needed = max(m.peak + (stage == 0) * served * total for stage, m in enumerate(stages))
+    served = 0.0 if rollout.endpoints else rollout.gpu_memory_utilization * total
+    server = Server(
+        rollout.tensor_parallel_size, served, rollout.max_num_seqs, rollout.num_replicas
+    )
+    sharing = server.stages(layout)
+    needed = max(m.peak + (stage < sharing) * served for stage, m in enumerate(stages))
     if needed > total:
         yield warning(
             "memory",

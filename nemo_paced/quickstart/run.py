@@ -30,6 +30,7 @@ from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.refit import send_files
 from nemo_paced.training import prepare
 from nemo_paced.training.progress import progress_bar
+from nemo_paced.training.references import REFERENCES_FILE, sample_references
 from nemo_paced.training.sampler import Sampler
 
 ARMS = {
@@ -74,14 +75,12 @@ class Quickstart:
         self.out.mkdir(parents=True, exist_ok=True)
         problems = load_problems(self.config.data.problems)
         prompts = prepare.make_prompts(self.config)
-        references = self.out / "shared" / prepare.REFERENCES_FILE
+        references = self.out / "shared" / REFERENCES_FILE
         with progress_bar() as bar:
             if not references.exists():
                 with self._part("references: the teacher answers every problem"):
                     references.parent.mkdir(exist_ok=True)
-                    prepare.sample_references(
-                        self.config, problems, prompts, references.parent, bar
-                    )
+                    sample_references(self.config, problems, prompts, references.parent, bar)
             else:
                 self.done += 1
             with prepare.student_sampler(
@@ -123,6 +122,8 @@ class Quickstart:
                 f"rollout.endpoints=[{','.join(sampler.client.endpoints)}]",
                 "references.source=file",
                 f"references.path={references}",
+                "references.wrong=keep",  # the file says what was dropped
+                "references.max_attempts=null",
                 f"weights.pass_rates={self.out / 'shared' / prepare.PASS_RATES_FILE}",
                 *ARMS[arm],
             ],

@@ -7,13 +7,11 @@ import pytest
 
 from nemo_paced.config import (
     DataConfig,
-    ExpManagerSettings,
     ModelConfig,
     PacedConfig,
     Precision,
     ReferencesConfig,
     ReferenceSource,
-    RolloutConfig,
     StudentConfig,
     TeacherConfig,
     TrainerConfig,
@@ -247,14 +245,6 @@ def test_room_for_the_teacher_cache(config, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_free", lambda path: 10 if path.name == "cache" else 10**12)
     (finding,) = found(config, tmp_path)
     assert finding.where == "teacher.cache_dir" and finding.severity is Severity.warning
-
-
-def test_a_server_of_our_own_needs_vllm(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
-    assert [f.where for f in found(config, tmp_path)] == ["rollout"]
-    config.rollout = RolloutConfig(endpoints=["http://elsewhere:8000"])
-    config.exp_manager = ExpManagerSettings()
-    assert found(config, tmp_path) == []
 
 
 def test_a_gpu_that_is_too_small_is_a_warning(config, tmp_path, monkeypatch):
