@@ -17,7 +17,6 @@ memory.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,10 +24,10 @@ import numpy as np
 import torch
 from torch.distributed import ProcessGroup
 
+from nemo_paced.analysis.gradient_parameters import HeadGradientLayer, Measured, measure_layers
 from nemo_paced.analysis.snr import BlockSums
 from nemo_paced.config import LossConfig
 from nemo_paced.data.packing import Cut, MicroBatch, TrainItem, cut_batch
-from nemo_paced.errors import ConfigError
 from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.losses.divergence import make_options
 from nemo_paced.losses.options import Divergence
@@ -36,40 +35,10 @@ from nemo_paced.parallel import Parallel
 from nemo_paced.pipeline import call_model, run_schedule
 from nemo_paced.teacher.signal import TeacherSignal
 from nemo_paced.teacher.source import TeacherSource
-from nemo_paced.training.output_layer import DivergenceOutputLayer, MicroBatchLoss
+from nemo_paced.training.output_layer import MicroBatchLoss
 
 ONE_PROBLEM = Cut(micro_batch_size=1)
 DOT_ELEMENTS = 2**24  # widened to float64 at a time
-
-
-class HeadGradientLayer(DivergenceOutputLayer):
-    """An output layer whose weight is a leaf of its own: gradients end here, tied or not."""
-
-    head: torch.Tensor | None = None
-
-    def forward(
-        self,
-        input_: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-    ) -> tuple[torch.Tensor, None]:
-        self.head = (self.weight if weight is None else weight).detach().requires_grad_()
-        with torch.enable_grad():
-            return super().forward(input_, self.head, runtime_gather_output)
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A parameter beside the head.
-
-    Attributes:
-        parts: whether tensor-parallel ranks hold different parts of it.
-        partial: whether the copies' gradients are to be summed over the tensor-parallel group.
-    """
-
-    parameter: torch.nn.Parameter
-    parts: bool
-    partial: bool
 
 
 class GradientMeter:
@@ -77,11 +46,8 @@ class GradientMeter:
 
     Args:
         gpt: this rank's stage of the student, weights loaded. It is frozen.
-        last_layers: of the model, measured beside the head.
+        last_layers: of the model, measured beside the head; as ``snr_plan.check_settings`` allows.
         loss, kind, vocab_size: as for :class:`~nemo_paced.training.step.Step`.
-
-    Raises:
-        ConfigError: more layers than the last stage has, or layers of experts.
     """
 
     def __init__(
@@ -102,30 +68,10 @@ class GradientMeter:
         self.kind = kind
         self.vocab_size = vocab_size
         self.measured: list[Measured] = []
-        check_last_layers(gpt, parallel, last_layers)
         if parallel.is_last_stage:
             HeadGradientLayer.install(gpt)
             if last_layers:
-                self._measure_layers(last_layers)
-
-    def _measure_layers(self, count: int) -> None:
-        layers = self.gpt.decoder.layers[-count:]
-        # what comes before runs without a graph; the caller's ``no_grad`` ends the mode set here
-        layers[0].register_forward_pre_hook(_begin_graph, with_kwargs=True)
-        for module in (*layers, self.gpt.decoder.final_layernorm):
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_()
-                self.measured.append(
-                    Measured(
-                        parameter,
-                        parts=getattr(parameter, "tensor_model_parallel", False),
-                        # as Megatron's finalize_model_grads has it: a rank has seen its own part
-                        # of the sequence, or its own heads
-                        partial=getattr(parameter, "sequence_parallel", False)
-                        or "q_layernorm" in name
-                        or "k_layernorm" in name,
-                    )
-                )
+                self.measured = measure_layers(gpt, last_layers)
 
     def begin_bin(self, num_blocks: int) -> None:
         self._blocks: list[list[torch.Tensor] | None] = []
@@ -271,32 +217,6 @@ class _BlockSum:
             return
         for own, part in zip(self.parts, gradient, strict=True):
             own.add_(part)
-
-
-def check_last_layers(gpt: PacedGPTModel, parallel: Parallel, count: int) -> None:
-    """Whether so many layers can be measured; the same answer on every rank of one layout.
-
-    Raises:
-        ConfigError: they are not all on the last stage, or they hold experts, where the tokens of
-            several problems meet.
-    """
-    architecture = gpt.architecture
-    there = architecture.num_layers // parallel.pp_size
-    if count > there:
-        raise ConfigError(
-            f"snr.last_layers is {count} and the last pipeline stage holds {there} of the "
-            f"{architecture.num_layers} layers: lower it, or model.pipeline_model_parallel_size"
-        )
-    if count and architecture.experts:
-        raise ConfigError(
-            f"snr.last_layers is {count} and the student has experts, in which tokens of several "
-            "problems meet: set it to 0 to measure the LM head"
-        )
-
-
-def _begin_graph(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    torch.set_grad_enabled(True)
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
