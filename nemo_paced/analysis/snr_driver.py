@@ -131,6 +131,9 @@ class SnrDriver:
         """Keep a bin's figures; with the last one the file is complete."""
         self.record.bins[index] = replace(self.record.bins[index], sums=sums)
         self.record.complete = not self._missing()
+        self.write()
+
+    def write(self) -> None:
         self.record.write(self.out, summarise(self.record).to_dict())
 
     @property

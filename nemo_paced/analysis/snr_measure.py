@@ -54,6 +54,8 @@ def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:
                 driver = stack.enter_context(SnrDriver(config, run_dir, model, step_of(model), out))
             if not _everywhere("snr/done", parallel, driver, lambda d: d.is_done):
                 _measure(config, parallel, model, driver)
+            elif driver is not None:
+                driver.write()  # the kernel that it is compared with may be another now
     finally:
         parallel_module.shutdown()
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from nemo_paced.analysis.snr_measure import measure
 from nemo_paced.analysis.snr_record import SnrRecord
@@ -65,8 +66,10 @@ def run_dir(tmp_path):
     return tmp_path
 
 
-def _measure(rank, world_size, run_dir, layout, out):
-    measure(config_of(run_dir, layout), run_dir, ASSETS / "student", out)
+def _measure(rank, world_size, run_dir, layout, out, alpha=1.0):
+    config = config_of(run_dir, layout)
+    config.weights.alpha = alpha
+    measure(config, run_dir, ASSETS / "student", out)
 
 
 def test_every_layout_measures_the_same_and_an_interrupted_one_goes_on(run_dir, capsys):
@@ -97,9 +100,13 @@ def test_every_layout_measures_the_same_and_an_interrupted_one_goes_on(run_dir, 
     np.testing.assert_allclose(after.bins[1].sums.dot_B, before.bins[1].sums.dot_B, rtol=1e-6)
     np.testing.assert_array_equal(after.bins[0].sums.norm_B, kept.norm_B)
 
-    capsys.readouterr()
-    from rich.console import Console
+    # what is complete is not measured again, and may be compared with another kernel
+    run_ranks(1, _measure, run_dir, LAYOUTS["tp1"], out, 2.0)
+    again = SnrRecord.read(out)
+    assert (again.alpha, after.alpha) == (2.0, 1.0)
+    np.testing.assert_array_equal(again.bins[0].sums.norm_B, kept.norm_B)
 
+    capsys.readouterr()
     show(out, Console(width=200))
     printed = capsys.readouterr().out
     assert "0.00-0.20" in printed and "forward_kl along references" in printed
