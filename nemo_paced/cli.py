@@ -69,10 +69,12 @@ examples:
         "nemo_paced.entry.weights:weights",
         "what a table of pass rates says of exponents, prior and weights",
         """\
-usage: nemo-paced weights --pass-rates TABLE [weights.KEY=value ...]
+usage: nemo-paced weights --pass-rates TABLE [--snr FILE] [weights.KEY=value ...]
 
 Prints the exponents that moment matching gives (arXiv 2603.11178), the prior that fits the counts,
-the effective sample size of the weights, and the share of all weight by pass rate. Writes nothing.
+the effective sample size of the weights, the variance that the paper's theory expects of the
+weighted gradient (under its assumptions, or under the exponents that `nemo-paced snr` measured:
+--snr RUN/snr/FILE.json), and the share of all weight by pass rate. Writes nothing.
 
 example: nemo-paced weights --pass-rates RUN/pass_rates.parquet weights.beta=2""",
     ),
@@ -254,6 +256,33 @@ examples:
       --problems forgetting=old_skills.jsonl --out RUN/results.json
   nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems math500=test.jsonl \\
       --problems aime2024=aime_2024.jsonl --problems aime2025=aime_2025.jsonl --lm-eval mmlu""",
+    ),
+    "snr": Command(
+        "nemo_paced.entry.snr:main",
+        "gradient signal-to-noise ratio against pass rate, and what it says of the kernel",
+        f"""\
+usage: nemo-paced snr [RUN | CHECKPOINT | HF_DIR] [--step N] [--pass-rates TABLE] [--out FILE.json]
+           [--config-name NAME] [key=value ...]
+
+Takes the gradient of every problem's loss with respect to the LM head (snr.last_layers=N: and the
+last N layers), one problem at a time, and prints by bin of the pass rate: the paper's plain SNR
+and the unbiased one with a jackknife interval, and gradient norms; then the exponents that fit
+SNR^2, the deviation delta of the run's kernel and the efficiency that follows. Writes
+RUN/snr/step_XXXXXXXX_DIVERGENCE.json and a figure beside it. Interrupted, it goes on with the bins
+that are missing; finished, the same command shows them again.
+
+RUN means its newest checkpoint (--step N: that one; --step 0: the model that training began with),
+with the run's own configuration and the pass rates of that step. snr.divergence (default: the
+first stage's) decides along whose responses: the run's references, or rollouts, which are sampled
+afresh. Ranks are started as for train; the layout may be another than the run's.
+
+examples:
+  nemo-paced snr RUN
+  nemo-paced snr RUN --step 0 snr.divergence=reverse_kl snr.max_problems_per_bin=100
+  nemo-paced snr HF_DIR --config-name RECIPE --pass-rates TABLE trainer.devices=4 \\
+      model.tensor_model_parallel_size=4
+
+{RUN_HELP}""",
     ),
     "report": Command(
         "nemo_paced.analysis.report:main",

@@ -43,6 +43,7 @@ from nemo_paced.settings.model import ModelConfig as ModelConfig
 from nemo_paced.settings.model import OptimConfig as OptimConfig
 from nemo_paced.settings.model import SchedConfig as SchedConfig
 from nemo_paced.settings.rollout import RolloutConfig as RolloutConfig
+from nemo_paced.settings.snr import SnrConfig as SnrConfig
 from nemo_paced.settings.stages import LossConfig as LossConfig
 from nemo_paced.settings.stages import StageConfig as StageConfig
 from nemo_paced.settings.stages import two_stages as two_stages
@@ -75,6 +76,7 @@ class PacedConfig:
     grading: GradingConfig = field(default_factory=GradingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    snr: SnrConfig = field(default_factory=SnrConfig)
 
     def __post_init__(self) -> None:
         self._check_stages()
