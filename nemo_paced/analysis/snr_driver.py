@@ -22,7 +22,7 @@ from nemo_paced.analysis.snr_plan import (
 )
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
-from nemo_paced.config import PacedConfig, Reduction, ResponseSource, to_dict
+from nemo_paced.config import PacedConfig, Reduction, RefitBackend, ResponseSource, to_dict
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Response
@@ -32,6 +32,7 @@ from nemo_paced.teacher.cache import model_identity
 from nemo_paced.training import prepare
 from nemo_paced.training.batches import Batch, build_items
 from nemo_paced.training.progress import progress_bar
+from nemo_paced.training.references import load_references
 from nemo_paced.training.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -92,20 +93,23 @@ class SnrDriver:
         )  # fmt: skip
         self.responses: dict[str, Response] = {}
         if responses is ResponseSource.references:
-            self.responses = prepare.load_references(
+            self.responses = load_references(
                 self.config, self.all_problems, self.prompts, self.run_dir, self.bar
             )
             return
         folder = self.out.with_suffix("")
+        rollout = replace(self.config.rollout, refit=RefitBackend.file)
+        through_files = replace(self.config, rollout=rollout)
         self.sampler = self._stack.enter_context(
             Sampler(
-                self.config,
+                through_files,
                 self.model if is_hf(self.model) else Path(self.config.student.hf_path),
                 prompts=self.prompts,
                 store_dir=folder / "rollouts",
                 log_path=folder / "logs" / "sidecar.log",
                 prompt_limit=self.config.data.max_prompt_length,
                 notify=prepare.server_notes(self.bar),
+                trainer_gpus=self.config.trainer.devices,
             )
         )
 

@@ -88,7 +88,7 @@ def _measure(
         driver.prepare()
     if responses is ResponseSource.rollouts and not is_hf(model):
         _everywhere("snr/served", parallel, driver, lambda d: True)
-        folder = driver.sampler.transfer_dir if driver is not None else None
+        folder = driver.sampler.weights.folder if driver is not None else None
         write_weights(MegatronWeightSource([gpt], parallel), folder, version=step_of(model))
     blocks = driver.blocks() if driver is not None else iter(())
     given: list[str] = []

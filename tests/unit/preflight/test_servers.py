@@ -144,7 +144,8 @@ def test_servers_of_our_own_need_vllm_and_gpus(config, tmp_path, monkeypatch):
     assert list(servers.own_servers(inputs)) == []
     monkeypatch.setattr(servers, "gpu_count", lambda: 4)
     (finding,) = servers.own_servers(inputs)
-    assert finding.where == "rollout.num_replicas" and "6 GPUs and 4 are visible" in finding.what
+    assert finding.where == "rollout.num_replicas"
+    assert "needs 6 GPUs beside the trainer's 2 and 4 are visible" in finding.what
     monkeypatch.setattr(servers.importlib.util, "find_spec", lambda name: None)
     assert [f.where for f in servers.own_servers(inputs)] == ["rollout", "rollout.num_replicas"]
     config.rollout = RolloutConfig(endpoints=["http://elsewhere:8000"])
