@@ -55,6 +55,8 @@ class Rollout(Response):
         seed: the sampling seed sent to the server.
         logprobs: log-probability of each sampled token under the *sampling* temperature 1
             distribution of the server, nats; same length as ``response_ids``.
+        weight_versions: (version, tokens) of each run of tokens that one version of the served
+            weights sampled, in order; empty where the server did not say.
         text: decoded response, for grading and reading only; never tokenised again.
         correct: the verifier's verdict; ``None`` before grading.
         extracted: the answer that the verifier read out of ``text``.
@@ -65,6 +67,7 @@ class Rollout(Response):
     step: int = 0
     seed: int = 0
     logprobs: tuple[float, ...] = field(default=(), repr=False)
+    weight_versions: tuple[tuple[str, int], ...] = ()
     text: str = ""
     correct: bool | None = None
     extracted: str | None = None

@@ -3,27 +3,35 @@
 Asynchronous inside, a plain call outside. Requests in flight are bounded; each goes to the server
 with the fewest. A transport error, no answer in time or a 5xx is tried again, at another server
 where there is one; an answer that does not hold what was asked for is refused.
+
+Samples come through aiohttp, which takes a third of httpx's processor time for each request
+(benchmarks/README.md) and so leaves it to a server on the same cores; the few control calls are
+plain httpx.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import aiohttp
 import httpx
 
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.balancer import Balancer
 from nemo_paced.rollout.completions import (
+    COMPLETIONS,
+    GENERATE,
     Aborted,
     Completion,
     MalformedAnswer,
+    Route,
     SampleRequest,
     read_completions,
-    request_body,
 )
 
 logger = logging.getLogger(__name__)
@@ -31,6 +39,11 @@ logger = logging.getLogger(__name__)
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 CONNECT_TIMEOUT_S = 30.0
 PROBE_TIMEOUT_S = 10.0  # a server that is well answers at once
+# Less than the 5 s after which vLLM's server closes an idle connection: a request sent on one that
+# is being closed would look like a server that died.
+KEEP_ALIVE_S = 3.0
+# unknown, switched off (vLLM without --enable-scale-out), of another method, not for this model
+NO_SUCH_ROUTE = (404, 403, 405, 501)
 
 OnResult = Callable[[SampleRequest, list[Completion]], None]
 
@@ -65,6 +78,7 @@ class RolloutClient:
         self.revive = revive or self.healthy
         self.patience_s = patience_s
         self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._routes: dict[str, Route] = {}  # of the endpoints that lack the first choice
 
     def only(self, endpoint: str, *, timeout_s: float) -> RolloutClient:
         """A client of one of the servers."""
@@ -121,18 +135,19 @@ class RolloutClient:
     async def _sample_all(self, requests: Sequence[SampleRequest], on_result: OnResult) -> None:
         gate = asyncio.Semaphore(self.max_in_flight * len(self.endpoints))
         handing_over: set[asyncio.Task[None] | None] = set()
-        timeout = httpx.Timeout(self.request_timeout_s, connect=CONNECT_TIMEOUT_S)
-        limits = httpx.Limits(max_connections=None)
+        timeout = aiohttp.ClientTimeout(self.request_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        # the gate bounds the requests
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         async with (
             Balancer(self.endpoints, revive=self.revive, patience_s=self.patience_s) as balancer,
-            httpx.AsyncClient(
-                headers=self._headers, trust_env=False, timeout=timeout, limits=limits
-            ) as client,
+            aiohttp.ClientSession(
+                headers=self._headers, trust_env=False, timeout=timeout, connector=connector
+            ) as session,
         ):
 
             async def one(request: SampleRequest) -> None:
                 async with gate:
-                    completions = await self._with_retries(client, balancer, request)
+                    completions = await self._with_retries(session, balancer, request)
                 handing_over.add(asyncio.current_task())
                 await asyncio.to_thread(on_result, request, completions)
 
@@ -147,14 +162,14 @@ class RolloutClient:
                 raise
 
     async def _with_retries(
-        self, client: httpx.AsyncClient, balancer: Balancer, request: SampleRequest
+        self, session: aiohttp.ClientSession, balancer: Balancer, request: SampleRequest
     ) -> list[Completion]:
         endpoint: str | None = None
         for attempt in range(self.max_retries + 1):
             endpoint = await balancer.acquire(avoid=endpoint)
             try:
-                return await self._ask(client, endpoint, request)
-            except httpx.TransportError as error:
+                return await self._ask(session, endpoint, request)
+            except aiohttp.ClientError as error:
                 failed = repr(error)
                 balancer.down(endpoint, failed)
             except asyncio.TimeoutError:
@@ -173,29 +188,44 @@ class RolloutClient:
         )
 
     async def _ask(
-        self, client: httpx.AsyncClient, endpoint: str, request: SampleRequest
+        self, session: aiohttp.ClientSession, endpoint: str, request: SampleRequest
     ) -> list[Completion]:
-        response = await asyncio.wait_for(
-            client.post(f"{endpoint}/v1/completions", json=request_body(request)),
-            self.request_timeout_s,
-        )
-        if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-            raise _TryAgain(f"status {response.status_code}: {response.text[:200]}")
-        if response.status_code != httpx.codes.OK:
+        route = self._routes.get(endpoint, GENERATE)
+        url, body = endpoint + route.path, route.body(request)
+        async with session.post(url, json=body, allow_redirects=False) as response:
+            status, content = response.status, await response.read()
+        if route is GENERATE and status in NO_SUCH_ROUTE:
+            self._fall_back(endpoint, status)
+            return await self._ask(session, endpoint, request)
+        if status >= httpx.codes.INTERNAL_SERVER_ERROR:
+            raise _TryAgain(f"status {status}: {_excerpt(content, 200)}")
+        if status != httpx.codes.OK:
             raise RolloutError(
                 f"{endpoint} refused to sample problem {request.key!r}: "
-                f"{response.status_code} {response.text[:300]}"
+                f"{status} {_excerpt(content, 300)}"
             )
         try:
-            return read_completions(response.json(), request)
+            return read_completions(json.loads(content), request, route)
         except Aborted as error:
             raise _TryAgain(str(error)) from error
         except ValueError as error:  # no JSON, or not what was asked for
             why = str(error) if isinstance(error, MalformedAnswer) else f"no JSON ({error})"
             raise RolloutError(
                 f"{endpoint} answered wrongly for problem {request.key!r}: {why}: "
-                f"{response.text[:200]}"
+                f"{_excerpt(content, 200)}"
             ) from error
+
+    def _fall_back(self, endpoint: str, status: int) -> None:
+        if endpoint not in self._routes:  # several requests may find out at once
+            self._routes[endpoint] = COMPLETIONS
+            logger.info(
+                "%s answers %d at %s: %s is used, which does not tell the version of the weights",
+                *(endpoint, status, GENERATE.path, COMPLETIONS.path),
+            )
+
+
+def _excerpt(content: bytes, characters: int) -> str:
+    return content[: 4 * characters].decode(errors="replace")[:characters]
 
 
 class _TryAgain(Exception):

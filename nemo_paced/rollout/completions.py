@@ -1,11 +1,19 @@
-"""The bodies of ``/v1/completions``: token ids out, token ids and log-probabilities in."""
+"""What is asked of a server and what it answers: token ids out, ids and log-probabilities in.
+
+Two routes say the same in different words. ``/inference/v1/generate`` is vLLM's own for token ids:
+it alone tells which weights sampled each token, takes the sampling parameters as they are (no
+defaults of the server's generation config) and costs the server less. ``/v1/completions`` is there
+for servers without it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 SERVED_NAME = "nemo-paced"  # what our servers call their model, student or teacher
+NO_LOGPROB = -9999.0  # vLLM's number for a log-probability that is not finite, or that it lacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +38,14 @@ class Completion:
         token_ids: with the stop token that ended it.
         logprobs: of each token under the model at temperature 1, nats.
         finish_reason: ``stop``, or ``length`` when cut at ``max_tokens``.
+        weight_versions: (version, tokens) of each run of tokens that one version of the weights
+            sampled, in order; their tokens add up to all of them. Empty: the server did not say.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    weight_versions: tuple[tuple[str, int], ...] = ()
 
 
 class MalformedAnswer(ValueError):
@@ -45,10 +56,17 @@ class Aborted(Exception):
     """The server gave a request up: it is stopping, or being paused."""
 
 
-def request_body(request: SampleRequest) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A path of the server with its words for a request and for one sample of the answer."""
+
+    path: str
+    body: Callable[[SampleRequest], dict[str, Any]]
+    read_choice: Callable[[dict[str, Any]], Completion]
+
+
+def _sampling(request: SampleRequest) -> dict[str, Any]:
     return {
-        "model": SERVED_NAME,
-        "prompt": list(request.prompt_ids),
         "n": request.n,
         "seed": request.seed,
         "temperature": request.temperature,
@@ -56,13 +74,53 @@ def request_body(request: SampleRequest) -> dict[str, Any]:
         "max_tokens": request.max_tokens,
         "stop_token_ids": list(request.stop_token_ids),
         "logprobs": 0,  # of the sampled token alone
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
         "detokenize": False,
     }
 
 
-def read_completions(answer: Any, request: SampleRequest) -> list[Completion]:
+def _generate_body(request: SampleRequest) -> dict[str, Any]:
+    return {
+        "model": SERVED_NAME,
+        "token_ids": list(request.prompt_ids),
+        "sampling_params": _sampling(request),
+    }
+
+
+def _completions_body(request: SampleRequest) -> dict[str, Any]:
+    return {
+        "model": SERVED_NAME,
+        "prompt": list(request.prompt_ids),
+        **_sampling(request),
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,  # a server without a tokenizer has no other names
+    }
+
+
+def _generated(choice: dict[str, Any]) -> Completion:
+    return Completion(
+        tuple(int(token) for token in choice["token_ids"]),
+        tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"]),
+        choice["finish_reason"],
+        tuple(
+            (str(span["version"]), int(span["end"]) - int(span["start"]))
+            for span in choice.get("weight_versions") or ()
+        ),
+    )
+
+
+def _completed(choice: dict[str, Any]) -> Completion:
+    return Completion(
+        tuple(int(token) for token in choice["token_ids"]),
+        tuple(float(value) for value in choice["logprobs"]["token_logprobs"]),
+        choice["finish_reason"],
+    )
+
+
+GENERATE = Route("/inference/v1/generate", _generate_body, _generated)
+COMPLETIONS = Route("/v1/completions", _completions_body, _completed)
+
+
+def read_completions(answer: Any, request: SampleRequest, route: Route) -> list[Completion]:
     """Exactly n samples, each of tokens with a log-probability.
 
     Raises:
@@ -71,14 +129,7 @@ def read_completions(answer: Any, request: SampleRequest) -> list[Completion]:
     """
     try:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        completions = [
-            Completion(
-                tuple(int(token) for token in choice["token_ids"]),
-                tuple(float(value) for value in choice["logprobs"]["token_logprobs"]),
-                choice["finish_reason"],
-            )
-            for choice in choices
-        ]
+        completions = [route.read_choice(choice) for choice in choices]
     except (ValueError, KeyError, TypeError) as error:
         raise MalformedAnswer(f"no list of samples ({error!r})") from error
     if any(completion.finish_reason == "abort" for completion in completions):
@@ -94,6 +145,11 @@ def _check(completion: Completion, request: SampleRequest) -> None:
     tokens, logprobs = len(completion.token_ids), len(completion.logprobs)
     if not tokens or tokens != logprobs:
         raise MalformedAnswer(f"a sample of {tokens} tokens has {logprobs} log-probabilities")
+    if not all(logprob > NO_LOGPROB for logprob in completion.logprobs):
+        raise MalformedAnswer("a sampled token has no finite log-probability")
+    versioned = sum(count for _, count in completion.weight_versions)
+    if completion.weight_versions and versioned != tokens:
+        raise MalformedAnswer(f"a sample of {tokens} tokens has weight versions of {versioned}")
     if completion.finish_reason not in ("stop", "length"):
         raise MalformedAnswer(f"a sample ended by {completion.finish_reason!r}")
     cut = completion.finish_reason == "length"

@@ -154,6 +154,7 @@ def _rollout(
         step=step,
         seed=seed,
         logprobs=completion.logprobs,
+        weight_versions=completion.weight_versions,
         text=text,
         correct=verdict.correct,
         extracted=verdict.extracted,

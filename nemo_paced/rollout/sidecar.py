@@ -148,6 +148,7 @@ class Sidecar:
             command += [name, value]
         # token ids travel: the server needs no tokenizer
         command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+        command += ["--enable-scale-out"]  # /inference/v1/generate
         if self.sleeps:
             command.append("--enable-sleep-mode")
         if gpu_count():

@@ -154,6 +154,8 @@ def _checksum(body: bytes) -> bytes:
 def _rollout(fields: dict[str, Any]) -> Rollout:
     fields["response_ids"] = tuple(fields["response_ids"])
     fields["logprobs"] = tuple(fields["logprobs"])
+    versions = fields.get("weight_versions", ())  # stores of earlier releases have none
+    fields["weight_versions"] = tuple((version, count) for version, count in versions)
     return Rollout(**fields)
 
 

@@ -11,20 +11,29 @@ from nemo_paced.rollout import balancer
 from nemo_paced.rollout import client as client_module
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.completions import SampleRequest
-from tests.unit.rollout.wrong_server import HANG, RESET, Server, choice, good
+from tests.unit.rollout.wrong_server import (
+    COMPLETIONS,
+    GENERATE,
+    HANG,
+    RESET,
+    Server,
+    choice,
+    good,
+)
 
 GOOD = {"choices": [choice(1), choice(0, (6, 7, 1), (-1.0, -2.0, -3.0))]}
 SHORT = {"choices": [choice(0)]}
 
 
-@pytest.fixture
-def serve(monkeypatch):
+@pytest.fixture(params=[GENERATE, COMPLETIONS])
+def serve(request, monkeypatch):
+    """Starts servers that have one of the two routes: the tests hold for both."""
     monkeypatch.setattr(client_module, "FIRST_RETRY_S", 0.01)
     monkeypatch.setattr(balancer, "FIRST_PROBE_S", 0.01)
     servers = []
 
     def start(*answers, **behaviour):
-        servers.append(Server(*answers, **behaviour))
+        servers.append(Server(*answers, **{"route": request.param, **behaviour}))
         return servers[-1]
 
     yield start
@@ -53,7 +62,9 @@ def test_token_ids_travel_both_ways_and_samples_come_in_order(serve):
     assert [c.token_ids for c in completions] == [(6, 7, 1), (5, 1)]
     assert completions[0].logprobs == (-1.0, -2.0, -3.0)
     body = server.bodies[0]
-    assert body["prompt"] == [3, 4] and body["n"] == 2 and body["seed"] == 11
+    assert body["prompt" if server.route == COMPLETIONS else "token_ids"] == [3, 4]
+    assert body["n"] == 2 and body["seed"] == 11 and body["logprobs"] == 0
+    assert body["max_tokens"] == 9 and body["stop_token_ids"] == [1]
     assert server.headers[0]["Authorization"] == "Bearer the-key"
 
 
@@ -85,6 +96,7 @@ def test_a_server_at_fault_is_asked_again_a_bounded_number_of_times(serve, bad):
         ({"choices": [choice(0), choice(1, reason="strange")]}, "ended by 'strange'"),
         ({"choices": [choice(0), choice(1, reason="length")]}, "2 tokens ended by 'length'; the"),
         ({"choices": [choice(0), choice(1, logprobs=(None, -1.0))]}, "no list of samples"),
+        ({"choices": [choice(0), choice(1, logprobs=(-9999.0, -1.0))]}, "no finite log-prob"),
         ({"choices": [choice(0), choice(1, (5,) * 10, (-1.0,) * 10)]}, "10 tokens ended by 'stop'"),
     ],
 )
@@ -95,11 +107,51 @@ def test_a_wrong_answer_is_refused_by_name_and_not_asked_for_again(serve, bad, t
     assert len(server.bodies) == 1
 
 
-def test_a_refusal_is_not_tried_again(serve):
-    server = serve((401, {"error": "key"}))
-    with pytest.raises(RolloutError, match="refused to sample problem 'p': 401"):
+@pytest.mark.parametrize("status", [302, 400, 401, 422])
+def test_a_refusal_is_not_tried_again(serve, status):
+    server = serve((status, {"error": "key"}))
+    with pytest.raises(RolloutError, match=f"refused to sample problem 'p': {status}"):
         ask(connect(server), "p")
     assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("no_route", [403, 404, 405, 501])
+def test_a_server_without_the_token_route_is_asked_by_the_other_one(serve, no_route, caplog):
+    caplog.set_level("INFO")
+    plain = serve(good, route=COMPLETIONS, no_route=no_route)
+    client = connect(plain, max_in_flight=4)
+    assert len(ask(client, *map(str, range(20)))) == 20
+    assert 1 <= plain.turned_away <= 4, "only what was sent before the first answer"
+    assert caplog.text.count("does not tell the version of the weights") == 1
+    turned_away = plain.turned_away
+    (completion, _) = ask(client, "p")["p"]
+    assert plain.turned_away == turned_away, "found out once"
+    assert completion.weight_versions == ()
+
+
+def test_each_server_is_asked_by_its_own_route(serve):
+    servers = serve(good, route=COMPLETIONS, delay=0.02), serve(good, route=GENERATE, delay=0.02)
+    assert len(ask(connect(*servers, max_in_flight=2), *map(str, range(20)))) == 20
+    assert all(server.bodies for server in servers) and not servers[1].turned_away
+
+
+def span(version, start, end):
+    return {"version": version, "start": start, "end": end}
+
+
+def test_the_weight_versions_of_the_tokens_come_along(serve):
+    tokens, logprobs = (5, 6, 7, 1), (-1.0,) * 4
+    versions = [span("7", 0, 3), span("8", 3, 4)]
+    server = serve(
+        {"choices": [choice(0, tokens, logprobs, versions=versions), choice(1)]}, route=GENERATE
+    )
+    first, second = ask(connect(server), "p")["p"]
+    assert first.weight_versions == (("7", 3), ("8", 1)) and second.weight_versions == ()
+    server = serve(
+        {"choices": [choice(0, tokens, logprobs, versions=versions[:1]), choice(1)]}, route=GENERATE
+    )
+    with pytest.raises(RolloutError, match="4 tokens has weight versions of 3"):
+        ask(connect(server), "p")
 
 
 def test_what_finished_before_an_error_was_handed_over(serve):

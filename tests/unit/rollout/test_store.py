@@ -1,6 +1,9 @@
+import json
 import subprocess
 import sys
 import threading
+import zlib
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -18,6 +21,7 @@ def rollout(problem, sample, step=0):
         step=step,
         seed=9,
         logprobs=(-0.5, -1.25, -0.1),
+        weight_versions=(("3", 2), ("4", 1)),
         text="é x",
         correct=True,
         extracted="x",
@@ -32,6 +36,15 @@ def test_what_was_appended_is_there_after_a_restart(tmp_path):
         assert len(store) == 3
         assert store.get("train", 3, "b", 0) == rollout("b", 0, step=3)
         assert store.get("pass_rates", 3, "b", 0) is None
+
+
+def test_a_line_of_an_earlier_release_is_read(tmp_path):
+    fields = {**asdict(rollout("a", 0)), "purpose": "train"}
+    del fields["weight_versions"]
+    body = json.dumps(fields).encode()
+    (tmp_path / "rollouts.log").write_bytes(b"%08x %s\n" % (zlib.crc32(body), body))
+    with RolloutStore(tmp_path) as store:
+        assert store.get("train", 0, "a", 0) == replace(rollout("a", 0), weight_versions=())
 
 
 def test_a_file_cut_at_any_byte_loses_only_the_cut_line(tmp_path):

@@ -9,15 +9,33 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HANG, RESET = "hang", "reset"
+COMPLETIONS, GENERATE = "/v1/completions", "/inference/v1/generate"
 
 
-def choice(index, tokens=(5, 1), logprobs=(-0.5, -0.25), reason="stop"):
+def choice(index, tokens=(5, 1), logprobs=(-0.5, -0.25), reason="stop", versions=None):
+    """A sample in the words of ``/v1/completions``, which knows no versions."""
     return {
         "index": index,
         "token_ids": list(tokens),
         "logprobs": {"token_logprobs": list(logprobs)},
         "finish_reason": reason,
+        "versions": versions,
     }
+
+
+def in_words_of(route, answer):
+    """The answer as this route gives it."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+        return answer
+    choices = []
+    for given in answer["choices"]:
+        said = {name: value for name, value in given.items() if name != "versions"}
+        if route == GENERATE:
+            logprobs = given["logprobs"]["token_logprobs"]
+            said["logprobs"] = {"content": [{"logprob": value} for value in logprobs]}
+            said["weight_versions"] = given["versions"]
+        choices.append(said)
+    return {"choices": choices}
 
 
 def good(body):
@@ -29,10 +47,15 @@ class Server:
     """Answers in order, the last one again and again.
 
     An answer is JSON, bytes, ``(status, JSON)``, ``HANG``, ``RESET``, or a function of the body.
+    Bodies are kept with the sampling parameters beside the rest, whichever the route.
+
+    Args:
+        route: the one it has; at the other it answers ``no_route``.
     """
 
-    def __init__(self, *answers, healthy=True, delay=0.0):
+    def __init__(self, *answers, healthy=True, delay=0.0, route=COMPLETIONS, no_route=404):
         self.answers = list(answers)
+        self.route, self.no_route, self.turned_away = route, no_route, 0
         self.healthy = healthy
         self.delay = delay
         self.bodies, self.headers, self.probes = [], [], 0
@@ -66,6 +89,11 @@ class Server:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path in (COMPLETIONS, GENERATE) and self.path != server.route:
+                    server.turned_away += 1
+                    self._answer(server.no_route, b"{}")
+                    return
+                body |= body.pop("sampling_params", {})
                 answer = server._take(body)
                 server.headers.append(dict(self.headers))
                 time.sleep(server.delay)
@@ -81,6 +109,7 @@ class Server:
                     return
                 answer = answer(body) if callable(answer) else answer
                 status, content = answer if isinstance(answer, tuple) else (200, answer)
+                content = in_words_of(server.route, content)
                 self._answer(
                     status, content if isinstance(content, bytes) else json.dumps(content).encode()
                 )
