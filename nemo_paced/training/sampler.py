@@ -108,6 +108,7 @@ class Sampler:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.weights.abandon()  # a thread that still samples must not wait for an update
         self._stack.close()
 
     def sample(
