@@ -12,17 +12,13 @@ from nemo_paced.analysis.snr_text import lead, sentences, table_rows
 
 
 def snr_section(run_dir: Path) -> list[Section]:
-    """A section a measurement of the run, by step; one that says how to make one if there is none.
+    """A section a measurement of the run, by step; none where nothing was measured.
 
     Raises:
         ConfigError: a file of them cannot be read.
     """
-    paths = sorted((run_dir / FOLDER).glob("*.json"))
-    if not paths:
-        missing = f"Not measured: nemo-paced snr {run_dir}"
-        return [Section("Gradient signal-to-noise ratio", missing=missing)]
     sections = []
-    for path in paths:
+    for path in sorted((run_dir / FOLDER).glob("*.json")):
         record = SnrRecord.read(path)
         summary = summarise(record)
         sections.append(
