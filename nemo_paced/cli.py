@@ -69,10 +69,12 @@ examples:
         "nemo_paced.entry.weights:weights",
         "what a table of pass rates says of exponents, prior and weights",
         """\
-usage: nemo-paced weights --pass-rates TABLE [weights.KEY=value ...]
+usage: nemo-paced weights --pass-rates TABLE [--snr FILE] [weights.KEY=value ...]
 
 Prints the exponents that moment matching gives (arXiv 2603.11178), the prior that fits the counts,
-the effective sample size of the weights, and the share of all weight by pass rate. Writes nothing.
+the effective sample size of the weights, the variance that the paper's theory expects of the
+weighted gradient (under its assumptions, or under the exponents that `nemo-paced snr` measured:
+--snr RUN/snr/FILE.json), and the share of all weight by pass rate. Writes nothing.
 
 example: nemo-paced weights --pass-rates RUN/pass_rates.parquet weights.beta=2""",
     ),
@@ -85,6 +87,13 @@ usage: nemo-paced references --config-name NAME [key=value ...]
 Serves the teacher, samples a response to each problem with its privileged context in the prompt,
 and writes references.jsonl into the run directory. `train` does this itself when it is missing.
 Does nothing where no stage trains on responses of the teacher.
+
+Responses are graded. references.wrong says what becomes of wrong ones: keep (default, the paper's),
+resample (up to references.max_attempts samples, 8 by default; what is wrong then is kept) or drop
+(after references.max_attempts, 1 by default): such a problem has weight 0 in stages with
+responses=references. An interrupted command goes on where it stopped.
+
+example: nemo-paced references --config-name RECIPE references.wrong=drop references.max_attempts=4
 
 {RUN_HELP}""",
     ),
@@ -145,7 +154,8 @@ Takes seconds; reads configurations, tokenizers and problem files, no weights; w
   models       layout against heads, MLP columns and layers; vocabulary padding; sequence limits
   tokenizers   the same ids, special tokens, end of text and chat template for both models
   files        problems, every prompt within its limit, references, pass rates, room on the disk
-  run          stages, an earlier run in the same directory, vLLM for the rollout server
+  run          stages, an earlier run in the same directory
+  servers      vLLM and GPUs for our own; running ones answer, take the key, serve long enough
   ranks        each answers, one set of library versions, clocks, a GPU each, one small all-reduce
 Exit status 2 with an error; warnings do not stop a run. `train` makes the same checks first. Under
 torchrun or srun every rank joins; else trainer.devices ranks are started on this node. A rank that
@@ -167,10 +177,11 @@ usage: nemo-paced plan --config-name NAME [--gpu h100|h200|a100|b200] [--nodes N
 
 Needs no GPU and no weights. Prints, for the layout of the configuration, the memory of a GPU by
 pipeline stage and what it is for, FLOPs and projected seconds of a step and hours of the run; then
-the layouts that fit, cheapest first, and the settings of the best one. With --nodes over so many
-GPUs, without over the fewest that do. --prompt-tokens and --response-tokens are means of a problem
-(default: half of data.max_*). Every rate is a data sheet's times an assumed share, printed below;
-replace them by what you measure.
+the layouts that fit, cheapest first, and the settings of the best one. The servers of
+rollout.num_replicas count on the first GPUs; those of rollout.endpoints are beside the GPUs that
+are counted. With --nodes over so many GPUs, without over the fewest that do. --prompt-tokens and
+--response-tokens are means of a problem (default: half of data.max_*). Every rate is a data sheet's
+times an assumed share, printed below; replace them by what you measure.
 
 examples:
   nemo-paced plan --config-name RECIPE --gpu h100 --nodes 2
@@ -209,21 +220,69 @@ a model that does not fit one, as for import-hf.
 example: nemo-paced export-hf RUN HF_DIR trainer.devices=2 model.pipeline_model_parallel_size=2""",
     ),
     "evaluate": Command(
-        "nemo_paced.evaluation.run:main",
-        "accuracy of a model on a problem file, with its standard error",
+        "nemo_paced.evaluation.command:main",
+        "accuracy of a model on problem files and lm-eval's tasks, and what it forgot",
         """\
 usage: nemo-paced evaluate CHECKPOINT_OR_HF_DIR [--problems [NAME=]FILE ...] [--samples 8]
-           [--baseline CHECKPOINT_OR_HF_DIR] [--out results.json]
+           [--lm-eval TASK,...] [--lm-eval-tasks DIR] [--lm-eval-args KEY=VALUE,...]
+           [--baseline CHECKPOINT_OR_HF_DIR_OR_RESULTS_JSON] [--out results.json]
            [--config-name NAME] [key=value ...]
 
-Serves the model, samples and grades, prints mean@k. The configuration gives prompts, verifier and
-sampling (evaluation.*); without --config-name it is that of the run which the model lies in.
---baseline adds the paired difference. A suite is named after its file unless NAME= says otherwise;
-the report takes the one named `forgetting` for the forgetting table. Without --problems the
-suites are data.validation_problems (`heldout`) and data.forgetting_problems (`forgetting`).
+Serves the model, samples and grades; prints mean@k, pass@k, the majority's accuracy, the share of
+responses that were cut and their lengths, each mean with its standard error over problems. The
+defaults are the paper's (8 samples, T .6, top-p .95, 30,000 tokens, or what the model's context
+leaves: you are told). The configuration gives prompts, verifier and sampling (evaluation.*);
+without --config-name it is that of the run which the model lies in. rollout.endpoints asks running
+servers. On a GPU of its own, add rollout.gpu_memory_utilization=0.9.
 
-example: nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems heldout=heldout.jsonl \\
-             --problems forgetting=old_skills.jsonl --out RUN/results.json""",
+--problems: JSONL or Parquet; the schemas of MATH-500 and AIME are read. A suite is named after its
+file unless NAME= says otherwise. Without it and --lm-eval, the suites are data.validation_problems
+(`heldout`) and data.forgetting_problems (`forgetting`).
+
+--lm-eval: tasks of lm-eval (extra [eval]) on the same server, e.g. mmlu: five-shot, on a fixed draw
+of 2,000 questions in proportion to the subtasks. --lm-eval-args sets evaluation.lm_eval.*:
+num_fewshot, limit, apply_chat_template, max_length; null is the task's own. --lm-eval-tasks: task
+files of your own, which may name local data; without them lm-eval fetches its data sets.
+
+--baseline: what was forgotten, baseline minus model, paired by problem, for every suite. The
+results.json of an evaluation that asked alike stands for its model.
+
+Results go to --out (else under exp_manager.exp_dir/evaluation), with settings, fingerprints and
+versions; finished answers are kept beside them in evaluation/, and the same command, interrupted,
+goes on from there. `nemo-paced report` shows RUN/results.json.
+
+examples:
+  nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems heldout=heldout.jsonl \\
+      --problems forgetting=old_skills.jsonl --out RUN/results.json
+  nemo-paced evaluate RUN --baseline STUDENT_HF_DIR --problems math500=test.jsonl \\
+      --problems aime2024=aime_2024.jsonl --problems aime2025=aime_2025.jsonl --lm-eval mmlu""",
+    ),
+    "snr": Command(
+        "nemo_paced.entry.snr:main",
+        "gradient signal-to-noise ratio against pass rate, and what it says of the kernel",
+        f"""\
+usage: nemo-paced snr [RUN | CHECKPOINT | HF_DIR] [--step N] [--pass-rates TABLE] [--out FILE.json]
+           [--config-name NAME] [key=value ...]
+
+Takes the gradient of every problem's loss with respect to the LM head (snr.last_layers=N: and the
+last N layers), one problem at a time, and prints by bin of the pass rate: the paper's plain SNR
+and the unbiased one with a jackknife interval, and gradient norms; then the exponents that fit
+SNR^2, the deviation delta of the run's kernel and the efficiency that follows. Writes
+RUN/snr/step_XXXXXXXX_DIVERGENCE.json and a figure beside it. Interrupted, it goes on with the bins
+that are missing; finished, the same command shows them again.
+
+RUN means its newest checkpoint (--step N: that one; --step 0: the model that training began with),
+with the run's own configuration and the pass rates of that step. snr.divergence (default: the
+first stage's) decides along whose responses: the run's references, or rollouts, which are sampled
+afresh. Ranks are started as for train; the layout may be another than the run's.
+
+examples:
+  nemo-paced snr RUN
+  nemo-paced snr RUN --step 0 snr.divergence=reverse_kl snr.max_problems_per_bin=100
+  nemo-paced snr HF_DIR --config-name RECIPE --pass-rates TABLE trainer.devices=4 \\
+      model.tensor_model_parallel_size=4
+
+{RUN_HELP}""",
     ),
     "report": Command(
         "nemo_paced.analysis.report:main",

@@ -33,14 +33,17 @@ from nemo_paced.settings.choices import RolloutPlacement as RolloutPlacement
 from nemo_paced.settings.choices import TeacherPlacement as TeacherPlacement
 from nemo_paced.settings.choices import WeightScheme as WeightScheme
 from nemo_paced.settings.choices import WeightSwap as WeightSwap
+from nemo_paced.settings.choices import WrongReferences as WrongReferences
 from nemo_paced.settings.data import DataConfig as DataConfig
-from nemo_paced.settings.data import EvaluationConfig as EvaluationConfig
 from nemo_paced.settings.data import GradingConfig as GradingConfig
 from nemo_paced.settings.data import ReferencesConfig as ReferencesConfig
+from nemo_paced.settings.evaluation import EvaluationConfig as EvaluationConfig
+from nemo_paced.settings.evaluation import LmEvalConfig as LmEvalConfig
 from nemo_paced.settings.model import ModelConfig as ModelConfig
 from nemo_paced.settings.model import OptimConfig as OptimConfig
 from nemo_paced.settings.model import SchedConfig as SchedConfig
 from nemo_paced.settings.rollout import RolloutConfig as RolloutConfig
+from nemo_paced.settings.snr import SnrConfig as SnrConfig
 from nemo_paced.settings.stages import LossConfig as LossConfig
 from nemo_paced.settings.stages import StageConfig as StageConfig
 from nemo_paced.settings.stages import two_stages as two_stages
@@ -73,6 +76,7 @@ class PacedConfig:
     grading: GradingConfig = field(default_factory=GradingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    snr: SnrConfig = field(default_factory=SnrConfig)
 
     def __post_init__(self) -> None:
         self._check_stages()
@@ -147,9 +151,8 @@ class PacedConfig:
             "cannot be computed beforehand; set teacher.placement=offloaded, or keep to stages "
             "with responses=references",
         )
-        stored = any(s.responses is ResponseSource.references for s in self.stages)
         require(
-            stored or self.teacher.cache_dir is None,
+            self.needs_references or self.teacher.cache_dir is None,
             "teacher.cache_dir is set and every stage trains on rollouts: fresh samples never come "
             "again, and nothing would be kept; leave it out",
         )
@@ -256,6 +259,11 @@ class PacedConfig:
                 model.packed_sequence_size and max(model.packed_sequence_size, longest)
             ),
         )
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether a stage trains on stored responses."""
+        return any(stage.responses is ResponseSource.references for stage in self.stages)
 
     @property
     def sends_weights(self) -> bool:

@@ -6,7 +6,12 @@ import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 
-EXACT = {"megatron-core": "0.16.1", "nemo_toolkit": "3.0.0", "math-verify": "0.9.0"}
+EXACT = {
+    "megatron-core": "0.16.1",
+    "nemo_toolkit": "3.0.0",
+    "math-verify": "0.9.0",
+    "lm_eval": "0.4.13",
+}
 IMPORTABLE = (
     "torch",
     "vllm",

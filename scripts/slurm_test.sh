@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests the launchers on a real SLURM of three nodes on this machine, which it installs (Debian's
-# packages) where it may. Needs root, as the daemons do.
+# packages) where it may. Needs root, as the daemons do. With the argument `install` it ends there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
@@ -19,4 +19,5 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt-get -q update
     DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${PACKAGES[@]}"
 fi
+[ "${1:-}" != install ] || exit 0
 "$VENV/bin/python" -m pytest -q -m slurm tests/slurm

@@ -42,25 +42,44 @@ def accuracy_sections(results: Results, settings: dict[str, Any]) -> list[Sectio
 
 
 def forgetting_section(results: Results) -> Section:
-    """What the trained models lost on the forgetting suite: above 0 is forgotten."""
+    """What the trained models lost on the forgetting suite and on lm-eval's tasks: above 0 is
+    forgotten."""
     title, reference = "Forgetting", next(iter(results))
-    measured = {label: m[FORGETTING] for label, m in results.items() if FORGETTING in m}
-    if len(measured) < 2 or reference not in measured:
+    suites = [s for s, a in results[reference].items() if s == FORGETTING or a.metric]
+    trained = [(s, m) for s in suites for m in results if m != reference and s in results[m]]
+    if not trained:
         missing = (
             "Not measured: it takes a base and a trained model, both evaluated on a problem file "
-            "named forgetting."
+            "named forgetting or on tasks of lm-eval."
         )
         return Section(title, missing=missing, wide=True)
-    table = [["model", "accuracy", f"{reference} minus model", "at two standard errors"]]
-    for label, accuracy in measured.items():
-        row = [label, _plus_minus(accuracy), "", ""]
-        if label != reference:
-            lost = Difference.between(measured[reference], accuracy)
-            words = {"better": "forgotten", "worse": "improved"}
-            row[2:] = [_signed(lost), words.get(lost.verdict(), "no change can be claimed")]
-        table.append(row)
-    note = "Skills that the base model had, paired by problem: above 0 was forgotten."
+    heads = ["problems", "model", "accuracy", f"{reference} minus model", "interval"]
+    table = [[*heads, "lost", "gained", "at two standard errors"]]
+    for suite in suites:
+        before = results[reference][suite]
+        table.append([suite, reference, _plus_minus(before), *[""] * 5])
+        for model in [m for s, m in trained if s == suite]:
+            after = results[model][suite]
+            table.append([suite, model, _plus_minus(after), *_forgotten(before, after)])
+    note = (
+        "Skills that the base model had, paired by problem: above 0 was forgotten. Lost and "
+        "gained: problems whose share of right answers fell and rose. The interval is two standard "
+        "errors of the paired differences to both sides."
+    )
     return Section(title, table=table, note=note, wide=True)
+
+
+def _forgotten(before: Accuracy, after: Accuracy) -> list[str]:
+    lost = Difference.between(before, after)
+    low, high = lost.interval
+    words = {"better": "forgotten", "worse": "improved"}
+    return [
+        _signed(lost),
+        "" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}",
+        str(lost.gained),  # of before minus after
+        str(lost.lost),
+        words.get(lost.verdict(), "no change can be claimed"),
+    ]
 
 
 def verdict(results: Results, subject: str) -> list[str]:
@@ -91,36 +110,48 @@ def _outcomes(accuracy: Accuracy, others: dict[str, Accuracy]) -> str:
 
 def _accuracy_table(results: Results, suites: list[str], settings: dict[str, Any]) -> Section:
     reference = next(iter(results))
-    heading = ["problems", "model", "mean@k", "pass@k", "truncated", "mean tokens"]
+    heading = ["problems", "model", "mean@k", "pass@k", "maj@k", "truncated", "mean tokens"]
+    heading += ["95 % within"]
     if len(results) > 1:
         heading += [f"minus {reference}", "at two standard errors"]
-    table, ks = [heading], set()
+    table, ks = [heading], set[int]()
     for suite in suites:
         for label, model in results.items():
             if suite in model:
                 before = results[reference].get(suite) if label != reference else None
                 row = _accuracy_row(suite, label, model[suite], before)
                 table.append(row + [""] * (len(heading) - len(row)))
-                ks.add(model[suite].samples)
+                ks |= set() if model[suite].metric else {model[suite].samples}
     k = " or ".join(map(str, sorted(ks)))
     note = (
         f"mean@k: mean over problems of the share of right samples among k = {k}, ± its standard "
         "error over problems (the k samples of one problem are not independent draws). pass@k: "
-        "share of problems with a right sample among the k."
+        "share of problems with a right sample among the k; maj@k: whose most frequent answer is "
+        "right. Of lm-eval's tasks, whose metric is named, there is one answer a question."
     )
     if settings:
-        note += f" Settings: {', '.join(f'{name} {value}' for name, value in settings.items())}."
+        note += f" Settings: {_listed(settings)}."
     return Section("Accuracy", table=table, note=note, wide=True)
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    """``temperature 0.6, lm_eval (num_fewshot 5, limit 2000)``."""
+    return ", ".join(
+        f"{name} ({_listed(value)})" if isinstance(value, dict) else f"{name} {value}"
+        for name, value in settings.items()
+    )
 
 
 def _accuracy_row(suite: str, label: str, a: Accuracy, before: Accuracy | None) -> list[str]:
     row = [
         f"{suite} ({len(a.per_problem)})",
         label,
-        _plus_minus(a),
-        f"{a.pass_at_k:.3f}",
+        _plus_minus(a) + (f" ({a.metric})" if a.metric else ""),
+        "" if a.metric else f"{a.pass_at_k:.3f}",
+        "" if math.isnan(a.majority) else f"{a.majority:.3f}",
         f"{a.truncated:.1%}",
-        f"{a.mean_length:.1f}",
+        "" if math.isnan(a.mean_length) else f"{a.mean_length:.1f}",
+        "" if math.isnan(a.p95_length) else f"{a.p95_length:.0f}",
     ]
     if before is not None:
         difference = Difference.between(a, before)

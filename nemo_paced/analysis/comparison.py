@@ -21,7 +21,7 @@ from nemo_paced.analysis.sections import (
     share_clipped,
 )
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import BASE_LABELS, Results
+from nemo_paced.evaluation.results import BASE_LABELS, Results, different_settings
 from nemo_paced.rollout.accuracy import Accuracy
 
 
@@ -68,7 +68,7 @@ def compare_runs(directories: Sequence[Path], out: Path | None = None) -> Path:
     for label, directory in runs.items():
         run = RunFiles.read(directory)
         _add_results(results, label, run.results)
-        if settings and run.settings and run.settings != settings:
+        if settings and run.settings and different_settings(settings, run.settings):
             raise ConfigError(
                 f"{directory}/results.json was evaluated with {run.settings}, an earlier run with "
                 f"{settings}: evaluate them alike to compare them"

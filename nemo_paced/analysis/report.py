@@ -12,6 +12,7 @@ from nemo_paced.analysis.comparison import compare_runs
 from nemo_paced.analysis.page import Part, write_page
 from nemo_paced.analysis.run_files import RunFiles
 from nemo_paced.analysis.sections import Section, run_sections
+from nemo_paced.analysis.snr_section import snr_section
 from nemo_paced.errors import ConfigError
 
 
@@ -46,7 +47,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
             f"--out {run_dir / 'results.json'}, then make this report again."
         )
         accuracy = [Section("Accuracy", missing=missing, wide=True)]
-    parts = [Part([*accuracy, *run_sections(run)])]
+    parts = [Part([*accuracy, *run_sections(run), *snr_section(run_dir)])]
     title = f"PACED run {run_dir.resolve().name}"
     return write_page(out or run_dir / "report.html", title, _lead(run), parts)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import Results, read_results, read_settings
+from nemo_paced.evaluation.results import Results, ResultsFile
 from nemo_paced.teacher.certificate import Certificate
 
 Rows = list[dict[str, Any]]
@@ -41,14 +41,15 @@ class RunFiles:
         Raises:
             ConfigError: nothing of a run is there, or a file of it cannot be read.
         """
-        config, results = directory / "config.yaml", directory / "results.json"
+        config, path = directory / "config.yaml", directory / "results.json"
+        results = ResultsFile.read(path) if path.exists() else ResultsFile({}, {})
         run = RunFiles(
             directory=directory,
             config=config.read_text() if config.exists() else "",
             rows=read_metrics(directory / "metrics.jsonl"),
             tables=read_tables(directory),
-            results=read_results(results) if results.exists() else {},
-            settings=read_settings(results) if results.exists() else {},
+            results=results.models,
+            settings=results.settings,
             certificate=Certificate.read(directory),
         )
         if not (run.config or run.rows or run.tables or run.results):

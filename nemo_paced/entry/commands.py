@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo_paced.compose import run_directory, with_config
-from nemo_paced.config import PacedConfig, ReferenceSource, ResponseSource
+from nemo_paced.config import PacedConfig, ReferenceSource
 from nemo_paced.errors import ConfigError
 from nemo_paced.logs import launcher_rank
 
@@ -124,15 +124,14 @@ def pass_rates(arguments: list[str]) -> None:
 
 
 def references(arguments: list[str]) -> None:
-    from nemo_paced.training import prepare
+    from nemo_paced.training.references import references as make
 
     def action(config: PacedConfig) -> None:
-        if config.references.source is not ReferenceSource.teacher or all(
-            stage.responses is ResponseSource.rollouts for stage in config.stages
-        ):
+        teacher = config.references.source is ReferenceSource.teacher
+        if not (teacher and config.needs_references):
             logger.info("references: no stage trains on responses of the teacher; none are sampled")
             return
-        _prepare(config, prepare.references)
+        _prepare(config, make)
 
     with_config(arguments, action)
 

@@ -20,6 +20,7 @@ TASKS = {
     "train": "nemo_paced.training.loop:train",
     "import-hf": "nemo_paced.training.convert:import_hf",
     "export-hf": "nemo_paced.training.convert:export_hf",
+    "snr": "nemo_paced.analysis.snr_measure:measure",
 }
 
 _WORKER = "nemo_paced.entry.worker"

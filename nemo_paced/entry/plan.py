@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from nemo_paced.compose import with_config
-from nemo_paced.config import PacedConfig
+from nemo_paced.config import PacedConfig, RolloutPlacement
 from nemo_paced.errors import ConfigError
 from nemo_paced.sizing import report
 from nemo_paced.sizing.flops import Server
@@ -107,12 +107,13 @@ def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[Problem,
         rollout.tensor_parallel_size,
         rollout.gpu_memory_utilization * cluster.gpu.memory,
         rollout.max_num_seqs,
+        replicas=len(rollout.endpoints) or rollout.num_replicas,
     )
     problem = Problem(
         student=ModelShape.read(config.student.hf_path, "student.hf_path"),
         teacher=ModelShape.read(config.teacher_hf_path, "teacher.hf_path"),
         cluster=cluster,
-        server=None if rollout.endpoints else server,
+        server=server if rollout.placement is RolloutPlacement.colocated else None,
         served=server,
         assume=replace(Assumptions(), training_mfu=options.mfu),
     )

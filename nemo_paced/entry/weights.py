@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,46 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_paced.analysis import weight_errors
+from nemo_paced.analysis.snr_record import SnrRecord
+from nemo_paced.analysis.snr_summary import summarise
 from nemo_paced.compose import with_config
-from nemo_paced.config import Estimator, WeightsConfig
+from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.weights.adaptive import prior_of
 from nemo_paced.weights.prior import fit_prior
 from nemo_paced.weights.simulation import DISTRIBUTIONS, from_counts, simulate
 from nemo_paced.weights.summary import effective_sample_size, weight_shares
-from nemo_paced.weights.theory import moment_matched_exponents
+from nemo_paced.weights.theory import moment_matched_exponents, variance_ratio
+
+ASSUMED_SIGNALS = (0.25, 0.34, 0.5)  # the paper's a_s = b_s
+
+
+@dataclass(frozen=True, slots=True)
+class GradientExponents:
+    """||E g|| ~ p^a_s (1-p)^b_s and SNR^2 ~ p^a' (1-p)^b'."""
+
+    a_s: float
+    b_s: float
+    a_prime: float
+    b_prime: float
+
+
+def measured_exponents(path: Path) -> GradientExponents:
+    """Those that ``nemo-paced snr`` has fitted.
+
+    Raises:
+        ConfigError: no such file, or too few bins had a signal to fit.
+    """
+    summary = summarise(SnrRecord.read(path))
+    if summary.snr_law is None or summary.signal_law is None:
+        raise ConfigError(f"{path} has too few bins with a signal to fit exponents to: leave --snr")
+    return GradientExponents(
+        summary.signal_law.a.value / 2,
+        summary.signal_law.b.value / 2,
+        summary.snr_law.a.value,
+        summary.snr_law.b.value,
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,13 +63,24 @@ def weights(arguments: list[str]) -> None:
     """Print what a table of pass rates says of exponents, prior and weights."""
     parser = _Parser(prog="weights", add_help=False, allow_abbrev=False)
     parser.add_argument("--pass-rates", type=Path, required=True)
+    parser.add_argument("--snr", type=Path)
     options, rest = parser.parse_known_args(arguments)
     table = PassRateTable.read(options.pass_rates)
-    _with_weights(rest, lambda config: show(config, table, options.pass_rates, Console()))
+    measured = None if options.snr is None else measured_exponents(options.snr)
+    _with_weights(rest, lambda config: show(config, table, options.pass_rates, Console(), measured))
 
 
-def show(config: WeightsConfig, table: PassRateTable, path: Path, console: Console) -> None:
+def show(
+    config: WeightsConfig,
+    table: PassRateTable,
+    path: Path,
+    console: Console,
+    measured: GradientExponents | None = None,
+) -> None:
     """Print a table's weights under ``config``.
+
+    Args:
+        measured: exponents of this run's gradients, for the variance ratio.
 
     Raises:
         ConfigError: unequal numbers of rollouts under the plug-in estimate, or all weights 0.
@@ -58,6 +100,8 @@ def show(config: WeightsConfig, table: PassRateTable, path: Path, console: Conso
         f"effective sample size: {effective_sample_size(values):.1f} of {len(values)} problems "
         f"({100 * effective_sample_size(values) / len(values):.0f} %)",
     ]
+    if config.scheme is WeightScheme.beta_kernel:
+        lines += _variance_lines(config, measured)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_share_table(rates, values))
@@ -131,6 +175,30 @@ def _exponents_line(rates: list[float], num_rollouts: list[float]) -> str:
         f"weights.beta={found.beta:.3g}{clipped}, from {found.num_problems} problems between "
         f"1/K and 1-1/K of mean {found.mean:.3f} and variance {found.variance:.4f}"
     )
+
+
+def _variance_lines(config: WeightsConfig, measured: GradientExponents | None) -> list[str]:
+    """The ratio R under the measured exponents, else under the paper's three assumptions."""
+    head = (
+        f"variance of the weighted over the unweighted gradient, R (uniform pass rates, alpha "
+        f"{config.alpha:g}, beta {config.beta:g}):"
+    )
+    if measured is not None:
+        return [head, _variance_line(config, measured, "measured")]
+    assumed = [GradientExponents(half, half, config.alpha, config.beta) for half in ASSUMED_SIGNALS]
+    return [head, *(_variance_line(config, one, "assumed") for one in assumed)]
+
+
+def _variance_line(config: WeightsConfig, of: GradientExponents, how: str) -> str:
+    given = (
+        f"{how} a_s = {of.a_s:.3g}, b_s = {of.b_s:.3g} (signal), a' = {of.a_prime:.3g}, "
+        f"b' = {of.b_prime:.3g} (SNR^2)"
+    )
+    try:
+        ratio = variance_ratio(config.alpha, config.beta, of.a_s, of.b_s, of.a_prime, of.b_prime)
+    except ConfigError as error:
+        return f"  none with {given}: {error}"
+    return f"  R = {ratio:.3f} with {given}"
 
 
 def _share_table(rates: list[float], values: list[float]) -> Table:

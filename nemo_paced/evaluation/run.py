@@ -1,31 +1,142 @@
-"""Accuracy of a model on problem files: the command ``evaluate``."""
+"""Accuracy of a model on problem files and on tasks of lm-eval."""
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from nemo_paced.compose import with_config
-from nemo_paced.config import PacedConfig
-from nemo_paced.data.problems import load_problems
-from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import Results, write_results
+from nemo_paced.config import PacedConfig, to_dict
+from nemo_paced.evaluation.limits import Limits
+from nemo_paced.evaluation.lm_eval_tasks import Suite, run_suite
+from nemo_paced.evaluation.results import IN_WORDS
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
-from nemo_paced.rollout.accuracy import Accuracy, Difference
+from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.training import prepare
-from nemo_paced.training.progress import progress_bar
-from nemo_paced.training.sampler import Sampler
+from nemo_paced.training.sampler import Sampler, served_dtype
 
-Suites = dict[str, list[Problem]]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every model is asked.
+
+    Attributes:
+        problems: by suite.
+        tasks: of lm-eval, by suite.
+    """
+
+    config: PacedConfig
+    problems: Mapping[str, Sequence[Problem]]
+    tasks: Mapping[str, Suite]
+    limits: Limits
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is asked: kept in ``results.json``."""
+        running = self.config.rollout.endpoints
+        settings: dict[str, Any] = {"dtype": "" if running else served_dtype(self.config)}
+        if self.problems:
+            settings |= sampling_settings(self.config, self.limits.response)
+            settings["max_tokens_from"] = self.limits.response_from
+        if self.tasks:
+            own = to_dict(self.config.evaluation.lm_eval)
+            settings["lm_eval"] = {
+                **{name: own[name] for name in ("num_fewshot", "limit", "apply_chat_template")},
+                "max_length": self.limits.lm_eval,
+            }
+        return settings
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """By suite, what names its questions: the same for models that can be compared."""
+        data = self.config.data
+        sampled = {
+            suite: [data.prompt_template, data.use_chat_template, *map(asdict, problems)]
+            for suite, problems in self.problems.items()
+        }
+        chosen = {name: [suite.questions, suite.metrics] for name, suite in self.tasks.items()}
+        return {name: _digest(content) for name, content in (sampled | chosen).items()}
+
+    def ask(
+        self, hf_dir: Path, work_dir: Path, *, label: str, bar: Progress
+    ) -> dict[str, Accuracy]:
+        """Serve a model (or ask the servers that run) and measure every suite.
+
+        Args:
+            work_dir: of this model: finished answers are kept there and not asked for again.
+        """
+        config = replace(self.config, student=replace(self.config.student, hf_path=str(hf_dir)))
+        prompts = Prompts(hf_dir, config.data, config.teacher.privileged_context)
+        sampler = Sampler(
+            config,
+            hf_dir,
+            prompts=prompts,
+            store_dir=work_dir / "rollouts",
+            log_path=work_dir / "logs" / "server.log",
+            prompt_limit=config.data.max_prompt_length,
+            max_model_len=self.limits.context,
+            notify=prepare.server_notes(bar),
+        )
+        with sampler:
+            found = {
+                suite: evaluate(
+                    config,
+                    sampler,
+                    problems,
+                    label=f"{label} {suite}",
+                    bar=bar,
+                    purpose=self._purpose(suite, prompts),
+                    max_tokens=self.limits.response,
+                )
+                for suite, problems in self.problems.items()
+            }
+            return found | self._ask_lm_eval(sampler, work_dir, label, bar)
+
+    def _purpose(self, suite: str, prompts: Prompts) -> str:
+        """Names what the samples of a suite depend on besides the model: a store that was filled
+        with other settings, prompts or answers holds none of them. The number of samples may grow.
+        """
+        asked = [(p.id, p.answer, prompts.student(p)) for p in self.problems[suite]]
+        settings = {k: v for k, v in self.settings.items() if k not in (*IN_WORDS, "lm_eval")}
+        grading = to_dict(self.config.grading)
+        return f"evaluation {suite} {_digest(settings, grading, prompts.stop_token_ids, asked)}"
+
+    def _ask_lm_eval(
+        self, sampler: Sampler, work_dir: Path, label: str, bar: Progress
+    ) -> dict[str, Accuracy]:
+        if not self.tasks:
+            return {}
+        from nemo_paced.evaluation.lm_eval_endpoint import ServedModel
+
+        settings, rollout = self.config.evaluation.lm_eval, self.config.rollout
+        model = ServedModel(
+            sampler.client.endpoints,
+            sampler.api_key,
+            hf_dir=sampler.model_dir,
+            max_length=self.limits.lm_eval,
+            num_concurrent=rollout.max_in_flight * len(sampler.client.endpoints),
+            timeout_s=rollout.request_timeout_s,
+            chat=settings.apply_chat_template,
+        )
+        # lm-eval itself keys answers by prompt alone
+        asked = _digest(self.settings["dtype"], self.limits.lm_eval)
+        cache = work_dir / f"lm_eval_{asked}.db"
+        bar.stop()  # lm-eval draws its own
+        found = {}
+        for name, suite in self.tasks.items():
+            logger.info("evaluate %s %s: lm-eval asks the server", label, name)
+            found[name] = run_suite(suite, model, settings, cache)
+        bar.start()
+        return found
 
 
 def evaluate(
@@ -35,168 +146,35 @@ def evaluate(
     *,
     label: str,
     bar: Progress,
+    purpose: str | None = None,
+    max_tokens: int | None = None,
 ) -> Accuracy:
-    """mean@k of the served model, sampled as the ``evaluation`` block says."""
+    """mean@k of the served model, sampled as the ``evaluation`` block says.
+
+    Args:
+        purpose: of the samples in the store; ``None``: the label.
+        max_tokens: of a response; ``None``: what the model's context leaves.
+    """
     with prepare.bar_task(bar, f"evaluate {label}", len(problems)) as advance:
         rollouts = sampler.sample(
             problems,
-            purpose=f"evaluation {label}",
+            purpose=purpose or f"evaluation {label}",
             step=0,
-            settings=prepare.evaluation_settings(config),
+            settings=prepare.evaluation_settings(config, max_tokens),
             progress=advance,
         )
     return Accuracy.of(rollouts, problems)
 
 
-def sampling_settings(config: PacedConfig) -> dict[str, Any]:
+def sampling_settings(config: PacedConfig, max_tokens: int | None = None) -> dict[str, Any]:
     """What accuracies depend on besides the model: kept in ``results.json``."""
-    settings = prepare.evaluation_settings(config)
+    settings = asdict(prepare.evaluation_settings(config, max_tokens))
     return {
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "max_tokens": settings.max_tokens,
+        **{name: settings[name] for name in ("temperature", "top_p", "max_tokens")},
         "verifier": config.grading.verifier,
         "seed": config.model.seed,
     }
 
 
-def main(arguments: list[str]) -> None:
-    """The command ``evaluate``."""
-    parser = argparse.ArgumentParser(prog="nemo-paced evaluate", allow_abbrev=False)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--problems", action="append", default=[], metavar="[NAME=]FILE")
-    parser.add_argument("--samples", type=int)
-    parser.add_argument("--baseline", type=Path)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--config-name")
-    parser.add_argument("--config-path")
-    known, overrides = parser.parse_known_args(arguments)
-    for path in (known.model, known.baseline):
-        if path is not None and not path.is_dir():
-            raise ConfigError(
-                f"{str(path)!r} is no directory: give a Hugging Face directory, a checkpoint or a "
-                "run directory"
-            )
-    suites = load_suites(known.problems)  # a mistake here need not wait for the configuration
-    if known.samples is not None:
-        overrides.append(f"evaluation.samples={known.samples}")
-    with_config(
-        [*_config_arguments(known), *overrides],
-        lambda config: _evaluate_command(config, known, suites or own_suites(config)),
-    )
-
-
-def load_suites(named: Sequence[str]) -> Suites:
-    """Problem files by suite: the name in ``NAME=FILE``, else the file's own.
-
-    Raises:
-        ConfigError: two of one name, or a file that is no problem file.
-    """
-    suites: Suites = {}
-    for text in named:
-        name, equals, path = text.partition("=")
-        if not equals:
-            name, path = Path(text).stem, text
-        if name in suites:
-            raise ConfigError(f"--problems: two files are named {name!r}; say NAME=FILE")
-        suites[name] = load_problems(path, key="--problems")
-    return suites
-
-
-def own_suites(config: PacedConfig) -> Suites:
-    """The held-out problems that the configuration names.
-
-    Raises:
-        ConfigError: it names none.
-    """
-    files = {
-        "heldout": config.data.validation_problems,
-        "forgetting": config.data.forgetting_problems,
-    }
-    suites = load_suites([f"{name}={path}" for name, path in files.items() if path])
-    if not suites:
-        raise ConfigError(
-            "--problems is not given and the configuration has neither data.validation_problems "
-            "nor data.forgetting_problems: give a file"
-        )
-    return suites
-
-
-def _config_arguments(arguments: argparse.Namespace) -> list[str]:
-    """The recipe that was asked for, else that of the run which the model lies in.
-
-    A model is asked with the prompts it was trained with; another template would measure that.
-    """
-    given: list[str] = []
-    for flag in ("config_path", "config_name"):
-        if value := getattr(arguments, flag):
-            given += [f"--{flag.replace('_', '-')}", value]
-    model = arguments.model.absolute()
-    for folder in (model, *model.parents[:2]):  # RUN, RUN/hf or RUN/checkpoints/step_...
-        if not given and (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists():
-            Console(stderr=True).print(f"configuration of the run: {folder / 'config.yaml'}")
-            own = ["--config-path", str(folder), "--config-name", "config"]
-            return [*own, "rollout.endpoints=[]"]  # the servers of then
-    return given
-
-
-def _evaluate_command(config: PacedConfig, arguments: argparse.Namespace, suites: Suites) -> None:
-    results: Results = {}
-    with progress_bar() as bar, tempfile.TemporaryDirectory(prefix="nemo-paced-") as scratch:
-        for label, path in (("baseline", arguments.baseline), ("model", arguments.model)):
-            if path is not None:
-                hf_dir = _as_hf(path, Path(scratch) / label)
-                results[label] = _serve_and_evaluate(
-                    config, hf_dir, suites, Path(scratch) / f"{label}-run", label, bar
-                )
-    console = Console()
-    for suite in suites:
-        _show(console, results, suite)
-    if arguments.out:
-        write_results(arguments.out, results, sampling_settings(config))
-        Console(stderr=True).print(f"written: {arguments.out}")
-
-
-def _serve_and_evaluate(
-    config: PacedConfig, hf_dir: Path, suites: Suites, run_dir: Path, label: str, bar: Progress
-) -> dict[str, Accuracy]:
-    served = replace(config, student=replace(config.student, hf_path=str(hf_dir)))
-    prompts = Prompts(hf_dir, config.data, config.teacher.privileged_context)
-    for problems in suites.values():
-        for problem in problems:
-            prompts.student(problem)  # too long a prompt is named before the server starts
-    notes = prepare.server_notes(bar)
-    with prepare.student_sampler(served, run_dir, prompts, notes) as sampler:
-        return {
-            suite: evaluate(served, sampler, problems, label=f"{label} {suite}", bar=bar)
-            for suite, problems in suites.items()
-        }
-
-
-def _as_hf(path: Path, scratch: Path) -> Path:
-    """A Hugging Face directory as it is; a checkpoint exported to scratch space."""
-    if (path / "config.json").exists():
-        return path
-    from nemo_paced.training.convert import export_hf
-
-    export_hf(PacedConfig(), path, scratch)
-    return scratch
-
-
-def _show(console: Console, results: Results, suite: str) -> None:
-    problems = len(next(iter(results.values()))[suite].per_problem)
-    table = Table(title=f"{suite}, {problems} problems")
-    for heading in ("model", "mean@k", "s.e.", "pass@k", "truncated", "tokens"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for label, suites in results.items():
-        a = suites[suite]
-        table.add_row(
-            label, f"{a.mean:.3f}", f"{a.standard_error:.3f}", f"{a.pass_at_k:.3f}",
-            f"{a.truncated:.3f}", f"{a.mean_length:.1f}",
-        )  # fmt: skip
-    console.print(table)
-    if "baseline" in results:
-        d = Difference.between(results["model"][suite], results["baseline"][suite])
-        console.print(
-            f"model - baseline: {d.mean:+.3f} +- {d.standard_error:.3f} (paired): {d.verdict()}"
-        )
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

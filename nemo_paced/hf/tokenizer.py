@@ -56,6 +56,25 @@ def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path) -> None:
             )
 
 
+def stop_token_ids(tokenizer: Any, hf_dir: Path) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's EOS and those of generation_config.json.
+
+    Base and instruct models of one family often differ here; the union serves both.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    ids = {tokenizer.eos_token_id}
+    path = hf_dir / "generation_config.json"
+    if path.exists():
+        eos = json.loads(path.read_text()).get("eos_token_id")
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    ids.discard(None)
+    if not ids:
+        raise ConfigError(f"{hf_dir} names no EOS token: responses would never end")
+    return tuple(sorted(ids))
+
+
 class Prompts:
     """Student and teacher prompts of problems, as token ids.
 
@@ -91,19 +110,8 @@ class Prompts:
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response: the tokenizer's EOS and those of generation_config.json.
-
-        Base and instruct models of one family often differ here; the union serves both.
-        """
-        ids = {self.tokenizer.eos_token_id}
-        path = self.student_dir / "generation_config.json"
-        if path.exists():
-            eos = json.loads(path.read_text()).get("eos_token_id")
-            ids |= set(eos if isinstance(eos, list) else [eos])
-        ids.discard(None)
-        if not ids:
-            raise ConfigError(f"{self.student_dir} names no EOS token: responses would never end")
-        return tuple(sorted(ids))
+        """Tokens that end a response; see :func:`stop_token_ids`."""
+        return stop_token_ids(self.tokenizer, self.student_dir)
 
     @property
     def eos_id(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.preflight import files, models, tokens
+from nemo_paced.preflight import files, models, servers, tokens
 from nemo_paced.preflight.findings import Finding
 from nemo_paced.preflight.inputs import Inputs
 
@@ -27,15 +27,16 @@ CHECKS: tuple[Check, ...] = (
     files.problem_prompts,
     files.stored_inputs,
     files.run_directory,
-    files.rollout_server,
     files.disk,
+    servers.own_servers,
+    servers.endpoints,
 )
 
 
 def check_inputs(
     config: PacedConfig, run_dir: Path, checks: Sequence[Check] = CHECKS
 ) -> list[Finding]:
-    """Everything that one process can find: models, tokenizers, files, disk. Takes seconds.
+    """Everything that one process can find: models, tokenizers, files, disk, servers, in seconds.
 
     What ranks have to find together is in ``ranks.py``.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -104,18 +103,6 @@ def run_directory(inputs: Inputs) -> Iterator[Finding]:
             check_data(run_dir, problems)
     except PacedError as told:
         yield error("exp_manager.name", str(told))
-
-
-def rollout_server(inputs: Inputs) -> Iterator[Finding]:
-    """vLLM, where a server of our own is started."""
-    rollout = inputs.config.rollout
-    if not rollout.endpoints and rollout.python is None and not importlib.util.find_spec("vllm"):
-        yield error(
-            "rollout",
-            "vllm is not installed here and rollout.endpoints is empty",
-            "install nemo-paced[gpu] or [cpu], set rollout.python to an interpreter that has it, "
-            "or rollout.endpoints to a running server",
-        )
 
 
 def disk(inputs: Inputs) -> Iterator[Finding]:

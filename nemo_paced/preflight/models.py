@@ -11,6 +11,7 @@ from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import padded_vocab_size
 from nemo_paced.preflight.findings import Finding, error, note, warning
 from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.sizing.flops import Server
 from nemo_paced.sizing.memory import stages_memory
 from nemo_paced.sizing.search import divides
 from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, work_of
@@ -95,14 +96,24 @@ def sequence_limits(inputs: Inputs) -> Iterator[Finding]:
     ``max_position_embeddings`` is the length after rope scaling; vLLM refuses to serve more.
     """
     data = inputs.config.data
-    evaluated = inputs.config.evaluation.max_response_length or 0
-    longest = max(data.max_response_length, evaluated)
     for who, architecture, key in (
         ("student", inputs.student, "max_prompt_length"),
         ("teacher", inputs.teacher, "max_teacher_prompt_length"),
     ):
         if architecture is not None:
-            yield from _limit(architecture, who, key, getattr(data, key), longest)
+            prompt = getattr(data, key)
+            yield from _limit(architecture, who, key, prompt, data.max_response_length)
+    evaluated = inputs.config.evaluation.max_response_length or 0
+    if inputs.student is not None and inputs.config.trainer.val_check_interval:
+        left = inputs.student.max_positions - data.max_prompt_length
+        if evaluated > left:
+            yield warning(
+                "evaluation.max_response_length",
+                f"is {evaluated} and the student's {inputs.student.max_positions} positions leave "
+                f"{left} tokens beside data.max_prompt_length {data.max_prompt_length}: validation "
+                "is limited to these",
+                "set it to what the model can hold to say so",
+            )
 
 
 def _limit(
@@ -114,8 +125,7 @@ def _limit(
             f"{prompt} + response {response} = {prompt + response} tokens, above the "
             f"{architecture.max_positions} positions of the {who} ({architecture.name}, rope "
             "scaling included)",
-            f"lower data.{key} or data.max_response_length (or "
-            "evaluation.max_response_length, where that is the longer)",
+            f"lower data.{key} or data.max_response_length",
         )
 
 
@@ -159,8 +169,12 @@ def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
             return
     stages = stages_memory(inputs.student_shape, inputs.teacher_shape, layout, teacher, work)
     rollout = inputs.config.rollout
-    served = 0.0 if rollout.endpoints else rollout.gpu_memory_utilization
-    needed = max(m.peak + (stage == 0) * served * total for stage, m in enumerate(stages))
+    served = 0.0 if rollout.endpoints else rollout.gpu_memory_utilization * total
+    server = Server(
+        rollout.tensor_parallel_size, served, rollout.max_num_seqs, rollout.num_replicas
+    )
+    sharing = server.stages(layout)
+    needed = max(m.peak + (stage < sharing) * served for stage, m in enumerate(stages))
     if needed > total:
         yield warning(
             "memory",

@@ -22,7 +22,7 @@ from nemo_paced.compose import with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import PacedError
-from nemo_paced.evaluation.results import write_results
+from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.evaluation.run import evaluate, sampling_settings
 from nemo_paced.records import Problem
 from nemo_paced.rollout.accuracy import Accuracy
@@ -30,6 +30,7 @@ from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.refit import send_files
 from nemo_paced.training import prepare
 from nemo_paced.training.progress import progress_bar
+from nemo_paced.training.references import REFERENCES_FILE, sample_references
 from nemo_paced.training.sampler import Sampler
 
 ARMS = {
@@ -74,18 +75,20 @@ class Quickstart:
         self.out.mkdir(parents=True, exist_ok=True)
         problems = load_problems(self.config.data.problems)
         prompts = prepare.make_prompts(self.config)
-        references = self.out / "shared" / prepare.REFERENCES_FILE
+        references = self.out / "shared" / REFERENCES_FILE
         with progress_bar() as bar:
             if not references.exists():
                 with self._part("references: the teacher answers every problem"):
                     references.parent.mkdir(exist_ok=True)
-                    prepare.sample_references(
-                        self.config, problems, prompts, references.parent, bar
-                    )
+                    sample_references(self.config, problems, prompts, references.parent, bar)
             else:
                 self.done += 1
             with prepare.student_sampler(
-                self.config, self.out / "shared", prompts, prepare.server_notes(bar)
+                self.config,
+                self.out / "shared",
+                prompts,
+                prepare.server_notes(bar),
+                max_model_len=self._longest_sequence(),
             ) as sampler:
                 with self._part("pass rates: 8 rollouts of the student a problem"):
                     prepare.estimate_pass_rates(
@@ -119,11 +122,18 @@ class Quickstart:
                 f"rollout.endpoints=[{','.join(sampler.client.endpoints)}]",
                 "references.source=file",
                 f"references.path={references}",
+                "references.wrong=keep",  # the file says what was dropped
+                "references.max_attempts=null",
                 f"weights.pass_rates={self.out / 'shared' / prepare.PASS_RATES_FILE}",
                 *ARMS[arm],
             ],
             {API_KEY_VARIABLE: key},
         )
+
+    def _longest_sequence(self) -> int:
+        """Tokens: the one server samples for training and for evaluation."""
+        data, evaluated = self.config.data, prepare.evaluation_settings(self.config).max_tokens
+        return data.max_prompt_length + max(data.max_response_length, evaluated)
 
     def _evaluate(self, label: str, sampler: Sampler, serve: Callable[[], None]) -> None:
         serve()
@@ -154,10 +164,10 @@ class Quickstart:
         report = self.out / "report.html"
         settings = sampling_settings(self.config)
         with self._part("report"):
-            write_results(self.out / "results.json", self.results, settings)
+            ResultsFile(self.results, settings).write(self.out / "results.json")
             for arm, run_dir in runs.items():
                 own = {label: self.results[label] for label in ("base", arm)}
-                write_results(run_dir / "results.json", own, settings)
+                ResultsFile(own, settings).write(run_dir / "results.json")
                 write_report(run_dir)
             verdict = write_comparison(
                 report,

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.records import Problem, Rollout
+from nemo_paced.rollout.answers import normalize
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """mean@k of a model on a problem set.
+    """mean@k of a model on a problem set; or of a task of lm-eval, one answer a question.
 
     Attributes:
         mean: over problems of the share of right samples.
         standard_error: of ``mean``, over problems (samples of one problem are no independent
             draws: the spread taken is that of the problems' means); NaN for a single problem.
         pass_at_k: share of problems with at least one right sample among all k.
-        truncated: share of samples cut at the token limit.
-        mean_length: tokens of a sample.
+        samples: k.
+        truncated: share of samples cut at the token limit; of lm-eval's prompts, of those that
+            lost their beginning to the context.
+        mean_length: tokens of a sample; NaN where none was generated.
         per_problem: share of right samples by problem id.
         groups: ``mean`` by the problems' group.
+        p95_length: tokens that 95 % of the samples do not exceed; NaN likewise.
+        majority: share of problems whose most frequent answer is right (maj@k), ties by lot; NaN
+            where the verifier reads no answer out of a response.
+        metric: lm-eval's name of what is averaged (``acc``); empty for sampled responses.
     """
 
     mean: float
@@ -35,55 +43,120 @@ class Accuracy:
     mean_length: float
     per_problem: dict[str, float]
     groups: dict[str, float]
+    p95_length: float = math.nan
+    majority: float = math.nan
+    metric: str = ""
 
     @staticmethod
     def of(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> Accuracy:
-        verdicts: dict[str, list[bool]] = {problem.id: [] for problem in problems}
+        by_problem: dict[str, list[Rollout]] = {problem.id: [] for problem in problems}
         for rollout in rollouts:
             assert rollout.correct is not None, "rollouts are graded when they are stored"
-            verdicts[rollout.problem_id].append(rollout.correct)
-        means = {name: statistics.fmean(values) for name, values in verdicts.items()}
-        groups: dict[str, list[float]] = {}
-        for problem in problems:
-            groups.setdefault(problem.group, []).append(means[problem.id])
+            by_problem[rollout.problem_id].append(rollout)
+        means = {
+            name: statistics.fmean(bool(rollout.correct) for rollout in samples)
+            for name, samples in by_problem.items()
+        }
+        lengths = sorted(len(rollout.response_ids) for rollout in rollouts)
+        answered = any(rollout.extracted is not None for rollout in rollouts)
         return Accuracy(
             mean=statistics.fmean(means.values()),
             standard_error=standard_error(list(means.values())),
-            pass_at_k=statistics.fmean(any(values) for values in verdicts.values()),
+            pass_at_k=statistics.fmean(share > 0 for share in means.values()),
             samples=len(rollouts) // len(means),
             truncated=statistics.fmean(rollout.truncated for rollout in rollouts),
-            mean_length=statistics.fmean(len(rollout.response_ids) for rollout in rollouts),
+            mean_length=statistics.fmean(lengths),
             per_problem=means,
-            groups={name: statistics.fmean(values) for name, values in sorted(groups.items())},
+            groups=group_means(means, {problem.id: problem.group for problem in problems}),
+            p95_length=lengths[math.ceil(0.95 * len(lengths)) - 1],
+            majority=(
+                statistics.fmean(majority_is_right(samples) for samples in by_problem.values())
+                if answered
+                else math.nan
+            ),
         )
 
-    def pass_at(self, k: int) -> float:
-        """Unbiased pass@k, k <= samples: mean over problems of 1 - C(n - c, k) / C(n, k)."""
+    @staticmethod
+    def of_answers(
+        values: dict[str, float], groups: dict[str, str], *, metric: str, truncated: float
+    ) -> Accuracy:
+        """Of one value a question, as lm-eval scores it.
+
+        Args:
+            values: by question id.
+            groups: by question id.
+            truncated: share of prompts that lost their beginning.
+        """
+        mean = statistics.fmean(values.values())
+        return Accuracy(
+            mean=mean,
+            standard_error=standard_error(list(values.values())),
+            pass_at_k=mean,
+            samples=1,
+            truncated=truncated,
+            mean_length=math.nan,
+            per_problem=values,
+            groups=group_means(values, groups),
+            metric=metric,
+        )
+
+    def pass_at(self, k: int) -> Estimate:
+        """Unbiased pass@k, k <= samples: mean over problems of 1 - C(n - c, k) / C(n, k), and its
+        standard error over problems."""
         n = self.samples
         assert 1 <= k <= n, f"pass@{k} cannot be estimated from {n} samples a problem"
         wrong = [n - round(share * n) for share in self.per_problem.values()]
-        return 1 - statistics.fmean(math.comb(w, k) / math.comb(n, k) for w in wrong)
+        values = [1 - math.comb(w, k) / math.comb(n, k) for w in wrong]
+        return Estimate(statistics.fmean(values), standard_error(values))
+
+    @property
+    def pass_at_powers(self) -> dict[int, Estimate]:
+        """pass@k for k = 1, 2, 4, ... and all samples; empty for lm-eval's tasks."""
+        if self.metric:
+            return {}
+        powers = {1 << i for i in range(self.samples.bit_length())} | {self.samples}
+        return {k: self.pass_at(k) for k in sorted(powers) if k <= self.samples}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: an undefined standard error is ``None``."""
-        fields = asdict(self)
-        if math.isnan(self.standard_error):
-            fields["standard_error"] = None
-        return fields
+        """For JSON, which has no NaN: what is undefined is ``None``; with pass@k by k."""
+        return _nan_to_none(
+            asdict(self) | {"pass_at": {str(k): asdict(e) for k, e in self.pass_at_powers.items()}}
+        )
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> Accuracy:
-        if fields["standard_error"] is None:
-            fields = fields | {"standard_error": math.nan}
-        return Accuracy(**fields)
+        known: dict[str, Any] = {
+            name: math.nan if value is None else value
+            for name, value in fields.items()
+            if name != "pass_at"
+        }
+        return Accuracy(**known)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over problems and its standard error over problems."""
+
+    mean: float
+    standard_error: float
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Accuracy of one model minus another's on the same problems, paired by problem."""
+    """Accuracy of one model minus another's on the same problems, paired by problem.
+
+    Attributes:
+        mean: over problems.
+        standard_error: of ``mean``, from the spread of the problems' differences; for one answer a
+            problem this is McNemar's, from the answers that changed.
+        gained: problems with a larger share of right samples.
+        lost: with a smaller one.
+    """
 
     mean: float
     standard_error: float
+    gained: int = 0
+    lost: int = 0
 
     @staticmethod
     def between(after: Accuracy, before: Accuracy) -> Difference:
@@ -98,7 +171,17 @@ class Difference:
                 f"{', '.join(other[:3])}{' ...' if len(other) > 3 else ''} ({len(other)} problems)"
             )
         differences = [after.per_problem[i] - before.per_problem[i] for i in before.per_problem]
-        return Difference(statistics.fmean(differences), standard_error(differences))
+        return Difference(
+            statistics.fmean(differences),
+            standard_error(differences),
+            gained=sum(value > 0 for value in differences),
+            lost=sum(value < 0 for value in differences),
+        )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Two standard errors to both sides: about 95 % for some thirty problems and more."""
+        return self.mean - 2 * self.standard_error, self.mean + 2 * self.standard_error
 
     def verdict(self) -> str:
         """What two standard errors allow to be said."""
@@ -112,3 +195,35 @@ def standard_error(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     return statistics.stdev(values) / len(values) ** 0.5
+
+
+def group_means(values: dict[str, float], groups: dict[str, str]) -> dict[str, float]:
+    """Mean by group, of values by id and groups by id."""
+    by_group: dict[str, list[float]] = {}
+    for name, value in values.items():
+        by_group.setdefault(groups[name], []).append(value)
+    return {name: statistics.fmean(found) for name, found in sorted(by_group.items())}
+
+
+def majority_is_right(samples: Sequence[Rollout]) -> float:
+    """1 when the samples' most frequent answer is right, 0 when it is not, its chance in a tie.
+
+    Right answers are one answer, however written; wrong ones are told apart by their text after
+    normalisation. A response without an answer has no vote.
+    """
+    right = sum(bool(rollout.correct) for rollout in samples)
+    wrong = Counter(
+        normalize(rollout.extracted)
+        for rollout in samples
+        if not rollout.correct and rollout.extracted is not None
+    )
+    most = max(wrong.values(), default=0)
+    if not right or right < most:
+        return 0.0
+    return 1 / (1 + sum(count == right for count in wrong.values()))
+
+
+def _nan_to_none(fields: Any) -> Any:
+    if isinstance(fields, dict):
+        return {name: _nan_to_none(value) for name, value in fields.items()}
+    return None if isinstance(fields, float) and math.isnan(fields) else fields

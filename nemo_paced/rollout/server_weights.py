@@ -41,6 +41,7 @@ class ServerWeights:
         self._sent: str | None = None  # not through files
         self._compared = len(client.endpoints) == 1
         self._lock = threading.RLock()
+        self._held = False  # between begin and what ends it
 
     @property
     def version(self) -> str | None:
@@ -68,6 +69,7 @@ class ServerWeights:
             RolloutError: a server cannot be reached.
         """
         self._lock.acquire()
+        self._held = True
         try:
             before = self.sync.versions()
             stands = self._sent is not None and set(before) == {self._sent}
@@ -80,7 +82,7 @@ class ServerWeights:
                     self._only(endpoint).call("POST", "/shutdown_weight_transfer_engine")
             return meeting(self.backend, self.sync)
         except BaseException:
-            self._lock.release()
+            self.abandon()
             raise
 
     def finish(self) -> None:
@@ -92,11 +94,16 @@ class ServerWeights:
         self._compare()
         self.sync.resume()
         self._sent = self.sync.version
-        self._lock.release()
+        self.abandon()
 
     def abandon(self) -> None:
-        """Sending failed, and the run ends: servers with half an update stay held."""
-        self._lock.release()
+        """Let other threads look at the weights again; safe to call twice.
+
+        Where sending failed the run ends: servers with half an update stay held.
+        """
+        if self._held:
+            self._held = False
+            self._lock.release()
 
     def current(self, endpoint: str) -> bool:
         """Whether a server has the weights that it should; it is sent them where that can be.

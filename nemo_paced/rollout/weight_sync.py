@@ -45,7 +45,7 @@ class WeightSync:
         return [int(answer["world_size"]) for answer in self.client.call("GET", "/get_world_size")]
 
     def versions(self) -> list[str | None]:
-        """What each server was last sent; ``None`` for the weights it started with."""
+        """What each server was last sent; vLLM says "default" of the weights it started with."""
         return [answer.get("weight_version") for answer in self.client.call("GET", "/weight_info")]
 
     def check_same_weights(self) -> None:

@@ -55,6 +55,16 @@ class ReferenceSource(Enum):
     file = "file"  # references.path: JSONL or Parquet with `id` and `response`
 
 
+class WrongReferences(Enum):
+    """``references.wrong``: what becomes of y_T whose answer is not the problem's."""
+
+    keep = "keep"  # train along it all the same: the paper's
+    drop = "drop"  # the problem has no reference: weight 0 in stages with responses=references
+    resample = (
+        "resample"  # ask again, references.max_attempts times in all; keep what is wrong then
+    )
+
+
 class PrivilegedContext(Enum):
     """``teacher.privileged_context``: what the teacher's prompt holds beyond the student's."""
 

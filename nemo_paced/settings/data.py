@@ -1,11 +1,11 @@
-"""``data``, ``references``, ``grading`` and ``evaluation``: problems and what is asked of them."""
+"""``data``, ``references`` and ``grading``: problems and what is asked of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from nemo_paced.settings.checks import positive, require
-from nemo_paced.settings.choices import ReferenceSource
+from nemo_paced.settings.choices import ReferenceSource, WrongReferences
 
 
 @dataclass
@@ -56,8 +56,13 @@ class ReferencesConfig:
     endpoints: list[str] = field(default_factory=list)
     temperature: float = 1.0
     top_p: float = 1.0
+    wrong: WrongReferences = WrongReferences.keep
+    # Samples of a problem at most, until one is right. With drop: so many are tried before the
+    # problem is dropped. None: 8 with resample, else 1.
+    max_attempts: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_wrong()
         require(
             (self.source is ReferenceSource.file) == (self.path is not None),
             f"references.source is {self.source.value} and references.path is {self.path!r}: "
@@ -67,6 +72,39 @@ class ReferencesConfig:
             not self.endpoints or self.source is ReferenceSource.teacher,
             f"references.endpoints is set and references.source is {self.source.value}: no "
             "teacher is asked then; remove one of the two",
+        )
+
+    @property
+    def attempts(self) -> int:
+        """``max_attempts``, its default resolved."""
+        if self.max_attempts is not None:
+            return self.max_attempts
+        return 8 if self.wrong is WrongReferences.resample else 1
+
+    def _check_wrong(self) -> None:
+        wrong, attempts = self.wrong.value, self.attempts
+        require(
+            self.source is ReferenceSource.teacher
+            or (self.wrong is WrongReferences.keep and self.max_attempts is None),
+            f"references.wrong is {wrong}, references.max_attempts {self.max_attempts} and "
+            f"references.source {self.source.value}: nothing is sampled or graded then; set "
+            "references.source=teacher, or leave both out",
+        )
+        require(attempts > 0, f"references.max_attempts is {attempts}: it must be above 0")
+        require(
+            attempts == 1 or self.wrong is not WrongReferences.keep,
+            f"references.max_attempts is {attempts} and references.wrong is keep: the first sample "
+            "is kept and the others would never be asked for; set references.wrong=resample",
+        )
+        require(
+            attempts > 1 or self.wrong is not WrongReferences.resample,
+            "references.max_attempts is 1 and references.wrong is resample: no sample is left to "
+            "try; raise the first, or set references.wrong=keep",
+        )
+        require(
+            attempts == 1 or self.temperature > 0,
+            f"references.temperature is 0 and references.max_attempts is {attempts}: every attempt "
+            "would give the same response; raise the first, or set references.wrong to keep",
         )
 
 
@@ -85,16 +123,3 @@ class GradingConfig:
             0 <= self.numeric_tolerance < 1,
             f"grading.numeric_tolerance is {self.numeric_tolerance}: it must lie in [0, 1)",
         )
-
-
-@dataclass
-class EvaluationConfig:
-    """Held-out accuracy: mean@k; the paper's sampling."""
-
-    samples: int = 8
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_response_length: int | None = None  # None: data.max_response_length
-
-    def __post_init__(self) -> None:
-        positive("evaluation", self, "samples", "temperature", "top_p")

@@ -24,11 +24,31 @@ from nemo_paced.sizing.shapes import (
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The rollout server. Attributes: memory, bytes of a GPU that it takes; ``tensor`` GPUs."""
+    """The rollout servers, all alike.
+
+    Attributes:
+        tensor: GPUs of each.
+        memory: bytes that one takes of each of its GPUs.
+        max_num_seqs: sequences that each decodes at once.
+        replicas: how many there are; requests are shared evenly.
+    """
 
     tensor: int
     memory: float
     max_num_seqs: int
+    replicas: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.replicas
+
+    def stages(self, layout: Layout) -> int:
+        """Pipeline stages of the student that have one of the first ``gpus`` GPUs.
+
+        Servers of our own take the first GPUs of rank 0's node; ranks of a stage are consecutive.
+        """
+        ranks = layout.world_size // layout.pipeline
+        return min(layout.pipeline, -(-self.gpus // ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +151,12 @@ def rollout_seconds(
     server: Server,
     assume: Assumptions,
 ) -> float:
-    """To sample so many responses: decoding steps of as many sequences as the server holds.
+    """To sample so many responses: decoding steps of as many sequences as the servers hold.
 
     The roofline of a decoding step: weights and KV cache are read once, FLOPs grow with sequences.
     """
     gpu = cluster.gpu
+    responses = -(-responses // server.replicas)  # of each server, side by side
     held = kv_cache_tokens(shape, work, server, assume) / (work.mean_prompt + work.mean_response)
     at_once = max(1.0, min(server.max_num_seqs, responses, held))
     context = work.mean_prompt + work.mean_response / 2
@@ -159,7 +180,7 @@ def kv_bytes(shape: ModelShape, work: Work) -> float:
 
 
 def kv_cache_tokens(shape: ModelShape, work: Work, server: Server, assume: Assumptions) -> float:
-    """Tokens that the server's GPUs hold beside weights; at least 0."""
+    """Tokens that the GPUs of one server hold beside weights; at least 0."""
     weights = work.precision_bytes * model_parameters(shape)
     room = server.tensor * (server.memory - assume.server_overhead) - weights
     return max(0.0, room / kv_bytes(shape, work))

@@ -11,7 +11,7 @@ from nemo_paced.config import Recompute
 from nemo_paced.sizing.flops import kv_cache_tokens, rollout_seconds, step_flops
 from nemo_paced.sizing.hardware import GIB
 from nemo_paced.sizing.parameters import model_parameters
-from nemo_paced.sizing.search import Candidate, Problem
+from nemo_paced.sizing.search import Candidate, Problem, lacking_gpus
 from nemo_paced.sizing.shapes import Layout, Placement, Work
 
 _PARTS = {
@@ -38,9 +38,11 @@ def memory_table(candidate: Candidate, problem: Problem) -> Table:
     table.add_section()
     table.add_row("student's phase", *(_gib(m.student_phase) for m in candidate.stages))
     table.add_row("teacher's phase", *(_gib(m.teacher_phase) for m in candidate.stages))
-    if problem.server:
-        others = [""] * (len(candidate.stages) - 1)
-        table.add_row("rollout server (rank 0's GPU)", _gib(problem.server.memory), *others)
+    if server := problem.server:
+        sharing = server.stages(candidate.layout)
+        others = [""] * (len(candidate.stages) - sharing)
+        which = "rank 0's GPU" if server.gpus == 1 else f"the first {server.gpus} GPUs"
+        table.add_row(f"rollout server ({which})", *[_gib(server.memory)] * sharing, *others)
     table.add_row("reserve", *[_gib(problem.assume.reserve)] * len(candidate.stages))
     return table
 
@@ -48,9 +50,15 @@ def memory_table(candidate: Candidate, problem: Problem) -> Table:
 def verdict(candidate: Candidate, problem: Problem) -> str:
     gpu = problem.cluster.gpu
     room = gpu.memory - candidate.needed
-    told = f"fits with {_gib(room)} GiB to spare" if candidate.fits else (
+    told = f"fits with {_gib(room)} GiB to spare" if room >= 0 else (
         f"does not fit: {_gib(-room)} GiB too much"
     )  # fmt: skip
+    if lacking := lacking_gpus(candidate, problem):
+        told += (
+            f"; the rollout servers need {lacking} GPUs more than the first node has: lower "
+            "rollout.num_replicas or rollout.tensor_parallel_size, or serve on other GPUs "
+            "(rollout.placement=separate)"
+        )
     return f"fullest GPU {_gib(candidate.needed)} of {_gib(gpu.memory)} GiB ({gpu.name}): {told}"
 
 
@@ -82,9 +90,18 @@ def time_lines(candidate: Candidate, problem: Problem) -> Iterator[str]:
         problem.assume,
     )
     yield (
-        f"rollout server: KV cache of {held:,.0f} tokens; pass rates of 1,000 problems with "
-        f"{work.num_rollouts} rollouts each: {estimate / 60:.1f} min"
+        f"rollout servers: {_servers(problem)}; KV cache of {held:,.0f} tokens in each; pass rates "
+        f"of 1,000 problems with {work.num_rollouts} rollouts each: {estimate / 60:.1f} min"
     )
+
+
+def _servers(problem: Problem) -> str:
+    """How many on which GPUs."""
+    served = problem.served
+    of = f"{served.replicas} of {served.tensor} GPU{'s' if served.tensor > 1 else ''}"
+    if problem.server is not None:
+        return f"{of}, on the trainer's first {served.gpus}"
+    return f"{of}, {served.gpus} GPUs beside those counted here"
 
 
 def assumption_lines(problem: Problem, work: Work) -> Iterator[str]:

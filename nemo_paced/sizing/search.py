@@ -31,7 +31,7 @@ class Problem:
     """What is planned for.
 
     Attributes:
-        server: of rollouts on the trainer's first GPUs; ``None``: it runs elsewhere.
+        server: of rollouts on the trainer's first GPUs; ``None``: they run elsewhere.
         served: how rollouts are timed, wherever they run.
     """
 
@@ -50,6 +50,7 @@ class Candidate:
     Attributes:
         stages: memory of a rank of each pipeline stage.
         needed: bytes of the fullest GPU, reserve and rollout server included.
+        fits: memory, and the GPUs of the rollout servers on one node.
     """
 
     layout: Layout
@@ -73,13 +74,14 @@ class Candidate:
 def evaluate(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work) -> Candidate:
     """Memory and time of one layout."""
     stages = tuple(stages_memory(problem.student, problem.teacher, layout, teacher, work))
-    # ranks of the first stage come first, and so does the server's GPU
-    server = problem.server.memory if problem.server else 0.0
+    server = problem.server
     needed = problem.assume.reserve + max(
-        memory.peak + (server if stage == 0 else 0.0) for stage, memory in enumerate(stages)
+        memory.peak + (server.memory if server and stage < server.stages(layout) else 0.0)
+        for stage, memory in enumerate(stages)
     )
-    if teacher.placement is Placement.separate:
-        needed = max(needed, _separate_teacher(problem, layout, teacher, work))
+    if teacher.placement is Placement.separate:  # on the GPUs behind the student's
+        beside = server.memory if server and server.gpus > layout.world_size else 0.0
+        needed = max(needed, _separate_teacher(problem, layout, teacher, work) + beside)
     time = step_time(
         problem.student,
         problem.teacher,
@@ -90,8 +92,16 @@ def evaluate(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work)
         problem.served,
         problem.assume,
     )
-    fits = needed <= problem.cluster.gpu.memory
-    return Candidate(layout, teacher, work, stages, needed, fits, time)
+    found = Candidate(layout, teacher, work, stages, needed, True, time)
+    fits = needed <= problem.cluster.gpu.memory and not lacking_gpus(found, problem)
+    return replace(found, fits=fits)
+
+
+def lacking_gpus(candidate: Candidate, problem: Problem) -> int:
+    """GPUs that the rollout servers need beyond those of the first node; 0: they have enough."""
+    if problem.server is None:
+        return 0
+    return max(0, problem.server.gpus - min(candidate.gpus, problem.cluster.gpus_per_node))
 
 
 def search(

@@ -46,7 +46,8 @@ def build_items(
     Args:
         problems: the global batch, N of them.
         weights: of unit mean over the training set.
-        responses: aligned; ``None`` where the weight is 0 and nothing was sampled.
+        responses: aligned; ``None`` where the weight is 0 and there is none (not sampled, or a
+            dropped reference): it adds no tokens to the divisor of ``token_mean``.
         reduction: ``token_sum``, ``sequence_mean`` or ``token_mean``.
     """
     total_tokens = sum(len(response.response_ids) for response in responses if response)

@@ -29,6 +29,7 @@ from nemo_paced.training import checkpoint, prepare
 from nemo_paced.training.batches import Batch, build_items
 from nemo_paced.training.fingerprint import check_data
 from nemo_paced.training.progress import RunLog
+from nemo_paced.training.references import load_references, weights_with_references
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ class Driver:
     def prepare(self, log: RunLog) -> None:
         """References and rollout server, each only if it is needed and missing."""
         config, self.bar = self.config, log.bar
-        if any(s.responses is ResponseSource.references for s in config.stages):
-            self.references = prepare.load_references(
+        if config.needs_references:
+            self.references = load_references(
                 config, self.problems, self.prompts, self.run_dir, self.bar
             )
         self.sampler = self._stack.enter_context(
@@ -88,8 +89,14 @@ class Driver:
             self.sampler.require_weight_routes()
 
     def first_pass_rates(self, resumed_from: Path | None) -> None:
-        """The checkpoint's table, a given one, or a first estimate; after :meth:`prepare`."""
+        """The checkpoint's table, a given one, or a first estimate; after :meth:`prepare`.
+
+        Raises:
+            ConfigError: no problem has both a weight and a reference.
+        """
         self.table = self._first_table(resumed_from)
+        if self.references:
+            weights_with_references(self.table.weights(), self.references)  # now, not at a step
 
     def estimate_pass_rates(self, step: int) -> None:
         """Pass rates and weights anew with the student as it is served."""
@@ -103,10 +110,12 @@ class Driver:
         positions = self.order.take(consumed, self.config.model.global_batch_size)
         problems = [self.problems[position] for position in positions]
         by_id = self.table.weights()
+        if stored := stage.responses is ResponseSource.references:
+            by_id = weights_with_references(by_id, self.references)
         weights = [by_id[problem.id] for problem in problems]
         metrics: dict[str, float] = {}
-        if stage.responses is ResponseSource.references:
-            responses: list[Response | None] = [self.references[p.id] for p in problems]
+        if stored:
+            responses = [self.references.get(problem.id) for problem in problems]
         else:
             rollouts = self._sample_batch(problems, weights, step, explore=True)
             responses, metrics = _aligned(rollouts, problems), _rollout_metrics(rollouts)
@@ -144,7 +153,7 @@ class Driver:
 
     def uncached_references(self, cache: SignalCache) -> Iterator[Batch]:
         """Stored responses that will be trained on and have no teacher signal yet, in batches."""
-        by_id = self.table.weights()
+        by_id = weights_with_references(self.table.weights(), self.references)
         problems = [problem for problem in self.problems if by_id[problem.id] > 0]
         items = build_items(
             problems,
@@ -163,9 +172,12 @@ class Driver:
 
     def certificate_batch(self, step: int, consumed: int) -> Batch:
         """The problems that come first with their responses, each of weight 1, to compare on."""
-        count = min(self.config.teacher.fp8.certificate_problems, len(self.problems))
-        problems = [self.problems[position] for position in self.order.take(consumed, count)]
-        weights = [1.0] * count
+        order = self.order.take(consumed, len(self.problems))
+        problems = [self.problems[position] for position in order]
+        if self.references:
+            problems = [problem for problem in problems if problem.id in self.references]
+        problems = problems[: self.config.teacher.fp8.certificate_problems]
+        weights = [1.0] * len(problems)
         if self.references:
             responses: list[Response | None] = [self.references[p.id] for p in problems]
         else:

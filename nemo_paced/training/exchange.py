@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -102,9 +102,11 @@ class BatchExchange:
         self._sampled_until = max(self._sampled_until, last + 1)
 
     def settle(self) -> None:
-        """Wait until nothing is being sampled: the server is needed for something else."""
-        for future in list(self._ahead.values()):
-            future.result()
+        """Wait until nothing is being sampled: the server is needed for something else.
+
+        What failed is told to all ranks when its batch is asked for.
+        """
+        wait(self._ahead.values())
 
     def give_all(self, make: Callable[[], Batch]) -> Batch:
         """What rank 0 makes now, on every rank, beside the steps' batches."""

@@ -60,6 +60,7 @@ CHANGEABLE = (
     "loss.chunk_size",
     "evaluation",
     "training",
+    "snr",
 )
 # Within `rollout`, these decide what is sampled.
 FIXED = (

@@ -276,6 +276,7 @@ class Loop:
             self.models.student.reset_optimizer()
         if schedule.reestimation_due(self.config.weights, stage, self.step):
             self._refit()
+            self.exchange.settle()
             key = f"pass_rates/{self.step}"
             self._sampled(
                 lambda: self.exchange.on_rank_0(key, lambda d: d.estimate_pass_rates(self.step))
@@ -381,6 +382,7 @@ class Loop:
         key = f"validation/{self.step}"
         try:
             self._refit()
+            self.exchange.settle()
             metrics = self._sampled(
                 lambda: self.exchange.on_rank_0(key, lambda driver: driver.validate(self.step))
             )

@@ -1,35 +1,32 @@
-"""What has to exist before the first step: references and pass rates. Both are resumable.
+"""What has to exist before the first step: prompts, the served student and its pass rates.
 
-Used by ``train`` for whatever is missing, and by the commands ``references`` and ``pass-rates``.
+Used by ``train`` for whatever is missing, and by the command ``pass-rates``. What the teacher has
+to answer before is in ``references.py``.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import Progress
 
-from nemo_paced.config import PacedConfig, ReferenceSource, to_dict
+from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import Prompts, check_same_tokens
-from nemo_paced.records import Problem, Response, Rollout
+from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.adaptive import sample_in_rounds
 from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.training.progress import progress_bar
-from nemo_paced.training.sampler import Sampler
+from nemo_paced.training.sampler import Sampler, evaluation_length
 
 logger = logging.getLogger(__name__)
 
 PASS_RATES_FILE = "pass_rates.parquet"
-REFERENCES_FILE = "references.jsonl"
 
 
 def make_prompts(config: PacedConfig) -> Prompts:
@@ -55,6 +52,7 @@ def student_sampler(
     notify: Callable[[str], None],
     *,
     beside_trainer: bool = False,
+    max_model_len: int | None = None,
 ) -> Sampler:
     return Sampler(
         config,
@@ -63,19 +61,27 @@ def student_sampler(
         store_dir=run_dir / "rollouts",
         log_path=run_dir / "logs" / "sidecar.log",
         prompt_limit=config.data.max_prompt_length,
+        max_model_len=max_model_len,
         notify=notify,
         trainer_gpus=config.trainer.devices if beside_trainer else 0,
     )
 
 
-def evaluation_settings(config: PacedConfig) -> SamplingSettings:
-    """How held-out problems are sampled: the ``evaluation`` block."""
+def evaluation_settings(config: PacedConfig, max_tokens: int | None = None) -> SamplingSettings:
+    """How held-out problems are sampled: the ``evaluation`` block.
+
+    Args:
+        max_tokens: of a response; ``None``: what :func:`evaluation_length` says of the student.
+    """
     evaluation = config.evaluation
+    if max_tokens is None:
+        student, prompt = Path(config.student.hf_path), config.data.max_prompt_length
+        max_tokens = evaluation_length(config, student, prompt)
     return SamplingSettings(
         num_samples=evaluation.samples,
         temperature=evaluation.temperature,
         top_p=evaluation.top_p,
-        max_tokens=evaluation.max_response_length or config.data.max_response_length,
+        max_tokens=max_tokens,
     )
 
 
@@ -128,109 +134,6 @@ def save_table(table: PassRateTable, run_dir: Path, step: int) -> None:
     table.write(run_dir / PASS_RATES_FILE)
 
 
-def load_references(
-    config: PacedConfig, problems: Sequence[Problem], prompts: Prompts, run_dir: Path, bar: Progress
-) -> dict[str, Response]:
-    """The stored response of every problem, made first where it does not exist yet.
-
-    Raises:
-        ConfigError: a problem without one (no solution, not in the file).
-    """
-    source = config.references.source
-    if source is ReferenceSource.solution:
-        return {problem.id: _from_solution(problem, prompts) for problem in problems}
-    path = run_dir / REFERENCES_FILE
-    if source is ReferenceSource.file:
-        path = Path(config.references.path or "")
-    elif not path.exists():
-        sample_references(config, problems, prompts, run_dir, bar)
-    return read_references(path, problems, prompts)
-
-
-def sample_references(
-    config: PacedConfig, problems: Sequence[Problem], prompts: Prompts, run_dir: Path, bar: Progress
-) -> Path:
-    """y_T of every problem: one sample of the teacher, which sees the privileged context."""
-    teacher_served = _with_teacher_endpoints(config)
-    sampler = Sampler(
-        teacher_served,
-        Path(config.teacher_hf_path),
-        prompts=prompts,
-        store_dir=run_dir / "references",
-        log_path=run_dir / "logs" / "teacher_server.log",
-        prompt_limit=config.data.max_teacher_prompt_length,
-        notify=server_notes(bar),
-    )
-    with sampler, bar_task(bar, "references", len(problems)) as advance:
-        rollouts = sampler.sample(
-            problems,
-            purpose="references",
-            step=0,
-            settings=SamplingSettings(
-                num_samples=1,
-                temperature=config.references.temperature,
-                top_p=config.references.top_p,
-                max_tokens=config.data.max_response_length,
-                teacher_prompt=True,
-            ),
-            progress=advance,
-        )
-    lines = [
-        json.dumps(
-            {
-                "id": r.problem_id,
-                "response_ids": r.response_ids,
-                "truncated": r.truncated,
-                "correct": r.correct,
-                "response": r.text,
-            }
-        )
-        for r in rollouts
-    ]
-    path = run_dir / REFERENCES_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    os.replace(temporary, path)
-    logger.info(
-        "references: %d of %d teacher responses are right, %d truncated; wrong ones are kept",
-        sum(bool(r.correct) for r in rollouts), len(rollouts), sum(r.truncated for r in rollouts),
-    )  # fmt: skip
-    return path
-
-
-def read_references(
-    path: Path, problems: Sequence[Problem], prompts: Prompts
-) -> dict[str, Response]:
-    """Responses from JSONL with ``id`` and ``response_ids``, or ``response`` as text.
-
-    Raises:
-        ConfigError: no such file, a malformed line, or problems that it lacks.
-    """
-    if not path.is_file():
-        raise ConfigError(f"references.path is {str(path)!r}: no such file")
-    found: dict[str, Response] = {}
-    with path.open() as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                ids = tuple(row["response_ids"]) if "response_ids" in row else None
-                ids = ids or prompts.response(row["response"])
-                found[row["id"]] = Response(
-                    f"{row['id']}/reference", row["id"], ids, bool(row.get("truncated", False))
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{path}:{number}: a JSON object with id and response_ids (or response) is "
-                    f"needed: {error!r}"
-                ) from error
-    absent = [problem.id for problem in problems if problem.id not in found]
-    if absent:
-        raise ConfigError(
-            f"{path} lacks {len(absent)} of the {len(problems)} problems ({', '.join(absent[:3])})"
-        )
-    return found
-
-
 @contextmanager
 def bar_task(bar: Progress, description: str, total: int) -> Iterator[Callable[[int, int], None]]:
     """A task of the progress bar for the length of a ``with``; yields progress(done, total)."""
@@ -258,34 +161,6 @@ def pass_rates(config: PacedConfig, run_dir: Path) -> Path:
     ):
         estimate_pass_rates(config, problems, sampler, run_dir, step=0, bar=bar)
     return run_dir / PASS_RATES_FILE
-
-
-def references(config: PacedConfig, run_dir: Path) -> Path:
-    """The command ``references``: teacher responses to every problem; returns the file's path."""
-    problems = load_problems(config.data.problems)
-    prompts = make_prompts(config)
-    check_prompts(problems, prompts)
-    with progress_bar() as bar:
-        return sample_references(config, problems, prompts, run_dir, bar)
-
-
-def _from_solution(problem: Problem, prompts: Prompts) -> Response:
-    if problem.solution is None:
-        raise ConfigError(
-            f"references.source is solution and problem {problem.id!r} has none: add the field, or "
-            "set references.source=teacher"
-        )
-    ids = prompts.response(problem.solution)
-    return Response(f"{problem.id}/reference", problem.id, ids, ids[-1] != prompts.eos_id)
-
-
-def _with_teacher_endpoints(config: PacedConfig) -> PacedConfig:
-    """Served by ``references.endpoints``, else by servers of our own while they are needed."""
-    endpoints = list(config.references.endpoints)
-    replicas = 1 if endpoints else config.rollout.num_replicas
-    return replace(
-        config, rollout=replace(config.rollout, endpoints=endpoints, num_replicas=replicas)
-    )
 
 
 def save_config(config: PacedConfig, run_dir: Path) -> None:

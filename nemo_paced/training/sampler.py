@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.hf.directory import context_length
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
@@ -48,6 +49,7 @@ class Sampler:
         store_dir: where finished rollouts are appended.
         prompt_limit: longest prompt in tokens; with the response limit the server's context.
         trainer_gpus: of this node, which a trainer uses meanwhile.
+        max_model_len: the server's context, instead.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Sampler:
         store_dir: Path,
         log_path: Path,
         prompt_limit: int,
+        max_model_len: int | None = None,
         notify: Callable[[str], None] | None = None,
         trainer_gpus: int = 0,
     ) -> None:
@@ -68,6 +71,7 @@ class Sampler:
         self.store_dir = store_dir
         self.log_path = log_path
         self.prompt_limit = prompt_limit
+        self.max_model_len = max_model_len
         self.notify = notify
         self.trainer_gpus = trainer_gpus
         self.replicas: Replicas | None = None
@@ -80,7 +84,7 @@ class Sampler:
             self.grader = stack.enter_context(Grader(self.config.grading))
             folder = Path(stack.enter_context(transfer_folder(_size(self.model_dir))))
             if self.config.rollout.endpoints:
-                endpoints, self.api_key = list(self.config.rollout.endpoints), _given_key()
+                endpoints, self.api_key = list(self.config.rollout.endpoints), given_key()
                 hosts = [urlsplit(endpoint).hostname or "" for endpoint in endpoints]
                 backend = choose_backend(self.config.rollout, gpu_count(), hosts)
             else:
@@ -91,6 +95,7 @@ class Sampler:
                         self.prompt_limit,
                         self.log_path,
                         trainer_gpus=self.trainer_gpus,
+                        max_model_len=self.max_model_len,
                     )
                 )
                 self.replicas.start(progress=self.notify)
@@ -103,6 +108,7 @@ class Sampler:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.weights.abandon()  # a thread that still samples must not wait for an update
         self._stack.close()
 
     def sample(
@@ -218,20 +224,21 @@ def make_replicas(
     prompt_limit: int,
     log_path: Path,
     *,
+    max_model_len: int | None = None,
     api_key: str | None = None,
     trainer_gpus: int = 0,
 ) -> Replicas:
-    """The servers of a model as the configuration wants them, not started yet."""
-    # the same server evaluates, and evaluation may ask for longer responses
-    evaluated = config.evaluation.max_response_length or 0
-    longest = max(config.data.max_response_length, evaluated)
-    served = {Precision.fp32: "float32", Precision.bf16: "bfloat16"}
-    dtype = config.rollout.dtype
+    """The servers of a model as the configuration wants them, not started yet.
+
+    Args:
+        prompt_limit: longest prompt, tokens.
+        max_model_len: longest prompt plus response; ``None``: what training needs.
+    """
     return Replicas(
         model_dir,
         config.rollout,
-        max_model_len=prompt_limit + longest,
-        dtype=served[config.trainer.compute_precision] if dtype == "auto" else dtype,
+        max_model_len=max_model_len or training_length(config, model_dir, prompt_limit),
+        dtype=served_dtype(config),
         log_path=log_path,
         api_key=api_key,
         trainer_gpus=trainer_gpus,
@@ -243,7 +250,36 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _given_key() -> str:
+def served_dtype(config: PacedConfig) -> str:
+    """What a server of ours computes in: ``rollout.dtype``, else the trainer's precision."""
+    if config.rollout.dtype != "auto":
+        return config.rollout.dtype
+    names = {Precision.fp32: "float32", Precision.bf16: "bfloat16"}
+    return names[config.trainer.compute_precision]
+
+
+def training_length(config: PacedConfig, model_dir: Path, prompt_limit: int) -> int:
+    """Longest prompt plus response that a server beside the trainer is asked for, tokens."""
+    needed = prompt_limit + config.data.max_response_length
+    if not config.trainer.val_check_interval:
+        return needed
+    return max(needed, prompt_limit + evaluation_length(config, model_dir, prompt_limit))
+
+
+def evaluation_length(config: PacedConfig, model_dir: Path, prompt_limit: int) -> int:
+    """Longest response when held-out problems are sampled, in tokens: as long as
+    ``evaluation.max_response_length``, or what the model's context leaves beside a prompt."""
+    wanted = config.evaluation.max_response_length or config.data.max_response_length
+    context = context_length(model_dir)
+    return wanted if context is None else max(1, min(wanted, context - prompt_limit))
+
+
+def given_key() -> str:
+    """The key of ``rollout.endpoints``.
+
+    Raises:
+        ConfigError: the environment has none.
+    """
     key = os.environ.get(API_KEY_VARIABLE, "")
     if not key:
         raise ConfigError(

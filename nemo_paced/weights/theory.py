@@ -1,13 +1,21 @@
-"""Exponents of the Beta kernel from data (arXiv 2603.11178)."""
+"""The paper's theory of the Beta kernel (arXiv 2603.11178): exponents, efficiency, variance.
+
+Where a value is named :data:`Values` it is a float or a float64 array, elementwise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.weights.beta_kernel import beta_weight
+from nemo_paced.weights.posterior import log_beta
+
+Values = TypeVar("Values", float, np.ndarray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +72,77 @@ def moment_matched_exponents(
         num_problems=len(inside),
         clipped=min(alpha, beta) < 0,
     )
+
+
+def optimal_weight(snr_squared: Values) -> Values:
+    """w* of a problem, up to the scale that the learning rate sets: SNR^2 / (1 + SNR^2).
+
+    It maximises the bound on a step's descent, Delta(w) = eta w ||E g||^2 - (eta^2 / 2) w^2
+    E||g||^2 lambda_max, with E||g||^2 = ||E g||^2 + tr Cov g. Where SNR is low it is SNR^2.
+
+    Args:
+        snr_squared: ||E g||^2 / tr Cov g over problems of one pass rate; above -1 (unbiased
+            estimates may lie below 0).
+    """
+    return snr_squared / (1 + snr_squared)
+
+
+def efficiency(rho: Values) -> Values:
+    """Share of the best weight's descent that another one makes: 2 rho - rho^2.
+
+    Args:
+        rho: w / w*; from 2 on the step goes up instead of down.
+    """
+    return 2 * rho - rho**2
+
+
+def minimax_efficiency(delta: Values) -> Values:
+    """sech^2(delta) >= 1 - delta^2: what :func:`minimax_weight` keeps in the worst case.
+
+    Args:
+        delta: nats; w* is p^a'(1-p)^b' phi with |log phi| <= delta.
+    """
+    return 1 / np.cosh(delta) ** 2
+
+
+def minimax_weight(
+    pass_rate: Values, delta: float, alpha: float = 1.0, beta: float = 1.0
+) -> Values:
+    """sech(delta) p^alpha (1-p)^beta: at each pass rate the best weight against the worst phi.
+
+    Of the kernel times c the worst efficiencies are those at the ends of the range of phi,
+    efficiency(c e^delta) and efficiency(c e^-delta); they meet at c = 1 / cosh(delta), where both
+    are sech^2(delta).
+    """
+    return beta_weight(pass_rate, alpha, beta) / np.cosh(delta)  # type: ignore[operator, no-any-return]
+
+
+def variance_ratio(
+    alpha: float, beta: float, a_s: float, b_s: float, a_prime: float, b_prime: float
+) -> float:
+    """R = E[w^2 V] / (E[w]^2 E[V]) over uniform pass rates: weighted over unweighted variance.
+
+    The kernel p^alpha (1-p)^beta with its mean made 1, and noise V = ||E g||^2 / SNR^2 proportional
+    to p^g1 (1-p)^g2, g1 = 2 a_s - a', g2 = 2 b_s - b':
+
+        R = B(2 alpha + g1 + 1, 2 beta + g2 + 1) / (B(alpha + 1, beta + 1)^2 B(g1 + 1, g2 + 1))
+
+    Args:
+        a_s, b_s: exponents of the signal, ||E g|| proportional to p^a_s (1-p)^b_s.
+        a_prime, b_prime: of SNR^2.
+
+    Raises:
+        ConfigError: the noise has no mean, since it grows too fast towards an end.
+    """
+    g1, g2 = 2 * a_s - a_prime, 2 * b_s - b_prime
+    for name, value in (("2 a_s - a'", g1), ("2 b_s - b'", g2)):
+        if value <= -1:
+            raise ConfigError(
+                f"variance ratio: {name} is {value:g}: unweighted, the gradient would have "
+                "infinite variance; it must be above -1"
+            )
+    weighted, mean, unweighted = log_beta(
+        np.array([2 * alpha + g1 + 1, alpha + 1, g1 + 1]),
+        np.array([2 * beta + g2 + 1, beta + 1, g2 + 1]),
+    )
+    return float(np.exp(weighted - 2 * mean - unweighted))

@@ -181,7 +181,7 @@ def test_a_run_exports_evaluates_and_reports(uninterrupted, tmp_path):
         "--config-name",
         "quickstart",
     )
-    assert "model - baseline" in out
+    assert "baseline - model" in out
     results = json.loads((tmp_path / "results.json").read_text())["models"]
     assert set(results) == {"model", "baseline"} and results["model"]["few"]["samples"] == 2
     run("import-hf", tmp_path / "hf", tmp_path / "checkpoint", "trainer.precision=fp32")

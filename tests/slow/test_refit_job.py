@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 
 def server_of(process):
     for child in psutil.Process(process.pid).children(recursive=True):
-        if "vllm.entrypoints.openai.api_server" in child.cmdline():
+        if "vllm.entrypoints.openai.api_server" in child.cmdline() and (
+            "nemo_paced.rollout.supervisor" not in child.cmdline()
+        ):
             return child.pid
     raise AssertionError("no server runs")
 

@@ -9,7 +9,8 @@ from nemo_paced.analysis.accuracy_sections import forgetting_section, verdict
 from nemo_paced.analysis.comparison import compare_runs, write_comparison
 from nemo_paced.analysis.report import write_report
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import write_results
+from nemo_paced.evaluation.results import ResultsFile
+from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.teacher.certificate import Certificate
 from tests.runs import PROBLEMS, accuracy, results, write_run
 
@@ -29,7 +30,7 @@ def section(page, title):
 
 def test_a_whole_run_shows_every_part_and_misses_none(tmp_path):
     run = write_run(tmp_path / "run")
-    write_results(run / "results.json", results(paced=0.1), SETTINGS)
+    ResultsFile(results(paced=0.1), SETTINGS).write(run / "results.json")
     page = write_report(run).read_text()
     for title in TITLES:
         assert f"<h2>{title}</h2>" in page
@@ -78,7 +79,7 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 )
 def test_a_missing_part_is_said_to_be_missing(tmp_path, removed, said):
     run = write_run(tmp_path / "run")
-    write_results(run / "results.json", results(paced=0.1), {})
+    ResultsFile(results(paced=0.1), {}).write(run / "results.json")
     path = run / removed
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = write_report(run).read_text()
@@ -127,7 +128,7 @@ def test_a_run_without_a_finite_gradient_is_shown(tmp_path):
 
 def test_names_and_settings_are_text_not_markup(tmp_path):
     run = write_run(tmp_path / "<b>run", hf_path="<script>alert(1)</script>")
-    write_results(run / "results.json", {"<i>m": results()["base"]}, {})
+    ResultsFile({"<i>m": results()["base"]}, {}).write(run / "results.json")
     page = write_report(run).read_text()
     assert "<script" not in page and "<b>" not in page and "<i>" not in page
     assert "&lt;script&gt;" in page
@@ -135,7 +136,7 @@ def test_names_and_settings_are_text_not_markup(tmp_path):
 
 def test_one_evaluated_model_is_compared_with_nothing(tmp_path):
     run = write_run(tmp_path / "run")
-    write_results(run / "results.json", {"model": results()["base"]}, {})
+    ResultsFile({"model": results()["base"]}, {}).write(run / "results.json")
     page = write_report(run).read_text()
     assert "minus model" not in page and "Difference from" not in page
     assert "Not measured" in section(page, "Forgetting")
@@ -143,10 +144,34 @@ def test_one_evaluated_model_is_compared_with_nothing(tmp_path):
 
 def test_forgetting_is_the_base_minus_the_trained_model():
     table = forgetting_section(results(kept=0.0, lost=-0.3)).table
-    by_model = {row[0]: row[1:] for row in table[1:]}
+    by_model = {row[1]: row[2:] for row in table[1:]}
     assert by_model["lost"][1].startswith("+0.2") or by_model["lost"][1].startswith("+0.3")
-    assert by_model["lost"][2] == "forgotten"
-    assert by_model["kept"][2] == "no change can be claimed"
+    low, _, high = by_model["lost"][2].partition(" to ")
+    assert 0 < float(low) < float(by_model["lost"][1].split()[0]) < float(high)
+    assert int(by_model["lost"][3]) > int(by_model["lost"][4]), "problems lost, then gained"
+    assert by_model["lost"][-1] == "forgotten"
+    assert by_model["kept"][-1] == "no change can be claimed"
+
+
+def test_tasks_of_lm_eval_are_in_the_forgetting_table_and_told_apart(tmp_path):
+    def mmlu(share):
+        right = {f"mmlu_a/{i}": float(i < share * 400) for i in range(400)}
+        groups = dict.fromkeys(right, "mmlu_a")
+        return Accuracy.of_answers(right, groups, metric="acc", truncated=0.0)
+
+    measured = results(trained=0.0)
+    measured["base"]["mmlu"], measured["trained"]["mmlu"] = mmlu(0.6), mmlu(0.5)
+    table = forgetting_section(measured).table
+    assert [row[0] for row in table[1:]] == ["forgetting"] * 2 + ["mmlu"] * 2
+    assert table[-1][2:] == [
+        "0.500 ± 0.025", "+0.100 ± 0.015", "+0.070 to +0.130", "40", "0", "forgotten",
+    ]  # fmt: skip
+    run, settings = tmp_path, {"lm_eval": {"num_fewshot": 5, "limit": 2000}}
+    ResultsFile(measured, settings).write(run / "results.json")
+    write_report(run)
+    page = section((run / "report.html").read_text(), "Accuracy")
+    assert "mmlu (400)" in page and "0.600 ± 0.025 (acc)" in page and "nan" not in page
+    assert "lm_eval (num_fewshot 5, limit 2000)" in page
 
 
 def test_the_verdict_says_won_lost_or_within_noise():
@@ -177,7 +202,7 @@ def test_runs_are_compared_by_the_command(tmp_path, capsys):
         run = write_run(tmp_path / name, steps=steps)
         own = results(trained=gain)
         own["base"] = results()["base"]
-        write_results(run / "results.json", own, SETTINGS)
+        ResultsFile(own, SETTINGS).write(run / "results.json")
     write_run(tmp_path / "unevaluated", steps=20)
     names = ("a", "b", "unevaluated")
     report.main(["--compare", *(str(tmp_path / name) for name in names)])
@@ -191,12 +216,12 @@ def test_runs_are_compared_by_the_command(tmp_path, capsys):
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    write_results(first / "results.json", results(trained=0.1), SETTINGS)
+    ResultsFile(results(trained=0.1), SETTINGS).write(first / "results.json")
     others = {"heldout": accuracy(0.5, problems=PROBLEMS[:50])}
-    write_results(second / "results.json", {"trained": others}, SETTINGS)
+    ResultsFile({"trained": others}, SETTINGS).write(second / "results.json")
     with pytest.raises(ConfigError, match="accuracies on different problems cannot be compared"):
         compare_runs([first, second])
-    write_results(second / "results.json", results(trained=0.1), {"temperature": 1.0})
+    ResultsFile(results(trained=0.1), {"temperature": 1.0}).write(second / "results.json")
     with pytest.raises(ConfigError, match="evaluate them alike"):
         compare_runs([first, second])
     with pytest.raises(ConfigError, match="told apart by folder name"):

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_paced.analysis.comparison import write_comparison
 from nemo_paced.analysis.report import write_report
-from nemo_paced.evaluation.results import write_results
+from nemo_paced.evaluation.results import ResultsFile
 from tests.runs import results, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -61,7 +61,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     runs = {name: write_run(folder / name) for name in ("hard_filter", "paced")}
     measured = results(hard_filter=0.0, paced=0.1)
-    write_results(runs["paced"] / "results.json", measured, {"temperature": 0.6})
+    ResultsFile(measured, {"temperature": 0.6}).write(runs["paced"] / "results.json")
     both = folder / "report.html"
     write_comparison(both, "Arms", runs, measured, subject="paced", settings={})
     return {"run": write_report(runs["paced"]), "comparison": both}

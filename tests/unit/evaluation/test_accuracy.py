@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import read_results, read_settings, write_results
+from nemo_paced.evaluation.results import ResultsFile, Source
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.accuracy import Accuracy, Difference
 
@@ -39,13 +39,13 @@ def test_pass_at_k_is_the_mean_over_all_subsets_of_k_samples(k):
         for samples in verdicts.values()
         for subset in itertools.combinations(samples, k)
     )
-    assert graded(verdicts).pass_at(k) == pytest.approx(naive)
+    assert graded(verdicts).pass_at(k).mean == pytest.approx(naive)
 
 
 def test_pass_at_the_ends_is_mean_and_share_of_solved_problems():
     accuracy = graded({"a": [1, 0, 0], "b": [0, 0, 0], "c": [1, 1, 0]})
-    assert accuracy.pass_at(1) == pytest.approx(accuracy.mean)
-    assert accuracy.pass_at(3) == pytest.approx(accuracy.pass_at_k)
+    assert accuracy.pass_at(1).mean == pytest.approx(accuracy.mean)
+    assert accuracy.pass_at(3).mean == pytest.approx(accuracy.pass_at_k)
 
 
 def test_differences_are_paired_by_problem():
@@ -80,17 +80,21 @@ def test_accuracies_on_other_problems_are_not_compared():
 def test_results_are_read_back_as_written(tmp_path):
     path = tmp_path / "new" / "results.json"
     written = {"base": {"heldout": graded({"a": [1, 0], "b": [0, 0]})}}
-    write_results(path, written, {"temperature": 0.6})
-    assert read_results(path) == written and read_settings(path) == {"temperature": 0.6}
+    source = Source("/models/m", "0123456789abcdef")
+    file = ResultsFile(
+        written, {"temperature": 0.6}, {"heldout": "0a"}, {"base": source}, {"torch": "2"}
+    )
+    file.write(path)
+    assert ResultsFile.read(path) == file
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
 def test_a_single_problem_has_no_standard_error(tmp_path):
     path = tmp_path / "results.json"
-    write_results(path, {"m": {"one": graded({"a": [1, 0]})}}, {})
+    ResultsFile({"m": {"one": graded({"a": [1, 0]})}}, {}).write(path)
     strict = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert strict["models"]["m"]["one"]["standard_error"] is None
-    assert math.isnan(read_results(path)["m"]["one"].standard_error)
+    assert math.isnan(ResultsFile.read(path).models["m"]["one"].standard_error)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"models": {"m": {"s": {"mean": 1}}}}'])
@@ -98,4 +102,85 @@ def test_another_file_is_no_results_file(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"results\.json is no results file"):
-        read_results(path)
+        ResultsFile.read(path)
+
+
+def answered(*samples):
+    """Accuracy on one problem of (extracted answer, right or not)."""
+    rollouts = [
+        Rollout(f"p/{k}", "p", (1,), sample=k, correct=right, extracted=answer)
+        for k, (answer, right) in enumerate(samples)
+    ]
+    return Accuracy.of(rollouts, [Problem("p", "x", "1")])
+
+
+@pytest.mark.parametrize(
+    ("samples", "majority"),
+    [
+        ([("2", False), ("1", True), ("1", True), ("3", False)], 1.0),
+        ([("2", False), ("1", True), ("2", False), ("1", True), ("3", False)], 1 / 2),
+        ([("2", False), ("1", True), ("3", False)], 1 / 3),
+        ([("2", False), ("1", True), ("2", False)], 0.0),
+        ([(" 2 ", False), ("1", True), ("$2$", False)], 0.0),  # one wrong answer, written twice
+        ([("1/2", True), ("0.5", True), ("2", False)], 1.0),  # right ones are one answer
+        ([(None, False), (None, False), ("1", True)], 1.0),  # no answer has no vote
+        ([("2", False), (None, False), (None, False)], 0.0),
+    ],
+)
+def test_the_majority_is_of_answers_with_ties_by_lot(samples, majority):
+    assert answered(*samples).majority == pytest.approx(majority)
+
+
+def test_a_verifier_that_reads_no_answer_has_no_majority():
+    assert math.isnan(answered((None, True), (None, False)).majority)
+
+
+def test_95_percent_of_the_samples_are_no_longer_than_the_percentile():
+    problems = [Problem("p", "x", "1")]
+    rollouts = [Rollout(f"p/{k}", "p", (1,) * (k + 1), sample=k, correct=True) for k in range(100)]
+    assert Accuracy.of(rollouts, problems).p95_length == 95
+    assert Accuracy.of(rollouts[:1], problems).p95_length == 1
+
+
+def test_pass_at_k_has_its_own_standard_error_and_is_written_for_several_k(tmp_path):
+    accuracy = graded({"a": [1, 0, 0, 0, 0, 0], "b": [0] * 6, "c": [1] * 6})
+    assert list(accuracy.pass_at_powers) == [1, 2, 4, 6]
+    values = [1 - 10 / 15, 0, 1]  # C(5, 2) / C(6, 2)
+    assert accuracy.pass_at(2).mean == pytest.approx(statistics.fmean(values))
+    error = statistics.stdev(values) / math.sqrt(3)
+    assert accuracy.pass_at(2).standard_error == pytest.approx(error)
+    path = tmp_path / "results.json"
+    ResultsFile({"m": {"s": accuracy}}, {}).write(path)
+    written = json.loads(path.read_text())["models"]["m"]["s"]["pass_at"]
+    assert written["2"] == {"mean": pytest.approx(4 / 9), "standard_error": pytest.approx(error)}
+
+
+def test_differences_of_single_answers_are_mcnemars():
+    """b answers lost, c gained of n: variance of the mean (b + c - (b - c)^2 / n) / (n (n - 1))."""
+    n, lost, gained = 50, 9, 4
+    before = {str(i): float(i < 30) for i in range(n)}
+    after = before | {str(i): 0.0 for i in range(lost)} | {str(40 + i): 1.0 for i in range(gained)}
+    groups = dict.fromkeys(before, "t")
+    first, second = (
+        Accuracy.of_answers(values, groups, metric="acc", truncated=0.0)
+        for values in (before, after)
+    )
+    difference = Difference.between(first, second)
+    assert difference.mean == pytest.approx((lost - gained) / n)
+    variance = (lost + gained - (lost - gained) ** 2 / n) / (n * (n - 1))
+    assert difference.standard_error == pytest.approx(math.sqrt(variance))
+    assert (difference.gained, difference.lost) == (lost, gained), "of first minus second"
+    half = 2 * difference.standard_error
+    assert difference.interval == pytest.approx((difference.mean - half, difference.mean + half))
+
+
+def test_results_of_an_earlier_version_are_read(tmp_path):
+    path = tmp_path / "results.json"
+    ResultsFile({"base": {"heldout": graded({"a": [1, 0], "b": [0, 0]})}}, {}).write(path)
+    content = json.loads(path.read_text())
+    del content["sources"], content["versions"], content["asked"]
+    for name in ("pass_at", "p95_length", "majority", "metric"):
+        del content["models"]["base"]["heldout"][name]
+    path.write_text(json.dumps(content))
+    read = ResultsFile.read(path)
+    assert read.models["base"]["heldout"].mean == 0.25 and read.sources == {}

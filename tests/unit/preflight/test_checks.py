@@ -7,13 +7,11 @@ import pytest
 
 from nemo_paced.config import (
     DataConfig,
-    ExpManagerSettings,
     ModelConfig,
     PacedConfig,
     Precision,
     ReferencesConfig,
     ReferenceSource,
-    RolloutConfig,
     StudentConfig,
     TeacherConfig,
     TrainerConfig,
@@ -114,10 +112,15 @@ def test_everything_is_found_at_once(config, tmp_path):
     assert any("1 student prompts are too long" in line for line in told)
 
 
-def test_the_longest_evaluation_response_counts_too(config, tmp_path):
-    config.evaluation.max_response_length = 119
+def test_validation_that_the_context_limits_is_a_warning(config, models, tmp_path):
+    assert not found(config, tmp_path), "nothing is evaluated while training"
+    config.trainer.val_check_interval = 1
+    config.data.validation_problems = str(models / "problems.jsonl")
     (finding,) = found(config, tmp_path)
-    assert "16 + response 119 = 135 tokens, above the 128 positions" in finding.what
+    assert finding.severity is Severity.warning
+    assert "is 30000 and the student's 128 positions leave 120 tokens" in finding.what
+    config.evaluation.max_response_length = 120
+    assert not found(config, tmp_path)
 
 
 def test_padding_of_both_vocabularies_is_told(config, tmp_path):
@@ -242,14 +245,6 @@ def test_room_for_the_teacher_cache(config, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_free", lambda path: 10 if path.name == "cache" else 10**12)
     (finding,) = found(config, tmp_path)
     assert finding.where == "teacher.cache_dir" and finding.severity is Severity.warning
-
-
-def test_a_server_of_our_own_needs_vllm(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
-    assert [f.where for f in found(config, tmp_path)] == ["rollout"]
-    config.rollout = RolloutConfig(endpoints=["http://elsewhere:8000"])
-    config.exp_manager = ExpManagerSettings()
-    assert found(config, tmp_path) == []
 
 
 def test_a_gpu_that_is_too_small_is_a_warning(config, tmp_path, monkeypatch):

@@ -75,7 +75,8 @@ def test_a_killed_client_loses_only_what_was_in_flight_and_counts_nothing_twice(
     assert keys == [(p.id, k) for p in PROBLEMS for k in range(4)]
     found = [(row["problem_id"], row["sample"]) for row in stored(tmp_path)]
     assert sorted(found) == sorted(keys), "each once"
-    assert len(server.bodies) <= len(PROBLEMS) + 3 * 4, "four were in flight at each kill"
+    # at each kill four were in flight, and on a busy machine as many answers were being stored
+    assert len(server.bodies) <= len(PROBLEMS) + 3 * 8
     assert len({(body["seed"]) for body in server.bodies}) == len(PROBLEMS)
 
 

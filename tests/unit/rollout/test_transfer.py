@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import threading
 
 import httpx
 import pytest
@@ -13,11 +14,12 @@ from vllm.entrypoints.rl.online import api_router
 from vllm.entrypoints.serve.dev.sleep import api_router as sleep_router
 
 from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement, WeightSwap
-from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.errors import ConfigError, RolloutError, WeightsLost
 from nemo_paced.rollout import backends
 from nemo_paced.rollout.backends import choose_backend
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.replicas import Replicas
+from nemo_paced.rollout.server_weights import ServerWeights
 from nemo_paced.rollout.weight_sync import WeightSync, _json_safe
 
 HERE, ELSEWHERE = ["127.0.0.1"], ["127.0.0.1", "10.0.0.7"]
@@ -158,3 +160,35 @@ def test_the_routes_that_we_call_are_in_vllm():
     assert {"/sleep", "/wake_up"} <= routes(sleep_router)
     taken = inspect.signature(sleep_router.sleep).parameters
     assert {"level", "mode"} <= taken.keys()
+
+
+def test_an_update_that_is_given_up_leaves_the_weights_to_others(monkeypatch, tmp_path):
+    """A thread that samples waits for an update, and must not wait for one that failed."""
+    client, _ = servers(monkeypatch, lambda host, path: {"weight_version": "3"})
+    weights = ServerWeights(client, RefitBackend.gloo, WeightSwap.between_requests, tmp_path)
+    monkeypatch.setattr(weights, "_compare", lambda: None)
+    weights._sent = "3"
+    looked = []
+    for end in (weights.finish, weights.abandon):
+        assert weights.begin("3") is None, "the group stands"
+        thread = threading.Thread(target=lambda: looked.append(weights.usable()))
+        thread.start()
+        thread.join(0.2)
+        assert not looked, "it waits"
+        end()
+        thread.join(10)
+        assert not thread.is_alive() and looked.pop() == client.endpoints
+    weights.abandon()  # twice is once
+
+
+def test_servers_without_the_weights_are_left_out_until_none_has_them(monkeypatch, tmp_path):
+    versions = {"a": "3", "b": "default"}
+    client, _ = servers(monkeypatch, lambda host, path: {"weight_version": versions[host]})
+    weights = ServerWeights(client, RefitBackend.gloo, WeightSwap.between_requests, tmp_path)
+    assert weights.usable() == client.endpoints, "none was ever sent"
+    weights._sent = "3"
+    assert weights.usable() == ["http://a:1"]
+    assert weights.current("http://a:1") and not weights.current("http://b:1")
+    versions["a"] = "default"
+    with pytest.raises(WeightsLost, match="lost the weights of step 3"):
+        weights.usable()

@@ -196,6 +196,67 @@ def test_decoding_is_bound_by_bandwidth_until_many_sequences():
     assert rate(1) == pytest.approx(1 / (16.06e9 / (0.7 * 3.35e12) + 0.004), rel=0.1)
 
 
+def test_replicas_share_the_requests():
+    server = Server(1, 70 * GIB, 64)
+    one, four = (
+        rollout_seconds(
+            LLAMA3_8B, 512, WORK, H100, replace(server, replicas=count), Assumptions()
+        )
+        for count in (1, 4)
+    )  # fmt: skip
+    assert four == pytest.approx(one / 4)
+    last = replace(server, replicas=4)
+    uneven = rollout_seconds(LLAMA3_8B, 5, WORK, H100, last, Assumptions())
+    assert uneven == rollout_seconds(LLAMA3_8B, 2, WORK, H100, server, Assumptions())
+
+
+@pytest.mark.parametrize(
+    ("layout", "servers", "stages"),
+    [
+        (Layout(pipeline=4), 1, 1),
+        (Layout(pipeline=4), 3, 3),
+        (Layout(tensor=2, pipeline=2), 2, 1),  # both GPUs of the first stage
+        (Layout(tensor=2, pipeline=2), 3, 2),
+        (Layout(data=4), 4, 1),
+        (Layout(), 8, 1),
+    ],
+)
+def test_servers_lie_on_the_first_gpus_whatever_stage_is_there(layout, servers, stages):
+    assert Server(1, GIB, 8, servers).stages(layout) == stages
+    assert Server(servers, GIB, 8).stages(layout) == stages
+
+
+def test_the_fullest_gpu_counts_the_servers_of_its_stage():
+    layout = Layout(pipeline=4, recompute=Recompute.full)
+    plan = TeacherPlan(layout, Placement.colocated)
+
+    def needed(server):
+        return evaluate(replace(problem(), server=server), layout, plan, WORK)
+
+    peaks = [stage.peak for stage in needed(None).stages]
+    assert max(peaks) == peaks[-1] > peaks[0], "the LM heads and the loss are on the last stage"
+    reserve = Assumptions().reserve
+    assert needed(None).needed == max(peaks) + reserve
+    assert needed(SERVER).needed == max(peaks[0] + SERVER.memory, *peaks[1:]) + reserve
+    everywhere = replace(SERVER, replicas=4)
+    assert needed(everywhere).needed == max(peaks) + SERVER.memory + reserve
+    small = replace(everywhere, memory=GIB)
+    assert needed(small).fits and not needed(replace(small, replicas=5)).fits, "of four GPUs"
+
+
+def test_a_separate_teachers_gpu_counts_the_server_on_it():
+    plan = TeacherPlan(Layout(), Placement.separate)
+    work = replace(WORK, response=64, prompt=64)  # the teacher's GPU is the fullest
+    one, two = (
+        evaluate(
+            replace(problem(), server=replace(SERVER, memory=GIB, replicas=count)),
+            Layout(), plan, work,
+        ).needed
+        for count in (1, 2)
+    )  # fmt: skip
+    assert two == one + GIB
+
+
 def test_nemo_rls_nightly_distillation_fits_and_takes_its_order_of_time():
     """Qwen 32B -> 1.7B on 8 H100, TP2 PP2 CP2, packed: < 75 GB and < 50 s a step; its batch is not
     published with it: 64 prompts of 8,192 tokens taken here."""

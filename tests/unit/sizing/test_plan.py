@@ -28,6 +28,26 @@ def test_a_plan_says_what_fits_and_on_what_assumptions(capsys):
     assert "cheapest (1 GPUs)" in printed and "MFU 50%" in printed and "8 + 12" in printed
 
 
+def test_the_servers_of_a_plan_are_the_replicas_or_the_endpoints(capsys):
+    devices = [*QUICKSTART, "trainer.devices=4", "--nodes", "1", "--gpus-per-node", "4"]
+    colocated = [*devices, "rollout.placement=colocated"]
+    assert main([*colocated, "rollout.num_replicas=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "rollout server (the first 2 GPUs)" in printed
+    assert "rollout servers: 2 of 1 GPU, on the trainer's first 2; KV cache" in printed
+    assert main([*colocated, "rollout.num_replicas=8"]) == 0
+    printed = capsys.readouterr().out
+    assert "the rollout servers need 4 GPUs more than the first node has" in printed
+    assert "no layout of 4 GPUs fits" in printed
+    assert main([*devices, "rollout.num_replicas=8"]) == 0
+    assert "8 of 1 GPU, 8 GPUs beside those counted" in capsys.readouterr().out
+    endpoints = "rollout.endpoints=[http://a:1,http://b:1,http://c:1]"
+    assert main([*devices, endpoints, "rollout.tensor_parallel_size=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "rollout server (" not in printed
+    assert "3 of 2 GPUs, 6 GPUs beside those counted" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

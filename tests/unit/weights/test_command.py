@@ -5,6 +5,7 @@ from nemo_paced.cli import main
 from nemo_paced.config import WeightsConfig
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.pass_rates import PassRateTable
+from tests.unit.analysis.test_snr_plan import record
 
 PROBLEMS = [Problem(f"p{i:03d}", "x", "1") for i in range(200)]
 
@@ -31,6 +32,22 @@ def test_weights_prints_exponents_prior_and_shares(tmp_path, capsys):
     assert (alpha, beta) == pytest.approx((1, 2), abs=0.6)
     assert "200 problems, 64 rollouts each (mean), student step 3" in printed
     assert "effective sample size" in printed and "0.9 to 1.0" in printed
+    for signal, ratio in (("0.25", "0.844"), ("0.34", "0.999"), ("0.5", "1.200")):
+        assert f"R = {ratio} with assumed a_s = {signal}, b_s = {signal} (signal)" in printed
+
+
+def test_the_variance_ratio_may_be_of_what_was_measured(tmp_path, capsys):
+    table = write_table(tmp_path / "t.parquet", [8] * 200)
+    made = record(lambda p: (p * (1 - p)) ** 0.5, lambda p: 1.0)  # a_s = b_s = 1/2
+    made.write(tmp_path / "snr.json")
+    arguments = ["weights", "--pass-rates", str(table), "--snr", str(tmp_path / "snr.json")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("R = ") == 1 and "measured a_s = 0.5" in printed
+    ratio = float(printed.split("R = ")[1].split()[0])
+    assert ratio == pytest.approx(1.2, abs=0.05)
+    assert main([*arguments, "weights.scheme=unweighted"]) == 0
+    assert "R = " not in capsys.readouterr().out
 
 
 def test_an_estimator_that_the_table_does_not_fit_is_refused(tmp_path, capsys):

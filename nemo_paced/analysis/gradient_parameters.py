@@ -1,0 +1,67 @@
+"""What the gradient of a problem is taken of: the LM head's use of its weight, and last layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nemo_paced.hf.model import PacedGPTModel
+from nemo_paced.training.output_layer import DivergenceOutputLayer
+
+
+class HeadGradientLayer(DivergenceOutputLayer):
+    """An output layer whose weight is a leaf of its own: gradients end here, tied or not."""
+
+    head: torch.Tensor | None = None
+
+    def forward(
+        self,
+        input_: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        self.head = (self.weight if weight is None else weight).detach().requires_grad_()
+        with torch.enable_grad():
+            return super().forward(input_, self.head, runtime_gather_output)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A parameter beside the head.
+
+    Attributes:
+        parts: whether tensor-parallel ranks hold different parts of it.
+        partial: whether the copies' gradients are to be summed over the tensor-parallel group.
+    """
+
+    parameter: torch.nn.Parameter
+    parts: bool
+    partial: bool
+
+
+def measure_layers(gpt: PacedGPTModel, count: int) -> list[Measured]:
+    """Have the parameters of the last ``count`` layers and of the final norm differentiated.
+
+    What comes before runs without a graph; the caller's ``no_grad`` ends the mode set here.
+    """
+    layers = gpt.decoder.layers[-count:]
+    layers[0].register_forward_pre_hook(_begin_graph, with_kwargs=True)
+    return [
+        Measured(
+            parameter.requires_grad_(),
+            parts=getattr(parameter, "tensor_model_parallel", False),
+            # as Megatron's finalize_model_grads has it: a rank has seen its own part of the
+            # sequence, or its own heads
+            partial=getattr(parameter, "sequence_parallel", False)
+            or "q_layernorm" in name
+            or "k_layernorm" in name,
+        )
+        for module in (*layers, gpt.decoder.final_layernorm)
+        for name, parameter in module.named_parameters()
+    ]
+
+
+def _begin_graph(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    torch.set_grad_enabled(True)
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}

@@ -1,0 +1,32 @@
+"""The section of a report about the gradient SNR of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_paced.analysis.sections import Section
+from nemo_paced.analysis.snr_figure import snr_svg
+from nemo_paced.analysis.snr_record import FOLDER, SnrRecord
+from nemo_paced.analysis.snr_summary import summarise
+from nemo_paced.analysis.snr_text import lead, sentences, table_rows
+
+
+def snr_section(run_dir: Path) -> list[Section]:
+    """A section a measurement of the run, by step; none where nothing was measured.
+
+    Raises:
+        ConfigError: a file of them cannot be read.
+    """
+    sections = []
+    for path in sorted((run_dir / FOLDER).glob("*.json")):
+        record = SnrRecord.read(path)
+        summary = summarise(record)
+        sections.append(
+            Section(
+                f"Gradient signal-to-noise ratio, {record.divergence} at step {record.step}",
+                svg=snr_svg(record, summary),
+                table=table_rows(summary),
+                note=". ".join([lead(record), *sentences(record, summary)]) + ".",
+            )
+        )
+    return sections

@@ -1,0 +1,128 @@
+"""A measurement of SNR in words: the table and the sentences that ``snr`` prints."""
+
+from __future__ import annotations
+
+import math
+
+from nemo_paced.analysis.snr import Estimate
+from nemo_paced.analysis.snr_record import SnrRecord
+from nemo_paced.analysis.snr_summary import End, Summary
+
+LARGER = 1.5  # times the middle's gradient norm, from which on it is worth a sentence
+HEADINGS = ("pass rate", "mean p", "problems", "plain SNR", "SNR", "95 %", "mean ||g||")
+
+
+def table_rows(summary: Summary) -> list[list[str]]:
+    """Headings, then a row a bin.
+
+    ``mean p`` is the posterior mean pass rate, ``problems`` the measured ones of all, ``SNR`` the
+    unbiased one with its interval, ``mean ||g||`` the gradient norm with its standard error.
+    """
+    rows = [list(HEADINGS)]
+    for row in summary.rows:
+        place = f"{row.bin.low:.2f}-{row.bin.high:.2f}"
+        found = row.found
+        if found is None:
+            rows.append([place, "-", f"0/{row.bin.available}", "-", "-", "-", "-"])
+            continue
+        low, high = (max(x, 0) ** 0.5 for x in (found.snr_squared.low, found.snr_squared.high))
+        rows.append(
+            [
+                place,
+                f"{row.bin.expected_pass_rate:.3f}",
+                f"{found.problems}/{row.bin.available}",
+                f"{found.plain.value:.3f}",
+                f"{found.snr:.3f}",
+                f"{low:.3f}-{high:.3f}",
+                f"{found.gradient_norm.value:.3g}±{found.gradient_norm.standard_error:.2g}",
+            ]
+        )
+    return rows
+
+
+def lead(record: SnrRecord) -> str:
+    """What was measured."""
+    what = "LM head"
+    if layers := record.identity["last_layers"]:
+        what += f" and last {layers} layers" if layers > 1 else " and last layer"
+    text = f"{record.divergence} along {record.responses}, gradient of the {what}, step "
+    text += f"{record.step}, pass rates of step {record.pass_rates_step}"
+    return text if record.complete else f"{text}; not complete yet"
+
+
+def sentences(record: SnrRecord, summary: Summary) -> list[str]:
+    """Exponents, delta, variance ratio, ends: one a line."""
+    lines = [*_law_lines(record, summary), *_deviation_lines(record, summary)]
+    for name, end in (("0", summary.low_end), ("1", summary.high_end)):
+        if end is not None:
+            lines += _end_lines(name, end)
+    return lines
+
+
+def _law_lines(record: SnrRecord, summary: Summary) -> list[str]:
+    law, signal = summary.snr_law, summary.signal_law
+    if law is None:
+        return ["SNR^2 ~ p^a' (1-p)^b': too few bins with a signal to fit"]
+    lines = [f"SNR^2 ~ p^a' (1-p)^b': a' = {_with_interval(law.a)}, b' = {_with_interval(law.b)}"]
+    if signal is not None and summary.variance_ratio is not None:
+        lines.append(
+            f"variance of the weighted over the unweighted gradient: R = "
+            f"{summary.variance_ratio:.3f} (uniform pass rates; alpha {record.alpha:g}, beta "
+            f"{record.beta:g}; measured a_s = {signal.a.value / 2:.2f}, b_s = "
+            f"{signal.b.value / 2:.2f}, a' = {law.a.value:.2f}, b' = {law.b.value:.2f})"
+        )
+    elif signal is not None:
+        lines.append("variance ratio R: none, the fitted noise has no mean over pass rates")
+    return lines
+
+
+def _deviation_lines(record: SnrRecord, summary: Summary) -> list[str]:
+    found = summary.deviation
+    if found is None:
+        return ["delta: no two bins have a SNR^2 above two standard errors; measure more problems"]
+    kernel = f"p^{record.alpha:g} (1-p)^{record.beta:g}"
+    high = f"{found.high:.2f}" if math.isfinite(found.high) else "unbounded"
+    lines = [
+        f"delta of {kernel} (half the range of log w*/kernel): {found.corrected:.2f}, 95 % "
+        f"interval {found.low:.2f} to {high}; {found.delta:.2f} before the correction for noise, "
+        f"which alone would show {found.noise:.2f}",
+        f"efficiency sech^2(delta): {found.efficiency:.2f}; guaranteed with 95 % confidence, over "
+        f"the pass rates measured: {found.guaranteed_efficiency:.2f}",
+    ]
+    measured = sum(row.found is not None for row in summary.rows)
+    if found.bins < measured:
+        lines.append(
+            f"only {found.bins} of {measured} bins have a SNR^2 above two standard errors: the "
+            "point estimate of delta is of those alone, its interval of all"
+        )
+    if not math.isfinite(found.high):
+        lines.append("delta is unbounded: in some bin SNR may be 0; more problems would bound it")
+    return lines
+
+
+def _end_lines(name: str, end: End) -> list[str]:
+    at = f"at pass rate {end.pass_rate:.3f}"
+    measured = f"w* is {end.ratio:.2f} ± {end.standard_error:.2f} times the middle's"
+    if end.vanishes:
+        return [f"towards pass rate {name}: {at} {measured}, the kernel {end.kernel:.2f} times"]
+    lines = [
+        f"SNR does NOT vanish towards pass rate {name} as the kernel assumes: {at} {measured}, "
+        f"the kernel {end.kernel:.2f} times"
+    ]
+    if end.norm_ratio > LARGER:
+        hopeless = "hopeless" if name == "0" else "mastered"
+        lines.append(
+            f"what the kernel does there: it holds down the gradients of {hopeless} problems, "
+            f"whose norm is {end.norm_ratio:.1f} times that of problems in the middle; its "
+            "derivation from SNR does not cover that"
+        )
+    else:
+        lines.append(
+            f"what the kernel does there: it gives up gradients with a signal, whose norm is "
+            f"{end.norm_ratio:.2f} times that of problems in the middle"
+        )
+    return lines
+
+
+def _with_interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

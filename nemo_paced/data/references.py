@@ -1,0 +1,130 @@
+"""references.jsonl: a line a problem, with y_T and what its verdict made of it.
+
+``id`` and ``response_ids`` (or ``response`` as text) are what is read. A problem without a
+reference says ``"dropped": true``; one that is merely missing is a mistake.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_paced.config import ReferencesConfig, WrongReferences
+from nemo_paced.errors import ConfigError
+from nemo_paced.hf.tokenizer import Prompts
+from nemo_paced.records import Problem, Response, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What became of a problem's attempts.
+
+    Attributes:
+        rollout: the first right one, else the first.
+        attempts: samples that were graded.
+        dropped: it is wrong and not to be trained along.
+    """
+
+    rollout: Rollout
+    attempts: int
+    dropped: bool
+
+    def to_row(self) -> dict[str, Any]:
+        """A dropped problem has no ids, but what was answered."""
+        rollout = self.rollout
+        what = {"dropped": True} if self.dropped else {"response_ids": rollout.response_ids}
+        return {
+            "id": rollout.problem_id,
+            **what,
+            "truncated": rollout.truncated,
+            "correct": rollout.correct,
+            "attempts": self.attempts,
+            "response": rollout.text,
+        }
+
+
+def write_references(path: Path, references: Sequence[Reference]) -> None:
+    """In place of an earlier file only when whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r.to_row()) + "\n" for r in references))
+    os.replace(temporary, path)
+
+
+def read_references(
+    path: Path, problems: Sequence[Problem], prompts: Prompts
+) -> dict[str, Response]:
+    """Responses by problem id; a problem marked as dropped is left out.
+
+    Raises:
+        ConfigError: no such file, a malformed line, problems that it lacks, or only dropped ones.
+    """
+    found: dict[str, Response | None] = {}
+    for where, row in _rows(path):
+        try:
+            found[row["id"]] = None if row.get("dropped", False) else _response(row, prompts)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(_malformed(where, error)) from error
+    absent = [problem.id for problem in problems if problem.id not in found]
+    if absent:
+        raise ConfigError(
+            f"{path} lacks {len(absent)} of the {len(problems)} problems ({', '.join(absent[:3])})"
+        )
+    responses = {i: response for i, response in found.items() if response is not None}
+    if not any(problem.id in responses for problem in problems):
+        raise ConfigError(
+            f"{path}: the references of all {len(problems)} problems are dropped, and nothing is "
+            "left to train along; set references.wrong=keep, raise references.max_attempts, or "
+            "check the verifier (grading.verifier) on a few of the responses in it"
+        )
+    return responses
+
+
+def made_with(path: Path, settings: ReferencesConfig) -> bool:
+    """Whether the file is what ``references.wrong`` and its attempts make of the same samples.
+
+    Raises:
+        ConfigError: a malformed line.
+    """
+    drop = settings.wrong is WrongReferences.drop
+    for _, row in _rows(path):
+        attempts = row.get("attempts", 1)
+        if row.get("correct"):
+            alike = attempts <= settings.attempts
+        else:
+            alike = attempts == settings.attempts and row.get("dropped", False) is drop
+        if not alike:
+            return False
+    return True
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's place and object."""
+    if not path.is_file():
+        raise ConfigError(f"references.path is {str(path)!r}: no such file")
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"it is a {type(row).__name__}")
+            except ValueError as error:
+                raise ConfigError(_malformed(where, error)) from error
+            yield where, row
+
+
+def _malformed(where: str, error: Exception) -> str:
+    return (
+        f"{where}: a JSON object with id and response_ids (or response) is needed, or id and "
+        f'"dropped": true: {error!r}'
+    )
+
+
+def _response(row: dict[str, Any], prompts: Prompts) -> Response:
+    ids = tuple(row["response_ids"]) if "response_ids" in row else None
+    ids = ids or prompts.response(row["response"])
+    return Response(f"{row['id']}/reference", row["id"], ids, bool(row.get("truncated", False)))

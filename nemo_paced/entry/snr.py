@@ -1,0 +1,161 @@
+"""``nemo-paced snr``: gradient signal-to-noise ratio against pass rate."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nemo_paced.compose import run_directory, with_config
+from nemo_paced.config import PacedConfig
+from nemo_paced.errors import ConfigError
+from nemo_paced.logs import launcher_rank
+
+
+def main(arguments: list[str]) -> None:
+    """The command ``snr``."""
+    parser = argparse.ArgumentParser(prog="nemo-paced snr", allow_abbrev=False)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--pass-rates", type=Path)
+    parser.add_argument("--out", type=Path)
+    for flag in ("--config-name", "--config-path", "--cfg"):
+        parser.add_argument(flag)
+    known, rest = parser.parse_known_args(arguments)
+    models = [Path(a) for a in rest if "=" not in a and not a.startswith("-")]
+    if len(models) > 1:
+        raise ConfigError(f"snr takes one run, checkpoint or model; {len(models)} were given")
+    model = models[0].absolute() if models else None
+    if model is not None and not model.is_dir():
+        raise ConfigError(
+            f"{str(model)!r} is no directory: give a run directory, a checkpoint or a Hugging Face "
+            "directory"
+        )
+    overrides = [a for a in rest if Path(a) not in models]
+    if known.pass_rates is not None:
+        overrides.append(f"snr.pass_rates={known.pass_rates}")
+    run_dir = None if model is None else _run_of(model)
+    # a run may be older than a key of this block: ++ sets it either way, and the schema checks it
+    overrides = [f"++{a}" if a.startswith("snr.") else a for a in overrides]
+    given = _config_arguments(known, run_dir)
+    with_config([*given, *overrides], lambda config: _snr(config, known, model, run_dir))
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run that a model lies in: RUN, RUN/hf or RUN/checkpoints/step_..."""
+    for folder in (model, *model.parents[:2]):
+        if (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists():
+            return folder
+    return None
+
+
+def _config_arguments(known: argparse.Namespace, run_dir: Path | None) -> list[str]:
+    """The recipe that was asked for, else the run's own, without its servers."""
+    given: list[str] = []
+    for flag in ("config_path", "config_name", "cfg"):
+        if value := getattr(known, flag):
+            given += [f"--{flag.replace('_', '-')}", value]
+    if run_dir is None or known.config_name:
+        return given
+    own = ["--config-path", str(run_dir), "--config-name", "config"]
+    return [*given, *own, "rollout.endpoints=[]", "references.endpoints=[]"]
+
+
+def _snr(
+    config: PacedConfig, known: argparse.Namespace, model: Path | None, run_dir: Path | None
+) -> None:
+    from nemo_paced.analysis.snr_plan import check_settings, find_pass_rates, step_of
+    from nemo_paced.entry.launch import join_launcher, launch
+    from nemo_paced.preflight import models as model_checks
+    from nemo_paced.preflight.checks import check_inputs
+    from nemo_paced.preflight.findings import refuse
+    from nemo_paced.training.prepare import save_config
+
+    run_dir = run_dir or run_directory(config)
+    model = _resolve(config, model, run_dir, known.step)
+    out = (known.out or _default_out(config, model, run_dir)).absolute()
+    join_launcher()
+    if launcher_rank() == 0:
+        check_settings(config)
+        find_pass_rates(config, run_dir, model, step_of(model))
+        checks = (model_checks.layouts, model_checks.vocabularies, model_checks.sequence_limits)
+        refuse(check_inputs(config, run_dir, checks))
+    with tempfile.TemporaryDirectory(prefix="nemo-paced-") as folder:
+        save_config(_absolute(config), Path(folder))
+        launch("snr", config, Path(folder) / "config.yaml", run_dir, model, out)
+    if launcher_rank() == 0:
+        show(out, Console())
+
+
+def show(path: Path, console: Console) -> None:
+    """Print a measurement and draw its figure beside it."""
+    from nemo_paced.analysis.snr_figure import write_png
+    from nemo_paced.analysis.snr_record import SnrRecord
+    from nemo_paced.analysis.snr_summary import summarise
+    from nemo_paced.analysis.snr_text import lead, sentences, table_rows
+
+    record = SnrRecord.read(path)
+    summary = summarise(record)
+    headings, *rows = table_rows(summary)
+    console.print(lead(record), highlight=False, soft_wrap=True)
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for line in sentences(record, summary):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    figure = path.with_suffix(".png")
+    write_png(record, summary, figure)
+    console.print(f"written: {path}\n         {figure}", highlight=False, soft_wrap=True)
+
+
+def _resolve(config: PacedConfig, model: Path | None, run_dir: Path, step: int | None) -> Path:
+    """The checkpoint or Hugging Face directory that is measured."""
+    from nemo_paced.training.checkpoint_files import checkpoint_dir, checkpoints, newest_whole
+
+    if model is not None and model != run_dir:
+        if step is not None:
+            raise ConfigError(f"--step is of a run, and {model} is one model: leave it out")
+        if not any((model / name).exists() for name in ("config.json", "metadata.json")):
+            raise ConfigError(
+                f"{model} is neither a run directory, nor a checkpoint (metadata.json), nor a "
+                "Hugging Face directory (config.json)"
+            )
+        return model
+    start = Path(config.student.hf_path).absolute()
+    if step == 0:
+        return start
+    if step is None:
+        return newest_whole(run_dir) or start
+    found = checkpoint_dir(run_dir, step)
+    if found not in checkpoints(run_dir):
+        there = ", ".join(str(int(p.name.removeprefix("step_"))) for p in checkpoints(run_dir))
+        raise ConfigError(
+            f"--step is {step}, and {run_dir} has checkpoints of the steps {there or '(none)'}; 0 "
+            "is the model that training began with"
+        )
+    return found
+
+
+def _default_out(config: PacedConfig, model: Path, run_dir: Path) -> Path:
+    from nemo_paced.analysis.snr_plan import step_of, what_is_measured
+    from nemo_paced.analysis.snr_record import FOLDER
+
+    start = Path(config.student.hf_path).absolute()
+    is_of_run = model == start or model.parent == run_dir / "checkpoints"
+    name = f"step_{step_of(model):08d}" if is_of_run else model.name
+    kind, _ = what_is_measured(config)
+    return run_dir / FOLDER / f"{name}_{kind.value}.json"
+
+
+def _absolute(config: PacedConfig) -> PacedConfig:
+    """The table's path as the ranks find it."""
+    if config.snr.pass_rates is None:
+        return config
+    path = str(Path(config.snr.pass_rates).absolute())
+    return replace(config, snr=replace(config.snr, pass_rates=path))

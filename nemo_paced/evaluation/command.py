@@ -1,0 +1,232 @@
+"""The command ``evaluate``: which models on what, then :mod:`nemo_paced.evaluation.run`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from nemo_paced.compose import with_config
+from nemo_paced.config import PacedConfig
+from nemo_paced.data.problems import load_problems
+from nemo_paced.errors import ConfigError
+from nemo_paced.evaluation.limits import Limits
+from nemo_paced.evaluation.lm_eval_tasks import load_suites
+from nemo_paced.evaluation.results import (
+    Results,
+    ResultsFile,
+    Source,
+    different_settings,
+    installed_versions,
+)
+from nemo_paced.evaluation.run import Job
+from nemo_paced.evaluation.tables import show
+from nemo_paced.hf.tokenizer import Prompts
+from nemo_paced.records import Problem
+from nemo_paced.training.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+Problems = dict[str, list[Problem]]
+
+
+def main(arguments: list[str]) -> None:
+    """The command ``evaluate``."""
+    parser = argparse.ArgumentParser(prog="nemo-paced evaluate", allow_abbrev=False)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--problems", action="append", default=[], metavar="[NAME=]FILE")
+    parser.add_argument("--lm-eval", metavar="TASK,...")
+    parser.add_argument("--lm-eval-tasks", type=Path, metavar="DIR")
+    parser.add_argument("--lm-eval-args", metavar="KEY=VALUE,...")
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--baseline", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--config-name")
+    parser.add_argument("--config-path")
+    known, overrides = parser.parse_known_args(arguments)
+    if not known.model.is_dir():
+        raise ConfigError(_no_model(known.model))
+    if known.baseline is not None and not known.baseline.exists():
+        raise ConfigError(f"{_no_model(known.baseline)}, or the results.json of an evaluation")
+    problems = load_named(known.problems)  # a mistake here need not wait for the configuration
+    with_config(
+        [*_config_arguments(known), *_short_overrides(known), *overrides],
+        lambda config: _evaluate(config, known, problems),
+    )
+
+
+def load_named(named: Sequence[str]) -> Problems:
+    """Problem files by suite: the name in ``NAME=FILE``, else the file's own.
+
+    Raises:
+        ConfigError: two of one name, or a file that is no problem file.
+    """
+    problems: Problems = {}
+    for text in named:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).stem, text
+        if name in problems:
+            raise ConfigError(f"--problems: two files are named {name!r}; say NAME=FILE")
+        problems[name] = load_problems(path, key="--problems")
+    return problems
+
+
+def own_problems(config: PacedConfig) -> Problems:
+    """The held-out problems that the configuration names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    files = {
+        "heldout": config.data.validation_problems,
+        "forgetting": config.data.forgetting_problems,
+    }
+    problems = load_named([f"{name}={path}" for name, path in files.items() if path])
+    if not problems:
+        raise ConfigError(
+            "neither --problems nor --lm-eval is given and the configuration has neither "
+            "data.validation_problems nor data.forgetting_problems: give a file or a task"
+        )
+    return problems
+
+
+def _no_model(path: Path) -> str:
+    return (
+        f"{str(path)!r} is no directory: give a Hugging Face directory, a checkpoint or a run "
+        "directory"
+    )
+
+
+def _short_overrides(arguments: argparse.Namespace) -> list[str]:
+    """Flags that are short for settings."""
+    block, given = "evaluation.lm_eval", []
+    if arguments.samples is not None:
+        given.append(f"evaluation.samples={arguments.samples}")
+    if arguments.lm_eval:
+        given.append(f"{block}.tasks=[{arguments.lm_eval}]")
+    if arguments.lm_eval_tasks:
+        given.append(f"{block}.include_path='{arguments.lm_eval_tasks.absolute()}'")
+    if arguments.lm_eval_args:
+        given += [f"{block}.{pair}" for pair in arguments.lm_eval_args.split(",")]
+    return given
+
+
+def _config_arguments(arguments: argparse.Namespace) -> list[str]:
+    """The recipe that was asked for, else that of the run which the model lies in.
+
+    A model is asked with the prompts it was trained with; another template would measure that.
+    """
+    given: list[str] = []
+    for flag in ("config_path", "config_name"):
+        if value := getattr(arguments, flag):
+            given += [f"--{flag.replace('_', '-')}", value]
+    model = arguments.model.absolute()
+    for folder in (model, *model.parents[:2]):  # RUN, RUN/hf or RUN/checkpoints/step_...
+        if not given and (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists():
+            Console(stderr=True).print(f"configuration of the run: {folder / 'config.yaml'}")
+            own = ["--config-path", str(folder), "--config-name", "config"]
+            return [*own, "rollout.endpoints=[]"]  # the servers of then
+    return given
+
+
+def _evaluate(config: PacedConfig, arguments: argparse.Namespace, problems: Problems) -> None:
+    tasks = load_suites(config.evaluation.lm_eval)
+    if not problems and not tasks:
+        problems = own_problems(config)
+    if twice := problems.keys() & tasks.keys():
+        raise ConfigError(f"{min(twice)!r} is the name of a problem file and of a task: rename it")
+    given = _given_models(config, arguments)
+    with progress_bar() as bar, tempfile.TemporaryDirectory(prefix="nemo-paced-") as scratch:
+        models = {label: _as_hf(path, Path(scratch) / label) for label, path in given.items()}
+        longest = _longest_prompt(config, models, problems)
+        limits = Limits.of(config, models, longest_prompt=longest, lm_eval=bool(tasks))
+        job = Job(config, problems, tasks, limits)
+        earlier = _earlier(arguments.baseline, job)
+        sources = {label: Source.of(given[label], folder) for label, folder in models.items()}
+        out = arguments.out or _default_out(config, sources["model"])
+        work = out.parent / "evaluation"
+        results: Results = dict(earlier.models)
+        for label, folder in models.items():
+            results[label] = job.ask(
+                folder, work / sources[label].fingerprint, label=label, bar=bar
+            )
+    sources = earlier.sources | sources
+    ResultsFile(results, job.settings, job.asked, sources, installed_versions()).write(out)
+    show(Console(), results, job.settings)
+    Console(stderr=True).print(f"written: {out}", soft_wrap=True)
+
+
+def _given_models(config: PacedConfig, arguments: argparse.Namespace) -> dict[str, Path]:
+    """By label, the baseline first; without one that is a results file.
+
+    Raises:
+        ConfigError: two models for servers that run already.
+    """
+    paths = {"baseline": arguments.baseline, "model": arguments.model}
+    given = {label: path for label, path in paths.items() if path is not None and path.is_dir()}
+    if config.rollout.endpoints and len(given) > 1:
+        raise ConfigError(
+            "rollout.endpoints is set and --baseline is a model: running servers hold one model; "
+            "evaluate each at its own, then give the baseline's results.json as --baseline"
+        )
+    return given
+
+
+def _as_hf(path: Path, scratch: Path) -> Path:
+    """A Hugging Face directory as it is; a checkpoint exported to scratch space."""
+    if (path / "config.json").exists():
+        return path
+    from nemo_paced.training.convert import export_hf
+
+    export_hf(PacedConfig(), path, scratch)
+    return scratch
+
+
+def _longest_prompt(config: PacedConfig, models: dict[str, Path], problems: Problems) -> int:
+    """Tokens; 0 without problems. A prompt above data.max_prompt_length is named here."""
+    if not problems:
+        return 0
+    prompts = [
+        Prompts(folder, config.data, config.teacher.privileged_context)
+        for folder in models.values()
+    ]
+    return max(len(p.student(q)) for p in prompts for suite in problems.values() for q in suite)
+
+
+def _earlier(baseline: Path | None, job: Job) -> ResultsFile:
+    """The baseline's part of a results file, where ``--baseline`` is one; else an empty one.
+
+    Raises:
+        ConfigError: it was asked otherwise, or lacks a suite.
+    """
+    if baseline is None or baseline.is_dir():
+        return ResultsFile({}, {})
+    file = ResultsFile.read(baseline)
+    label = "model" if "model" in file.models else next(iter(file.models))
+    suites = [*job.problems, *job.tasks]
+    if missing := [suite for suite in suites if suite not in file.models[label]]:
+        raise ConfigError(f"--baseline {baseline} has no suite {missing[0]!r}: evaluate it on that")
+    if others := [s for s, digest in job.asked.items() if file.asked.get(s) != digest]:
+        raise ConfigError(
+            f"--baseline {baseline}: its {others[0]!r} holds other problems, or asked them with "
+            "another prompt; evaluate both on the same"
+        )
+    if different := different_settings(file.settings, job.settings):
+        told = (f"{k} {file.settings.get(k)!r}, now {job.settings[k]!r}" for k in different)
+        raise ConfigError(
+            f"--baseline {baseline} was asked otherwise ({'; '.join(told)}): what is compared must "
+            "be asked alike"
+        )
+    kept = {suite: file.models[label][suite] for suite in suites}
+    sources = {"baseline": file.sources[label]} if label in file.sources else {}
+    return ResultsFile({"baseline": kept}, {}, {}, sources)
+
+
+def _default_out(config: PacedConfig, source: Source) -> Path:
+    name = f"{Path(source.path).absolute().name}-{source.fingerprint[:8]}"
+    return Path(config.exp_manager.exp_dir) / "evaluation" / name / "results.json"

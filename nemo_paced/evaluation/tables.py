@@ -1,0 +1,115 @@
+"""What ``evaluate`` prints: accuracies by suite, lm-eval's tasks, and what was forgotten."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from nemo_paced.evaluation.results import Results
+from nemo_paced.rollout.accuracy import Accuracy, Difference
+
+WIDE = 100  # columns of a terminal, for pass@k at every k
+NOTE = (
+    "± is one standard error over problems (questions of lm-eval); the interval is two to both "
+    "sides, of differences paired by problem. cut: responses at the token limit (of lm-eval: "
+    "prompts that lost their beginning). tokens: mean length of a response, and p95. One seed: the "
+    "noise of training comes on top."
+)
+
+
+def show(console: Console, results: Results, settings: dict[str, Any]) -> None:
+    """All tables, each model's row under the baseline's."""
+    suites = next(iter(results.values()))
+    sampled = [suite for suite, accuracy in suites.items() if not accuracy.metric]
+    for suite in sampled:
+        console.print(_sampled_table(results, suite, wide=console.width >= WIDE))
+    if len(sampled) < len(suites):
+        console.print(_lm_eval_table(results, [s for s in suites if s not in sampled]))
+    if "baseline" in results:
+        console.print(forgetting_table(results))
+    console.print(NOTE, style="dim")
+    if limit := settings.get("max_tokens_from"):
+        console.print(f"responses: at most {settings['max_tokens']} tokens ({limit})", style="dim")
+
+
+def forgetting_table(results: Results) -> Table:
+    """Baseline minus model, paired by problem, for every suite: above 0 is lost."""
+    table = _table(
+        "Forgetting: baseline - model (above 0 is lost)",
+        ["suite", "baseline", "model", "difference", "interval", "lost", "gained", ""],
+    )
+    for suite, before in results["baseline"].items():
+        after = results["model"][suite]
+        difference = Difference.between(before, after)
+        low, high = difference.interval
+        said = {"better": "forgotten", "worse": "improved"}
+        table.add_row(
+            suite,
+            f"{before.mean:.3f}",
+            f"{after.mean:.3f}",
+            f"{difference.mean:+.3f}",
+            "" if math.isnan(low) else f"{low:+.3f} {high:+.3f}",
+            # of before minus after: what rose was lost
+            str(difference.gained),
+            str(difference.lost),
+            said.get(difference.verdict(), "not shown"),
+        )
+    return table
+
+
+def _sampled_table(results: Results, suite: str, *, wide: bool) -> Table:
+    first = next(iter(results.values()))[suite]
+    ks = [k for k in first.pass_at_powers if k > 1]
+    ks = ks if wide else ks[-1:]
+    k = first.samples
+    title = f"{suite}: {len(first.per_problem)} problems, {k} samples each"
+    heads = [*(f"pass@{k}" for k in ks), f"maj@{k}", "cut", "tokens", "p95"]
+    table = _table(title, ["model", f"mean@{k}", *heads])
+    for label, suites in results.items():
+        a = suites[suite]
+        table.add_row(
+            label,
+            plus_minus(a),
+            *(f"{a.pass_at(k).mean:.3f}" for k in ks),
+            _number(a.majority, ".3f"),
+            f"{a.truncated:.1%}",
+            _number(a.mean_length, ",.0f"),
+            _number(a.p95_length, ",.0f"),
+        )
+    return table
+
+
+def _lm_eval_table(results: Results, suites: list[str]) -> Table:
+    table = _table("lm-eval", ["task", "model", "metric", "value", "questions", "cut"])
+    for suite in suites:
+        for label, measured in results.items():
+            a = measured[suite]
+            table.add_row(
+                suite, label, a.metric, plus_minus(a), str(len(a.per_problem)), f"{a.truncated:.1%}"
+            )
+    return table
+
+
+def plus_minus(accuracy: Accuracy) -> str:
+    """``0.512 ± 0.021``."""
+    error = accuracy.standard_error
+    return f"{accuracy.mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+
+
+def _table(title: str, heads: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in heads:
+        left = head in ("suite", "task", "model", "metric", "")
+        # names give way where a line is too long, numbers do not
+        table.add_column(
+            head, justify="left" if left else "right", no_wrap=not left, overflow="fold"
+        )
+    return table
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)

@@ -1,0 +1,41 @@
+"""What a Hugging Face directory holds, without loading it: its context and which model it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+_BLOCK = 1 << 20
+_BLOCKS = 64
+
+
+def context_length(hf_dir: str | Path) -> int | None:
+    """Positions that the model was made for, rope scaling included; vLLM serves no more.
+
+    ``None`` where ``config.json`` does not say (``max_position_embeddings``).
+    """
+    config = json.loads((Path(hf_dir) / "config.json").read_text())
+    length = config.get("max_position_embeddings")
+    return None if length is None else int(length)
+
+
+def model_fingerprint(hf_dir: str | Path) -> str:
+    """16 hex digits that follow the weights, configuration, tokenizer and chat template.
+
+    Of each weight file its name, size, and 64 blocks of 1 MiB spread evenly (a smaller one whole):
+    training moves every tensor, and hashing all of a large model would take minutes. Copies agree;
+    other shards of the same weights do not.
+    """
+    folder = Path(hf_dir)
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for block in range(min(_BLOCKS, -(-size // _BLOCK))):
+                file.seek(block * max(_BLOCK, size // _BLOCKS))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]

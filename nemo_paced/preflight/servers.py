@@ -1,0 +1,80 @@
+"""Rollout servers: vLLM and GPUs for those of our own, an answer from those of somebody else."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+
+from nemo_paced.config import RolloutPlacement
+from nemo_paced.errors import ConfigError
+from nemo_paced.preflight.findings import Finding, error
+from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.rollout.api_key import API_KEY_VARIABLE
+from nemo_paced.rollout.backends import choose_backend
+from nemo_paced.rollout.probe import probe_servers
+from nemo_paced.rollout.replicas import replica_devices
+from nemo_paced.rollout.sidecar import gpu_count, listen_address
+from nemo_paced.training.checkpoint_files import checkpoints
+from nemo_paced.training.references import to_be_sampled
+
+
+def own_servers(inputs: Inputs) -> Iterator[Finding]:
+    """vLLM and as many GPUs as the replicas take, where servers of our own are started."""
+    rollout = inputs.config.rollout
+    if rollout.endpoints:
+        return
+    if rollout.python is None and not importlib.util.find_spec("vllm"):
+        yield error(
+            "rollout",
+            "vllm is not installed here and rollout.endpoints is empty",
+            "install nemo-paced[gpu] or [cpu], set rollout.python to an interpreter that has it, "
+            "or rollout.endpoints to a running server",
+        )
+    try:
+        separate = rollout.placement is RolloutPlacement.separate
+        beside = inputs.config.trainer.devices if separate else 0
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        replica_devices(rollout, gpu_count(), visible, first=beside)
+        choose_backend(rollout, gpu_count(), [listen_address(rollout.host)])
+    except ConfigError as told:
+        yield error("rollout.num_replicas", str(told))
+
+
+def endpoints(inputs: Inputs) -> Iterator[Finding]:
+    """Servers that somebody else runs: each answers, takes our key and serves long enough.
+
+    Only those that this start is going to ask.
+    """
+    config, data = inputs.config, inputs.config.data
+    response = max(data.max_response_length, config.evaluation.max_response_length or 0)
+    if _student_is_asked(inputs):
+        longest = data.max_prompt_length + response
+        yield from _probed("rollout.endpoints", config.rollout.endpoints, longest)
+    try:
+        if to_be_sampled(config, inputs.run_dir):
+            longest = data.max_teacher_prompt_length + data.max_response_length
+            yield from _probed("references.endpoints", config.references.endpoints, longest)
+    except ConfigError as told:
+        yield error("references", str(told), "mend the file, or remove it to make it anew")
+
+
+def _student_is_asked(inputs: Inputs) -> bool:
+    config = inputs.config
+    estimates = config.weights.pass_rates is None and not checkpoints(inputs.run_dir)
+    return config.sends_weights or estimates
+
+
+def _probed(where: str, servers: Sequence[str], longest: int) -> Iterator[Finding]:
+    if not servers:
+        return
+    key = os.environ.get(API_KEY_VARIABLE, "")
+    if not key:
+        yield error(
+            where,
+            f"is set and the environment variable {API_KEY_VARIABLE} is not",
+            "export the key that the servers were started with",
+        )
+        return
+    for refusal in probe_servers(servers, key, max_model_len=longest):
+        yield error(where, f"{refusal.endpoint} {refusal.what}", refusal.remedy)

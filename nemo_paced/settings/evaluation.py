@@ -1,0 +1,52 @@
+"""``evaluation``: how held-out problems are sampled, and lm-eval's tasks beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_paced.settings.checks import positive, require
+
+
+@dataclass
+class LmEvalConfig:
+    """Tasks of EleutherAI's lm-eval on the same server; the defaults are the paper's for MMLU."""
+
+    tasks: list[str] = field(default_factory=list)  # or groups of them: mmlu
+    include_path: str | None = None  # directory with task files (YAML) of your own
+    num_fewshot: int | None = 5  # None: what each task says
+    # Questions of each name in `tasks`, a fixed draw in proportion to its subtasks; None: all.
+    limit: int | None = 2000
+    apply_chat_template: bool = False
+    # Longest few-shot prompt and answer in tokens, where the model's context allows it. A longer
+    # prompt loses its beginning; how many did is reported.
+    max_length: int = 4096
+
+    def __post_init__(self) -> None:
+        positive("evaluation.lm_eval", self, "max_length")
+        for name, least in (("num_fewshot", 0), ("limit", 1)):
+            value = getattr(self, name)
+            require(
+                value is None or value >= least,
+                f"evaluation.lm_eval.{name} is {value}: it must be at least {least}, or null",
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out accuracy: mean@k; the defaults are the paper's protocol."""
+
+    samples: int = 8
+    temperature: float = 0.6
+    top_p: float = 0.95
+    # Where the model's context is shorter, what it leaves. None: data.max_response_length.
+    max_response_length: int | None = 30_000
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
+
+    def __post_init__(self) -> None:
+        positive("evaluation", self, "samples", "temperature", "top_p")
+        require(self.top_p <= 1, f"evaluation.top_p is {self.top_p}: it must be at most 1")
+        length = self.max_response_length
+        require(
+            length is None or length > 0,
+            f"evaluation.max_response_length is {length}: it must be above 0, or null",
+        )

@@ -1,0 +1,234 @@
+"""Stored responses of forward KL: y_T of every problem, sampled from the teacher or read.
+
+y_T ~ P_T(. | x, y_E), one of each problem. ``references.wrong`` says what becomes of one whose
+answer is not the problem's: kept (the paper's), dropped, or sampled again. Attempt k is sample k of
+its problem in the store, so an interrupted or a longer search asks for no sample twice.
+
+A dropped problem has no response to train along. In stages with ``responses=references`` it has
+weight 0: it counts in N and is not run. The other weights are scaled up so that the mean over the
+*whole* training set is 1 there too, as it is with problems whose pass rate gives them 0. Dropping
+then changes which problems are learnt from and not the size of the steps. On-policy stages need no
+reference and use the table's weights as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import Progress
+
+from nemo_paced.config import (
+    PacedConfig,
+    ReferencesConfig,
+    ReferenceSource,
+    RefitBackend,
+    RolloutPlacement,
+    WrongReferences,
+)
+from nemo_paced.data.problems import load_problems
+from nemo_paced.data.references import Reference, made_with, read_references, write_references
+from nemo_paced.errors import ConfigError
+from nemo_paced.hf.tokenizer import Prompts
+from nemo_paced.records import Problem, Response, Rollout
+from nemo_paced.rollout.sampling import SamplingSettings
+from nemo_paced.training.prepare import bar_task, check_prompts, make_prompts, server_notes
+from nemo_paced.training.progress import progress_bar
+from nemo_paced.training.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+REFERENCES_FILE = "references.jsonl"
+
+# Samples 0..n-1 of each of these problems, asking only for those that do not exist.
+Sample = Callable[[Sequence[Problem], Mapping[str, int]], list[Rollout]]
+
+
+def load_references(
+    config: PacedConfig, problems: Sequence[Problem], prompts: Prompts, run_dir: Path, bar: Progress
+) -> dict[str, Response]:
+    """The stored response of every problem but the dropped ones, made first where it is missing.
+
+    Raises:
+        ConfigError: a problem without one (no solution, not in the file), or all are dropped.
+    """
+    source = config.references.source
+    if source is ReferenceSource.solution:
+        return {problem.id: _from_solution(problem, prompts) for problem in problems}
+    path = run_dir / REFERENCES_FILE
+    if source is ReferenceSource.file:
+        path = Path(config.references.path or "")
+    elif not _is_made(config, run_dir):
+        sample_references(config, problems, prompts, run_dir, bar)
+    found = read_references(path, problems, prompts)
+    if dropped := sum(problem.id not in found for problem in problems):
+        logger.info(
+            "%d of %d problems have no reference: weight 0 in stages with responses=references",
+            dropped, len(problems),
+        )  # fmt: skip
+    return found
+
+
+def to_be_sampled(config: PacedConfig, run_dir: Path) -> bool:
+    """Whether a run is going to ask the teacher for references.
+
+    Raises:
+        ConfigError: a malformed line in references.jsonl.
+    """
+    if config.references.source is not ReferenceSource.teacher or not config.needs_references:
+        return False
+    return not _is_made(config, run_dir)
+
+
+def sample_references(
+    config: PacedConfig, problems: Sequence[Problem], prompts: Prompts, run_dir: Path, bar: Progress
+) -> Path:
+    """Ask the teacher, which sees the privileged context, and write references.jsonl."""
+    settings = config.references
+    sampling = SamplingSettings(
+        num_samples=1,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_tokens=config.data.max_response_length,
+        teacher_prompt=True,
+    )
+
+    def sample(asked: Sequence[Problem], wanted: Mapping[str, int]) -> list[Rollout]:
+        attempt = max(wanted.values())
+        what = "references" if attempt == 1 else f"references, attempt {attempt}"
+        with bar_task(bar, what, len(asked)) as advance:
+            return sampler.sample(
+                asked,
+                purpose="references",
+                step=0,
+                settings=sampling,
+                num_samples=wanted,
+                progress=advance,
+            )
+
+    with _teacher_sampler(config, run_dir, prompts, bar) as sampler:
+        found = list(_choose(problems, sample, settings))
+    path = run_dir / REFERENCES_FILE
+    write_references(path, found)
+    logger.info(told(found, settings.wrong))
+    return path
+
+
+def told(found: Sequence[Reference], wrong: WrongReferences) -> str:
+    """The log line: how many are right, at which attempt, and what became of the others."""
+    right = [reference for reference in found if reference.rollout.correct]
+    later = sum(reference.attempts > 1 for reference in right)
+    became = "dropped" if wrong is WrongReferences.drop else "kept"
+    return (
+        f"references: {len(right)} of {len(found)} teacher responses are right, {later} of them "
+        f"at a later attempt; {len(found) - len(right)} wrong ones are {became}; "
+        f"{sum(reference.rollout.truncated for reference in found)} truncated; "
+        f"{sum(reference.attempts for reference in found)} sampled"
+    )
+
+
+def weights_with_references(
+    weights: Mapping[str, float], references: Mapping[str, Response]
+) -> dict[str, float]:
+    """The weights of a stage with responses=references: 0 without one, and again of mean 1.
+
+    Args:
+        weights: of every problem of the training set, of mean 1.
+        references: by problem id, without the dropped ones.
+
+    Raises:
+        ConfigError: no problem has both a weight and a reference.
+    """
+    dropped = weights.keys() - references.keys()
+    if not dropped:
+        return dict(weights)
+    total = sum(weight for i, weight in weights.items() if i not in dropped)
+    if total == 0:
+        raise ConfigError(
+            f"the references of {len(dropped)} of {len(weights)} problems are dropped and the "
+            "others have weight 0: nothing is left to train along; set references.wrong=keep, "
+            "raise references.max_attempts, or set weights.estimator=posterior"
+        )
+    scale = len(weights) / total
+    return {i: 0.0 if i in dropped else scale * weight for i, weight in weights.items()}
+
+
+def references(config: PacedConfig, run_dir: Path) -> Path:
+    """The command ``references``: teacher responses to every problem; returns the file's path."""
+    problems = load_problems(config.data.problems)
+    prompts = make_prompts(config)
+    check_prompts(problems, prompts)
+    with progress_bar() as bar:
+        return sample_references(config, problems, prompts, run_dir, bar)
+
+
+def _is_made(config: PacedConfig, run_dir: Path) -> bool:
+    """Whether references.jsonl is there, and made with these settings.
+
+    That of another ``references.wrong`` or ``references.max_attempts`` is made anew from the
+    samples that there are, and from new ones where they are too few.
+    """
+    path = run_dir / REFERENCES_FILE
+    return path.exists() and made_with(path, config.references)
+
+
+def _choose(
+    problems: Sequence[Problem], sample: Sample, settings: ReferencesConfig
+) -> Iterator[Reference]:
+    """One reference a problem, in their order; a round of samples for each attempt.
+
+    What a round asks for follows from the verdicts of those before it, which are in the store.
+    """
+    tried: dict[str, list[Rollout]] = {}
+    asked = list(problems)
+    for attempt in range(1, settings.attempts + 1):
+        rollouts = sample(asked, {problem.id: attempt for problem in asked})
+        tried |= {problem.id: [] for problem in asked}
+        for rollout in rollouts:
+            tried[rollout.problem_id].append(rollout)
+        asked = [problem for problem in asked if not tried[problem.id][-1].correct]
+        if not asked:
+            break
+    for problem in problems:
+        attempts = tried[problem.id]
+        # what stays wrong is what references.wrong=keep would have taken
+        chosen = attempts[-1] if attempts[-1].correct else attempts[0]
+        dropped = settings.wrong is WrongReferences.drop and not chosen.correct
+        yield Reference(chosen, len(attempts), dropped)
+
+
+def _from_solution(problem: Problem, prompts: Prompts) -> Response:
+    if problem.solution is None:
+        raise ConfigError(
+            f"references.source is solution and problem {problem.id!r} has none: add the field, or "
+            "set references.source=teacher"
+        )
+    ids = prompts.response(problem.solution)
+    return Response(f"{problem.id}/reference", problem.id, ids, ids[-1] != prompts.eos_id)
+
+
+def _teacher_sampler(
+    config: PacedConfig, run_dir: Path, prompts: Prompts, bar: Progress
+) -> Sampler:
+    """Served by ``references.endpoints``, else by servers of our own while they are needed."""
+    endpoints = list(config.references.endpoints)
+    replicas = 1 if endpoints else config.rollout.num_replicas
+    rollout = replace(
+        config.rollout,
+        endpoints=endpoints,
+        num_replicas=replicas,
+        placement=RolloutPlacement.separate,  # nobody trains meanwhile
+        refit=RefitBackend.auto,
+    )
+    served = replace(config, rollout=rollout)
+    return Sampler(
+        served,
+        Path(config.teacher_hf_path),
+        prompts=prompts,
+        store_dir=run_dir / "references",
+        log_path=run_dir / "logs" / "teacher_server.log",
+        prompt_limit=config.data.max_teacher_prompt_length,
+        notify=server_notes(bar),
+    )

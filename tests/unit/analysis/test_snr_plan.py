@@ -1,0 +1,159 @@
+"""Which problems are measured, and what a measurement is said to show."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nemo_paced.analysis.snr import block_sums
+from nemo_paced.analysis.snr_plan import find_pass_rates, plan_bins, what_is_measured
+from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
+from nemo_paced.analysis.snr_summary import summarise
+from nemo_paced.analysis.snr_text import sentences, table_rows
+from nemo_paced.config import (
+    DivergenceKind,
+    PacedConfig,
+    ResponseSource,
+    SnrConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from nemo_paced.records import PassRate
+
+
+def row(name, correct, rollouts=10):
+    return PassRate(name, correct, rollouts, correct, rollouts, correct / rollouts, 1.0, 0)
+
+
+ROWS = [row(f"p{i}", i % 11) for i in range(440)]  # 40 of each of 0/10 .. 10/10
+
+
+def test_bins_of_equal_width_hold_their_problems_and_1_belongs_to_the_last():
+    bins = plan_bins(ROWS, SnrConfig(max_problems_per_bin=30, blocks=7))
+    assert [b.available for b in bins] == [40] * 9 + [80]
+    assert [b.problems for b in bins] == [30] * 10
+    assert bins[3].pass_rate == pytest.approx(0.3)  # 3/10 is not in the bin before
+    for b in bins:
+        sizes = [len(block) for block in b.blocks]
+        assert len(sizes) == 7 and max(sizes) - min(sizes) <= 1
+        names = [name for block in b.blocks for name in block]
+        assert len(set(names)) == 30
+    assert plan_bins(ROWS, SnrConfig(max_problems_per_bin=30, blocks=7)) == bins
+    other = plan_bins(ROWS, SnrConfig(max_problems_per_bin=30, blocks=7, seed=1))
+    assert other[0].blocks != bins[0].blocks
+
+
+def test_expected_pass_rates_are_those_of_the_problems_that_gave_the_counts():
+    """True rates are uniform: the bin of 0 of 10 has a mean of 1/12 and not of 0."""
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(size=20_000)
+    rows = [row(f"p{i}", int(c)) for i, c in enumerate(rng.binomial(10, truth))]
+    bins = plan_bins(rows, SnrConfig(max_problems_per_bin=10**6))
+    by_id = dict(zip((r.id for r in rows), truth, strict=True))
+    for b in bins:
+        true_mean = np.mean([by_id[name] for block in b.blocks for name in block])
+        assert b.expected_pass_rate == pytest.approx(true_mean, abs=0.01)
+
+
+def test_a_bin_with_too_few_problems_is_not_measured():
+    bins = plan_bins([row(f"p{i}", 5) for i in range(9)] + [row("q", 1)] * 3, SnrConfig())
+    assert [b.problems for b in bins] == [0] * 5 + [9] + [0] * 4
+    assert len(bins[5].blocks) == 9 and bins[1].available == 3
+
+
+def settings(**snr):
+    stages = [
+        StageConfig(name="a", fraction=0.5),
+        StageConfig(
+            name="b",
+            divergence=DivergenceKind.jsd,
+            responses=ResponseSource.rollouts,
+            fraction=0.5,
+        ),
+    ]
+    return PacedConfig(
+        stages=stages,
+        student=StudentConfig(hf_path="s"),
+        teacher=TeacherConfig(hf_path="t"),
+        snr=SnrConfig(**snr),
+    )
+
+
+@pytest.mark.parametrize(
+    ("snr", "expected"),
+    [
+        ({}, ("forward_kl", "references")),
+        ({"divergence": DivergenceKind.jsd}, ("jsd", "rollouts")),
+        ({"divergence": DivergenceKind.reverse_kl}, ("reverse_kl", "rollouts")),
+        ({"divergence": DivergenceKind.adaptive_kl}, ("adaptive_kl", "references")),
+        ({"responses": ResponseSource.rollouts}, ("forward_kl", "rollouts")),
+    ],
+)
+def test_divergence_and_responses_follow_the_stages(snr, expected):
+    kind, responses = what_is_measured(settings(**snr))
+    assert (kind.value, responses.value) == expected
+
+
+def test_pass_rates_are_those_of_the_step_or_the_latest_before(tmp_path):
+    model = tmp_path / "checkpoints" / "step_00000040"
+    for name in ("pass_rates.parquet", "pass_rates/step_00000000.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "pass_rates" / "step_00000050.parquet").touch()
+    config = settings()
+    assert find_pass_rates(config, tmp_path, model, 40).name == "step_00000000.parquet"
+    assert find_pass_rates(config, tmp_path, model, 50).name == "step_00000050.parquet"
+    given = replace(config, snr=replace(config.snr, pass_rates="mine.parquet"))
+    assert find_pass_rates(given, tmp_path, model, 50).name == "mine.parquet"
+
+
+def record(snr_of, norm_of, problems=400):
+    """Gradients with the given SNR and noise by pass rate."""
+    rng = np.random.default_rng(0)
+    bins = []
+    for index in range(10):
+        rate = (index + 0.5) / 10
+        gradients = rng.normal(0, 200**-0.5, size=(problems, 200))
+        gradients[:, 0] += snr_of(rate)
+        sums = block_sums(gradients * norm_of(rate), np.arange(problems) % 20)
+        bins.append(BinRecord(index / 10, (index + 1) / 10, problems, rate, rate, sums))
+    return SnrRecord(
+        {"last_layers": 0}, "m", 3, 3, "forward_kl", "references", 1.0, 1.0, bins, complete=True
+    )
+
+
+def test_a_profile_as_the_theory_has_it_is_said_to_vanish():
+    found = record(lambda p: (p * (1 - p)) ** 0.5, lambda p: 1.0)
+    summary = summarise(found)
+    assert summary.low_end.vanishes and summary.high_end.vanishes
+    assert summary.snr_law.a.value == pytest.approx(1, abs=0.25)
+    assert summary.signal_law.b.value == pytest.approx(1, abs=0.25)
+    assert summary.variance_ratio == pytest.approx(1.2, abs=0.05)  # a_s = b_s = 1/2
+    # w* is SNR^2 / (1 + SNR^2): at this SNR not quite the kernel any more
+    off = np.log((1 + 0.25) / (1 + 0.05 * 0.95)) / 2
+    assert summary.deviation.low <= off <= summary.deviation.high
+    assert summary.deviation.guaranteed_efficiency > 0.9
+    text = "\n".join(sentences(found, summary))
+    assert "NOT" not in text and "towards pass rate 0" in text
+
+
+def test_a_profile_that_does_not_vanish_is_said_so_and_what_the_kernel_does_then():
+    found = record(lambda p: 0.5, lambda p: 10 * (1.05 - p))
+    summary = summarise(found)
+    assert not summary.low_end.vanishes and not summary.high_end.vanishes
+    text = "\n".join(sentences(found, summary))
+    assert "SNR does NOT vanish towards pass rate 0" in text
+    assert "holds down the gradients of hopeless problems" in text
+    assert "gives up gradients with a signal" in text  # at 1, where they are small
+    assert summary.deviation.low > 0.3
+    assert table_rows(summary)[1][0] == "0.00-0.10"
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path):
+    found = record(lambda p: 0.3, lambda p: 1.0, problems=40)
+    found.bins[2] = replace(found.bins[2], sums=None, expected_pass_rate=float("nan"))
+    found.write(tmp_path / "a.json", summarise(found).to_dict())
+    again = SnrRecord.read(tmp_path / "a.json")
+    again.write(tmp_path / "b.json", summarise(again).to_dict())
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
