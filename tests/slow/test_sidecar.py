@@ -41,6 +41,10 @@ ROUTES = (
     ("GET", "/metrics"),
 )
 
+# runs for seconds, to be met by an update
+LONG = {"key": "p", "prompt_ids": (3, 4, 5), "n": 2, "temperature": 1.0, "top_p": 1.0}
+LONG |= {"max_tokens": 4000, "stop_token_ids": ()}
+
 
 def request(key="p", prompt=(3, 4, 5), n=2, seed=1, max_tokens=6):
     return SampleRequest(key, prompt, n, seed, 1.0, 1.0, max_tokens, (2,))
@@ -84,12 +88,12 @@ def check_the_other_route_gives_the_same(client, generated):
 
 
 def test_a_response_under_way_at_an_update_says_which_tokens_are_of_which_weights(tmp_path):
-    shape = {**SHAPE, "max_position_embeddings": 2048}
+    shape = {**SHAPE, "max_position_embeddings": 4096}
     models = [make_hf_model("qwen3", tmp_path / f"m{i}", seed=i, **shape) for i in range(2)]
     sidecar = Sidecar(
         models[0],
         RolloutConfig(),
-        max_model_len=2048,
+        max_model_len=4096,
         dtype="float32",
         log_path=tmp_path / "sidecar.log",
         port=free_ports("127.0.0.1", 1)[0],
@@ -98,19 +102,27 @@ def test_a_response_under_way_at_an_update_says_which_tokens_are_of_which_weight
     with sidecar, ThreadPoolExecutor(1) as pool:
         sidecar.start()
         client = RolloutClient([sidecar.endpoint], sidecar.api_key)
-        long = SampleRequest("p", (3, 4, 5), 2, 1, 1.0, 1.0, 2000, ())
-        sampling = pool.submit(sample, client, long)
-        time.sleep(1.0)
-        assert not sampling.done()
         sync = WeightSync(client, WeightSwap.in_flight)
-        send_files(sync, [models[1] / "model.safetensors"], "7")
-        for completion in sampling.result()["p"]:
+        old = "default"  # what vLLM calls the weights that it started with
+        for update in range(1, 9):  # on a busy machine the pause may come behind the last token
+            sampling = pool.submit(sample, client, SampleRequest(**LONG, seed=update))
+            time.sleep(0.3)
+            send_files(sync, [models[update % 2] / "model.safetensors"], str(update))
+            completions = sampling.result()["p"]
+            assert {c.weight_versions[-1][0] for c in completions} <= {old, str(update)}
+            if all(len(c.weight_versions) == 2 for c in completions):
+                break
+            old = str(update)
+        for completion in completions:
             (first, before), (second, after) = completion.weight_versions
-            assert (first, second) == ("default", "7"), "vLLM's name of what it started with"
-            assert before > 0 and after > 0 and before + after == 2000
-            for folder, share in ((models[0], slice(0, before)), (models[1], slice(before, None))):
-                expected = transformers_logprobs(folder, (3, 4, 5), completion.token_ids)[share]
-                assert completion.logprobs[share] == pytest.approx(expected, abs=1e-3)
+            assert (first, second) == (old, str(update))
+            assert before > 0 and after > 0 and before + after == 4000
+            for model, tokens in (
+                (models[(update - 1) % 2], slice(0, before)),
+                (models[update % 2], slice(before, None)),
+            ):
+                expected = transformers_logprobs(model, LONG["prompt_ids"], completion.token_ids)
+                assert completion.logprobs[tokens] == pytest.approx(expected[tokens], abs=1e-3)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_tied"])
