@@ -4,7 +4,7 @@ Asynchronous inside, a plain call outside. Requests in flight are bounded; each 
 with the fewest. A transport error, no answer in time or a 5xx is tried again, at another server
 where there is one; an answer that does not hold what was asked for is refused.
 
-Samples come through aiohttp, which takes a third of httpx's processor time for each request
+Samples come through aiohttp, which takes a sixth of httpx's processor time for each request
 (benchmarks/README.md) and so leaves it to a server on the same cores; the few control calls are
 plain httpx.
 """

@@ -117,6 +117,8 @@ class Server:
             def _answer(self, status, payload):
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(payload)))
+                if 300 <= status < 400:
+                    self.send_header("Location", "/elsewhere")
                 self.end_headers()
                 self.wfile.write(payload)
 
