@@ -14,7 +14,7 @@ from nemo_paced.rollout.completions import SampleRequest
 from nemo_paced.rollout.grading import Grader
 from nemo_paced.rollout.sampling import SamplingSettings, long_tail_first, sample_rollouts
 from nemo_paced.rollout.store import RolloutStore
-from tests.unit.rollout.wrong_server import Server, good
+from tests.unit.rollout.wrong_server import GENERATE, Server, choice, good
 
 PROBLEMS = [Problem(f"p{i}", "s1 f1", "s1") for i in range(30)]
 
@@ -89,6 +89,17 @@ def test_more_samples_of_a_problem_ask_for_the_difference_only(tmp_path):
         server.stop()
     assert [body["n"] for body in server.bodies] == [2] * 3 + [3] * 3
     assert len({body["seed"] for body in server.bodies}) == 6, "other seeds than the first ones"
+
+
+def test_a_stored_rollout_tells_which_weights_sampled_its_tokens(tmp_path):
+    versions = [{"version": "3", "start": 0, "end": 2}]
+    server = Server({"choices": [choice(0, versions=versions)]}, route=GENERATE)
+    try:
+        (rollout,) = sample(tmp_path, server.endpoint, PROBLEMS[:1], num_samples=1)
+    finally:
+        server.stop()
+    assert rollout.weight_versions == (("3", 2),)
+    assert stored(tmp_path)[0]["weight_versions"] == [["3", 2]]
 
 
 @pytest.mark.parametrize("seed", range(3))
