@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from nemo_paced.compose import ASSETS
-from nemo_paced.config import RolloutConfig
+from nemo_paced.config import RolloutConfig, WeightSwap
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.refit import send_files
 from nemo_paced.rollout.sidecar import Sidecar, free_ports
+from nemo_paced.rollout.weight_sync import WeightSync
 
 pytestmark = pytest.mark.slow
 
@@ -176,6 +177,7 @@ def test_running_servers_are_asked_within_their_context(few, tmp_path):
         told = run(ASSETS / "teacher", *common, **environment)
         assert f"serves {model}; what it answers is put down to" in told
         client = RolloutClient([sidecar.endpoint], sidecar.api_key)
-        send_files(client, [ASSETS / "student" / "model.safetensors"], "step 7")
+        sync = WeightSync(client, WeightSwap.between_requests)
+        send_files(sync, [ASSETS / "student" / "model.safetensors"], "step 7")
         told = run(model, *common, **environment)
         assert "serves weights that it was sent (step 7)" in told
