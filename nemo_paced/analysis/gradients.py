@@ -29,7 +29,6 @@ from nemo_paced.analysis.snr import BlockSums
 from nemo_paced.config import LossConfig
 from nemo_paced.data.packing import Cut, MicroBatch, TrainItem, cut_batch
 from nemo_paced.hf.model import PacedGPTModel
-from nemo_paced.losses.divergence import make_options
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
 from nemo_paced.pipeline import call_model, run_schedule
@@ -137,18 +136,8 @@ class GradientMeter:
         return output, lambda output, non_loss_data: None
 
     def _loss_of(self, batch: MicroBatch, signal: TeacherSignal) -> MicroBatchLoss:
-        assert signal.head_weight is not None, "the last stage holds the teacher's head"
-        width = self.gpt.output_layer.output_size_per_partition
-        options = make_options(
-            self.kind,
-            (width, signal.head_weight.shape[0]),
-            tp_group=self.parallel.tp_group,
-            temperature=self.loss.temperature,
-            jsd_beta=self.loss.jsd_beta,
-            skew=self.loss.skew,
-            akl_head_mass=self.loss.akl_head_mass,
-            vocab_size=self.vocab_size,
-            block_rows=None,
+        options = self.gpt.output_layer.options(
+            self.kind, signal.head_weight, self.loss, self.vocab_size
         )
         return MicroBatchLoss(
             batch=batch,

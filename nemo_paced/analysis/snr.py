@@ -135,20 +135,6 @@ def jackknife_variance(value_E: np.ndarray, count_B: np.ndarray) -> float:
     return float(np.mean((pseudo_B - centre) ** 2 / (1 / share_B - 1)))
 
 
-def block_sums(gradients_ND: np.ndarray, block_N: np.ndarray) -> BlockSums:
-    """The scalars from gradients that are at hand, float64 [N, D]; block_N counts from 0."""
-    blocks = range(int(block_N.max()) + 1)
-    sums_BD = np.stack([gradients_ND[block_N == b].sum(0) for b in blocks])
-    square_N = (gradients_ND**2).sum(1)
-    return BlockSums(
-        count_B=np.bincount(block_N).astype(np.float64),
-        norm_B=np.bincount(block_N, weights=np.sqrt(square_N)),
-        square_B=np.bincount(block_N, weights=square_N),
-        dot_B=sums_BD @ sums_BD.sum(0),
-        block_B=(sums_BD**2).sum(1),
-    )
-
-
 def _without(value_B: np.ndarray) -> np.ndarray:
     total = value_B.sum()
     return np.append(total, total - value_B)

@@ -75,9 +75,6 @@ class WeightSync:
             offset += workers
         self._post_each("/init_weight_transfer_engine", infos)
 
-    def shutdown_weight_transfer_engine(self) -> None:
-        self.client.call("POST", "/shutdown_weight_transfer_engine")
-
     def start_weight_update(self) -> None:
         self.client.call("POST", "/start_weight_update")
 

@@ -17,8 +17,7 @@ import torch
 
 from nemo_paced.config import LossConfig, ResponseSource, StageConfig
 from nemo_paced.data.packing import Cut, MicroBatch, TrainItem, cut_batch
-from nemo_paced.losses.divergence import make_options
-from nemo_paced.losses.options import Divergence, Options
+from nemo_paced.losses.options import Divergence
 from nemo_paced.losses.reduction import for_megatron
 from nemo_paced.parallel import Parallel
 from nemo_paced.pipeline import call_model, run_schedule
@@ -119,31 +118,17 @@ class Step:
         loss = None
         if model.module.post_process:
             on_policy = not bool(batch.server_logprobs_N.isnan().all())
+            layer = self.student.chunks[-1].output_layer
             loss = MicroBatchLoss(
                 batch=batch,
                 teacher=signal.of(batch, self.teacher.kind.top_k),
-                options=self._options(kind, signal),
+                options=layer.options(kind, signal.head_weight, self.loss, self.vocab_size),
                 chunk_size=self.loss.chunk_size,
                 targets_N=batch.targets_N if on_policy else None,
             )
-            self.student.chunks[-1].output_layer.loss = loss
+            layer.loss = loss
         output = call_model(model, batch)
         return output, partial(self._report, loss, total_positions)
-
-    def _options(self, kind: Divergence, signal: TeacherSignal) -> Options:
-        width = self.student.chunks[-1].output_layer.output_size_per_partition
-        assert signal.head_weight is not None, "the last stage holds the teacher's head"
-        return make_options(
-            kind,
-            (width, signal.head_weight.shape[0]),
-            tp_group=self.parallel.tp_group,
-            temperature=self.loss.temperature,
-            jsd_beta=self.loss.jsd_beta,
-            skew=self.loss.skew,
-            akl_head_mass=self.loss.akl_head_mass,
-            vocab_size=self.vocab_size,
-            block_rows=None,
-        )
 
     @staticmethod
     def _report(

@@ -8,12 +8,12 @@ import torch
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.analysis.gradients import GradientMeter
-from nemo_paced.analysis.snr import block_sums
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks, load_hf_config
 from nemo_paced.losses.options import Divergence
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training.teacher_setup import build_teacher, common_rows
+from tests.block_sums import block_sums
 from tests.dense import dense_divergence
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import make_config, make_items

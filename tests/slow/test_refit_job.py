@@ -25,9 +25,11 @@ def server_of(process):
     raise AssertionError("no server runs")
 
 
-def test_a_server_that_lost_its_weights_is_sent_them_by_all_ranks_again(tmp_path):
+@pytest.mark.parametrize("replicas", [1, 2])  # with two, the other one goes on meanwhile
+def test_a_server_that_lost_its_weights_is_sent_them_by_all_ranks_again(tmp_path, replicas):
     arguments = train_arguments(
         tmp_path, "run", "rollout.refit=gloo", "trainer.devices=2",
+        f"rollout.num_replicas={replicas}",
         "model.tensor_model_parallel_size=2", "trainer.max_steps=12",
     )  # fmt: skip
     process = command(*arguments)

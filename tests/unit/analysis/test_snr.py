@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from nemo_paced.analysis.snr import block_sums, estimate_bin
+from nemo_paced.analysis.snr import estimate_bin
 from nemo_paced.analysis.snr_profile import Profile, deviation, fit_power_law
 from nemo_paced.weights.theory import minimax_efficiency
+from tests.block_sums import block_sums
 
 WIDTH = 400
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nemo_paced.analysis.snr import block_sums
 from nemo_paced.analysis.snr_plan import find_pass_rates, plan_bins, what_is_measured
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
@@ -20,6 +19,7 @@ from nemo_paced.config import (
     TeacherConfig,
 )
 from nemo_paced.records import PassRate
+from tests.block_sums import block_sums
 
 
 def row(name, correct, rollouts=10):

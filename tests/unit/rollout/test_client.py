@@ -129,6 +129,18 @@ def test_a_server_without_the_token_route_is_asked_by_the_other_one(serve, no_ro
     assert completion.weight_versions == ()
 
 
+def test_more_samples_than_the_token_route_takes_are_asked_by_the_other_one(serve):
+    told = b'{"error": {"message": "sampling_params.n must be at most the server\'s max_num_seqs"}}'
+    server = serve(good, route=COMPLETIONS, no_route=400, told_there=told)
+    client = connect(server)
+    for count in (1, 2):  # it has the route: a smaller request would be taken there
+        assert len(ask(client, "p")["p"]) == 2
+        assert server.turned_away == len(server.bodies) == count
+    other = serve(good, route=COMPLETIONS, no_route=400, told_there=b"{}")
+    with pytest.raises(RolloutError, match="refused to sample problem 'p': 400"):
+        ask(connect(other), "p")
+
+
 def test_each_server_is_asked_by_its_own_route(serve):
     servers = serve(good, route=COMPLETIONS, delay=0.02), serve(good, route=GENERATE, delay=0.02)
     assert len(ask(connect(*servers, max_in_flight=2), *map(str, range(20)))) == 20

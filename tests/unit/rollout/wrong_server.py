@@ -50,12 +50,15 @@ class Server:
     Bodies are kept with the sampling parameters beside the rest, whichever the route.
 
     Args:
-        route: the one it has; at the other it answers ``no_route``.
+        route: the one it has; at the other it answers ``no_route`` with ``told_there``.
     """
 
-    def __init__(self, *answers, healthy=True, delay=0.0, route=COMPLETIONS, no_route=404):
+    def __init__(
+        self, *answers, healthy=True, delay=0.0, route=COMPLETIONS, no_route=404, told_there=b"{}"
+    ):
         self.answers = list(answers)
         self.route, self.no_route, self.turned_away = route, no_route, 0
+        self.told_there = told_there
         self.healthy = healthy
         self.delay = delay
         self.bodies, self.headers, self.probes = [], [], 0
@@ -91,7 +94,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if self.path in (COMPLETIONS, GENERATE) and self.path != server.route:
                     server.turned_away += 1
-                    self._answer(server.no_route, b"{}")
+                    self._answer(server.no_route, server.told_there)
                     return
                 body |= body.pop("sampling_params", {})
                 answer = server._take(body)
