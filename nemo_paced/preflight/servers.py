@@ -36,9 +36,12 @@ def own_servers(inputs: Inputs) -> Iterator[Finding]:
         beside = inputs.config.trainer.devices if separate else 0
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         replica_devices(rollout, gpu_count(), visible, first=beside)
-        choose_backend(rollout, gpu_count(), [listen_address(rollout.host)])
     except ConfigError as told:
         yield error("rollout.num_replicas", str(told))
+    try:
+        choose_backend(rollout, gpu_count(), [listen_address(rollout.host)])
+    except ConfigError as told:
+        yield error("rollout.refit", str(told))
 
 
 def endpoints(inputs: Inputs) -> Iterator[Finding]:

@@ -11,7 +11,13 @@ import pytest
 import uvicorn
 
 from nemo_paced.compose import with_config
-from nemo_paced.config import ReferencesConfig, RolloutConfig, StageConfig, WeightsConfig
+from nemo_paced.config import (
+    ReferencesConfig,
+    RefitBackend,
+    RolloutConfig,
+    StageConfig,
+    WeightsConfig,
+)
 from nemo_paced.preflight import servers
 from nemo_paced.preflight.findings import Severity
 from nemo_paced.preflight.inputs import Inputs
@@ -136,6 +142,12 @@ def test_only_servers_that_this_start_asks_have_to_answer(config, tmp_path):
     config.stages = [StageConfig()]
     config.weights = WeightsConfig(pass_rates="some.parquet")
     assert [f.where for f in found(config, tmp_path)] == wheres[1:]
+
+
+def test_a_transport_that_cannot_work_is_found_by_its_own_name(config, tmp_path):
+    config.rollout = RolloutConfig(refit=RefitBackend.nccl)
+    (finding,) = servers.own_servers(Inputs(config, tmp_path))
+    assert finding.where == "rollout.refit" and "needs a GPU" in finding.what
 
 
 def test_servers_of_our_own_need_vllm_and_gpus(config, tmp_path, monkeypatch):
