@@ -6,7 +6,7 @@ import math
 from itertools import combinations
 from typing import Any
 
-from nemo_paced.analysis import figures
+from nemo_paced.analysis import accuracy_figures
 from nemo_paced.analysis.sections import Section
 from nemo_paced.evaluation.results import Results
 from nemo_paced.rollout.accuracy import Accuracy, Difference
@@ -29,7 +29,9 @@ def accuracy_sections(results: Results, settings: dict[str, Any]) -> list[Sectio
     sections = [_accuracy_table(results, suites, settings)]
     if complete:
         bars = {s: [_mean_and_error(results[m][s]) for m in labels] for s in complete}
-        sections.append(Section("Accuracy by model", svg=figures.accuracy_bars(labels, bars)))
+        sections.append(
+            Section("Accuracy by model", svg=accuracy_figures.accuracy_bars(labels, bars))
+        )
     if complete and len(labels) > 1:
         intervals = {
             s: [
@@ -38,7 +40,7 @@ def accuracy_sections(results: Results, settings: dict[str, Any]) -> list[Sectio
             ]
             for s in complete
         }
-        svg = figures.differences(labels[1:], intervals, labels[0])
+        svg = accuracy_figures.differences(labels[1:], intervals, labels[0])
         note = "Paired by problem, ± two standard errors: one that holds 0 shows no difference."
         sections.append(Section(f"Difference from {labels[0]}", svg=svg, note=note))
     return [*sections, forgetting_section(results), *_group_sections(results, suites)]
@@ -139,17 +141,19 @@ def _outcomes(accuracy: Accuracy, others: dict[str, Accuracy]) -> str:
 
 def _accuracy_table(results: Results, suites: list[str], settings: dict[str, Any]) -> Section:
     reference = next(iter(results))
-    heading = ["problems", "model", "mean@k", "pass@k", "maj@k", "truncated", "mean tokens"]
-    heading += ["95 % within"]
-    if len(results) > 1:
-        heading += [f"minus {reference}", OUTCOME]
+    compared = [f"minus {reference}", OUTCOME] if len(results) > 1 else []
+    heading = ["problems", "model", "mean@k", *compared, "pass@k", "maj@k", "truncated"]
+    heading += ["mean tokens", "95 % within"]
     table, ks = [heading], set[int]()
     for suite in suites:
         for label, model in results.items():
             if suite in model:
                 before = results[reference].get(suite) if label != reference else None
-                row = _accuracy_row(suite, label, model[suite], before)
-                table.append(row + [""] * (len(heading) - len(row)))
+                outcome = [""] * len(compared)
+                if before is not None:
+                    difference = Difference.between(model[suite], before)
+                    outcome = [_signed(difference), _outcome(difference)]
+                table.append(_accuracy_row(suite, label, model[suite], outcome))
                 ks |= set() if model[suite].metric else {model[suite].samples}
     k = " or ".join(map(str, sorted(ks)))
     note = (
@@ -171,21 +175,18 @@ def _listed(settings: dict[str, Any]) -> str:
     )
 
 
-def _accuracy_row(suite: str, label: str, a: Accuracy, before: Accuracy | None) -> list[str]:
-    row = [
+def _accuracy_row(suite: str, label: str, a: Accuracy, outcome: list[str]) -> list[str]:
+    return [
         f"{suite} ({len(a.per_problem)})",
         label,
         _plus_minus(a) + (f" ({a.metric})" if a.metric else ""),
+        *outcome,
         "" if a.metric else f"{a.pass_at_k:.3f}",
         "" if math.isnan(a.majority) else f"{a.majority:.3f}",
         f"{a.truncated:.1%}",
         "" if math.isnan(a.mean_length) else f"{a.mean_length:.1f}",
         "" if math.isnan(a.p95_length) else f"{a.p95_length:.0f}",
     ]
-    if before is not None:
-        difference = Difference.between(a, before)
-        row += [_signed(difference), _outcome(difference)]
-    return row
 
 
 def _group_sections(results: Results, suites: list[str]) -> list[Section]:

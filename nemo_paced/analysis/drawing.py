@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 BLUE, ORANGE, GREEN, GREY, PINK = "#3b82c4", "#e07b26", "#3d9a5b", "#8a8f98", "#c0609f"
 PURPLE, SAND, TEAL = "#7d68c8", "#b8a04a", "#2f9da3"
@@ -47,6 +48,7 @@ STYLE: dict[Any, Any] = {
 }
 _LONGEST_NAME = 25
 _LEGEND_COLUMNS, _LEGEND_CHARACTERS = 4, 58  # of a line of entries
+_LEGEND_LINE = 0.2  # inches
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +99,23 @@ def axes_of(height: float | None = None) -> tuple[Figure, Any]:
 
 
 def log_axis(axes: Any) -> None:
-    """A logarithmic y axis whose numbers are written out: 20, 30, 50, not 2 x 10^1."""
+    """A logarithmic y axis with its numbers written out: 20, 30, 50, not 2 x 10^1.
+
+    Values within a factor of 2.5 stay on a linear axis, which has more numbers to read them from.
+    """
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
     low, high = axes.get_ylim()
+    if high < 2.5 * low:
+        axes.set_yscale("linear")
+        return
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     few = high < 30 * low  # few powers of ten to read a value from
-    minor = LogFormatter(minor_thresholds=(2, 1.0)) if few else NullFormatter()
-    axes.yaxis.set_minor_formatter(minor)
+    axes.yaxis.set_minor_formatter(FuncFormatter(_some_minors) if few else NullFormatter())
+
+
+def _some_minors(value: float, _: int) -> str:
+    mantissa = round(value / 10 ** math.floor(math.log10(value)))
+    return f"{value:g}" if mantissa in (2, 3, 5) else ""
 
 
 def legend(axes: Any) -> None:
@@ -112,6 +124,9 @@ def legend(axes: Any) -> None:
     if handles:
         longest = max(map(len, labels)) + 5  # a key and the gap
         columns = max(1, min(len(handles), _LEGEND_COLUMNS, _LEGEND_CHARACTERS // longest))
+        width, height = axes.figure.get_size_inches()
+        further = math.ceil(len(handles) / columns) - 1
+        axes.figure.set_size_inches(width, height + further * _LEGEND_LINE)  # not off the plot
         axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False,
                            fontsize=10, columnspacing=1.2, handlelength=1.2)  # fmt: skip
 

@@ -25,7 +25,6 @@ from nemo_paced.analysis.drawing import (
 
 SMOOTHED_OVER = 10  # steps of the trailing mean
 FEW_POINTS = 20  # up to so many are marked, and not smoothed
-LABELS_IN_A_ROW = 36  # characters below an axis before they overlap
 MOST_BARS = 8  # of stacked shares side by side; more are drawn as areas
 
 
@@ -170,52 +169,6 @@ def timing(seconds: dict[str, dict[str, float]]) -> str:
         axes.set(yticks=range(len(labels)), yticklabels=labels, xlabel="wall time of the steps (s)")
         legend(axes)
         return to_svg(figure, "Wall time by part")
-
-
-def accuracy_bars(labels: Sequence[str], suites: dict[str, list[tuple[float, float]]]) -> str:
-    """mean@k with its standard error, by model and suite: suite -> (mean, s.e.) a model."""
-    with style():
-        figure, axes = axes_of()
-        width = 0.8 / len(suites)
-        at = np.arange(len(labels))
-        for index, (suite, values) in enumerate(suites.items()):
-            means, errors = zip(*values, strict=True)
-            shift = (index - (len(suites) - 1) / 2) * width
-            axes.bar(at + shift, means, width * 0.92, yerr=np.nan_to_num(errors), capsize=3,
-                     ecolor=INK, color=COLOURS[index % len(COLOURS)],
-                     label=shown_name(suite))  # fmt: skip
-        names = [shown_name(label) for label in labels]
-        axes.set(xticks=at, xticklabels=names, ylabel="mean@k", ylim=(0, 1))
-        if sum(map(len, names)) > LABELS_IN_A_ROW:
-            axes.set_xticks(at, names, rotation=30, ha="right", rotation_mode="anchor")
-        axes.grid(visible=False, axis="x")
-        legend(axes)
-        return to_svg(figure, "Accuracy by model")
-
-
-def differences(
-    labels: Sequence[str], suites: dict[str, list[tuple[float, float]]], reference: str
-) -> str:
-    """Accuracy minus the reference model's, with two standard errors: an interval each."""
-    with style():
-        figure, axes = axes_of(height=1.4 + 0.28 * len(labels) * len(suites))
-        at = np.arange(len(labels))
-        for index, (suite, values) in enumerate(suites.items()):
-            means, errors = zip(*values, strict=True)
-            shift = (index - (len(suites) - 1) / 2) * 0.5 / len(suites)
-            axes.errorbar(means, at + shift, xerr=2 * np.nan_to_num(errors), fmt="o", capsize=3,
-                          color=COLOURS[index % len(COLOURS)],
-                          label=shown_name(suite))  # fmt: skip
-        axes.axvline(0, color=INK, lw=1)
-        axes.set(
-            yticks=at,
-            yticklabels=[shown_name(label) for label in labels],
-            ylim=(len(labels) - 0.5, -0.5),
-            xlabel=f"mean@k minus {shown_name(reference)}",
-        )
-        axes.grid(visible=False, axis="y")
-        legend(axes)
-        return to_svg(figure, f"Accuracy minus that of {reference}")
 
 
 def weight_errors(lines: Sequence[Line], goal: float) -> str:

@@ -1,7 +1,9 @@
+import re
+
 import numpy as np
 import pytest
 
-from nemo_paced.analysis import figures
+from nemo_paced.analysis import accuracy_figures, figures
 from nemo_paced.analysis.drawing import BLUE, COLOURS, Line
 
 
@@ -46,9 +48,20 @@ def test_names_are_drawn_as_they_are():
     lines = [Line(name, [1, 2], [1.0, 2.0]) for name in ("a$b$c", "_seed", "<i>")]
     svg = figures.curves(lines, "loss")
     assert "a$b$c" in svg and "_seed" in svg and "&lt;i&gt;" in svg
-    long = figures.accuracy_bars(["x" * 40, "b"], {"<i>": [(0.5, 0.1), (0.6, 0.1)]})
+    long = accuracy_figures.accuracy_bars(["x" * 40, "b"], {"<i>": [(0.5, 0.1), (0.6, 0.1)]})
     assert f"{'x' * 11}...{'x' * 11}" in long and "x" * 13 not in long and "<i>" not in long
-    assert "<b>" not in figures.differences(["a"], {"s": [(0.1, 0.1)]}, "<b>")
+    assert "<b>" not in accuracy_figures.differences(["a"], {"s": [(0.1, 0.1)]}, "<b>")
+
+
+def test_values_close_together_and_values_of_one_power_of_ten_have_numbers_on_their_axis():
+    def numbers(*values):
+        svg = figures.curves([Line("a", [1, 2], values)], "norm", log=True)
+        return set(re.findall(r">([0-9.e−-]+)</text>", svg)) - {"1", "2"}
+
+    assert len(numbers(1.11, 1.19)) >= 3, "no 2, 3 or 5 times a power of ten among them"
+    assert {"20", "30", "50"} <= numbers(12.0, 60.0)
+    assert {"0.01", "1", "100"} <= numbers(0.008, 200.0) | {"1"}
+    assert "2e-07" in numbers(1.5e-7, 6e-7)
 
 
 def test_a_line_keeps_its_colour_when_others_are_missing():

@@ -15,9 +15,15 @@ from nemo_paced.analysis.timing_sections import PARTS, RATES, split, split_table
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.rollout.accuracy import Accuracy
-from nemo_paced.teacher.certificate import Certificate
 from nemo_paced.training.metric_names import METRICS
-from tests.runs import metric_lines, results, start, write_run, write_starts
+from tests.runs import (
+    metric_lines,
+    results,
+    start,
+    write_certificate,
+    write_run,
+    write_starts,
+)
 
 SETTINGS = {"temperature": 0.6, "top_p": 0.95}
 TITLES = (
@@ -97,13 +103,7 @@ def test_a_missing_part_is_said_to_be_missing(tmp_path, removed, said):
 def test_the_certificate_of_an_fp8_teacher_is_shown(tmp_path):
     run = write_run(tmp_path / "run")
     assert "Teacher in FP8" not in write_report(run).read_text()
-    Certificate(
-        identity={}, backend="torch", recipe="rowwise", versions={"torch": "2.13.0"},
-        responses="rollouts", problems=16,
-        tokens=812, kl_mean=0.00123, kl_median=0.0004, kl_p99=0.02, kl_max=0.31,
-        top1_agreement=0.9877, divergence="reverse_kl", gradient_difference=0.0456,
-        gradient_cosine=0.99891,
-    ).write(run)  # fmt: skip
+    write_certificate(run)
     shown = section(write_report(run).read_text(), "Teacher in FP8")
     for figure in ("0.00123", "0.0004", "0.02", "0.31", "98.77%", "4.56%", "0.99891"):
         assert f">{figure}<" in shown
