@@ -88,6 +88,9 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted):
     # the others are in no run on a CPU without a cache
     expected = set(METRICS) - {"throughput/mfu", "teacher/cached"}
     assert {key for line in lines for key in line} == expected, "all are described, and no other"
+    for line in lines:
+        parts = sum(v for k, v in line.items() if k.startswith("time/") and k != "time/step_s")
+        assert 0 < parts <= line["time/step_s"], "they do not overlap"
     for line in lines[3:]:
         assert line["rollout/logprob_gap"] < 1e-4 and line["rollout/staleness"] == 0
     assert "validation/accuracy" in lines[2] and "validation/accuracy" in lines[5]

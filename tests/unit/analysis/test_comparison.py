@@ -9,6 +9,7 @@ from nemo_paced.analysis import report
 from nemo_paced.analysis.accuracy_sections import paired_section
 from nemo_paced.analysis.comparison import compare_runs, labelled, write_comparison
 from nemo_paced.analysis.comparison_sections import side_by_side
+from nemo_paced.analysis.drawing import COLOURS
 from nemo_paced.analysis.run_files import RunFiles
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile
@@ -116,6 +117,15 @@ def test_the_settings_that_differ_are_listed_and_no_others(tmp_path):
     keys = [row[0] for row in found.table]
     assert "weights.discount" not in keys and "stages.1.name" in keys
     assert "Not shown: 1 setting that only some" in found.note
+
+
+def test_a_run_keeps_its_colour_where_others_logged_nothing(tmp_path):
+    one, two = write_run(tmp_path / "one", steps=20), write_run(tmp_path / "two", steps=20)
+    text = (one / "metrics.jsonl").read_text()
+    (one / "metrics.jsonl").write_text(text.replace("validation/accuracy", "other"))
+    found = sections_of(one=one, two=two)
+    assert COLOURS[0] not in found["Validation"].svg and COLOURS[1] in found["Validation"].svg
+    assert COLOURS[0] in found["Loss"].svg and COLOURS[1] in found["Loss"].svg
 
 
 def test_the_environments_that_differ_are_listed(tmp_path):

@@ -4,12 +4,14 @@ import ast
 import importlib.util
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 import nemo_paced
 from nemo_paced.config import ExpManagerSettings, PacedConfig, TrainerConfig
+from nemo_paced.training.loop import Loop
 from nemo_paced.training.metric_names import METRICS
 from nemo_paced.training.progress import RunLog
 
@@ -50,6 +52,19 @@ def test_a_description_is_whole():
     for name, metric in METRICS.items():
         assert metric.meaning and metric.when, name
         assert name.endswith("_s") == (metric.unit == "s"), name
+
+
+def test_what_is_timed_within_a_part_counts_there_alone():
+    loop = Loop.__new__(Loop)
+    loop.times = {}
+    begin = time.perf_counter()
+    with loop._timed("rollout"):
+        time.sleep(0.02)
+        with loop._timed("refit"):
+            time.sleep(0.2)
+    whole = time.perf_counter() - begin
+    assert loop.times["refit"] >= 0.2 > loop.times["rollout"] >= 0.02
+    assert sum(loop.times.values()) == pytest.approx(whole, abs=0.01)
 
 
 def test_the_page_of_metrics_is_the_current_one():
