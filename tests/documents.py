@@ -102,8 +102,10 @@ def wrong_in(arguments: list[str], recipes: set[str]) -> list[str]:
     return wrong
 
 
-def recipes() -> set[str]:
-    return {path.stem for path in CONF.glob("*.yaml")}
+def recipes(text: str) -> set[str]:
+    """Of ``conf/``, and those that the text shows under their file's name."""
+    shown = re.findall(r"my_conf/(\w+)\.yaml", text)
+    return {path.stem for path in CONF.glob("*.yaml")} | set(shown)
 
 
 def messages(*sources: Path) -> list[str]:
@@ -114,10 +116,25 @@ def messages(*sources: Path) -> list[str]:
         if path.suffix != ".py":
             found += re.sub(r"\$\{?\w+\}?", ANY, text).splitlines()
             continue
-        for node in ast.walk(ast.parse(text)):
+        tree = ast.parse(text)
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if id(node) in docstrings:
+                continue
             if isinstance(node, ast.JoinedStr):
                 parts = [v.value if isinstance(v, ast.Constant) else ANY for v in node.values]
                 found.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(re.sub(r"%[-+.\d]*[sdfg]", ANY, node.value))
     return found
+
+
+def quoted(text: str) -> list[str]:
+    """Messages of a page of troubles: the code of its bold lines."""
+    bold = re.findall(r"^\*\*`.*$", text, re.MULTILINE)
+    return [message for line in bold for message in re.findall(r"\*\*`([^`]+)`\*\*", line)]
+
+
+def never_said(quotes: list[str], said: list[str]) -> list[str]:
+    """Quotes that are in no string of the code."""
+    return [quote for quote in quotes if not any(quote in each for each in said)]

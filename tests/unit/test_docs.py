@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from nemo_paced.cli import main
+from nemo_paced.compose import with_config
 from scripts import make_docs
 from tests import documents
 from tests.documents import PAGES, ROOT
+from tests.public_models import OF_RECIPE
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -51,7 +54,8 @@ def test_settings_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_are_ones_that_the_program_has(page):
-    text, known = page.read_text(encoding="utf-8"), documents.recipes()
+    text = page.read_text(encoding="utf-8")
+    known = documents.recipes(text)
     assert not [wrong for c in documents.commands(text) for wrong in documents.wrong_in(c, known)]
 
 
@@ -67,3 +71,56 @@ def test_what_is_wrong_in_a_page_is_found(tmp_path):
     assert documents.unknown_settings(text) == ["model.lr", "stages[].share", "model.lr"]
     (command,) = documents.commands(text)
     assert documents.wrong_in(command, {"quickstart"}) == ["none", "--dry", "model.lr"]
+
+
+TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+SOURCES = [*(ROOT / "nemo_paced").rglob("*.py"), *(ROOT / "launchers").iterdir()]
+
+
+def test_messages_of_the_troubleshooting_page_are_what_the_program_says():
+    quotes = documents.quoted(TROUBLES)
+    assert len(quotes) > 40
+    assert not documents.never_said(quotes, documents.messages(*SOURCES))
+
+
+def test_a_message_that_nobody_says_is_found(tmp_path):
+    source = tmp_path / "source.py"
+    source.write_text(
+        'def f(path, n):\n    """Is empty."""\n    log.warning("%d of %s are gone", n, path)\n'
+        '    raise ValueError(f"{path} is full: {n} GiB "\n        "are needed; free some")\n'
+    )
+    quotes = documents.quoted(
+        "**`is full: … GiB are needed`** · **`… of … are gone`**\n"
+        "**`is full; … GiB`** · **`Is empty`**\nno `code`\n"
+    )
+    said = documents.messages(source)
+    assert documents.never_said(quotes, said) == ["is full; … GiB", "Is empty"]
+
+
+def yaml_recipes(page):
+    text = page.read_text(encoding="utf-8")
+    return [body for body in documents.fenced(text, "yaml") if "defaults:" in body]
+
+
+def test_recipes_that_are_shown_are_ones_that_compose(tmp_path):
+    found = []
+    for number, body in enumerate(body for page in PAGES for body in yaml_recipes(page)):
+        (tmp_path / f"shown_{number}.yaml").write_text(body)
+        with_config(
+            ["--config-path", str(tmp_path), "--config-name", f"shown_{number}"], found.append
+        )
+    assert len(found) >= 2 and all(config.data.problems for config in found)
+
+
+def test_the_worked_example_plans_what_it_says(tmp_path, capsys):
+    page = ROOT / "docs" / "worked_example.md"
+    (recipe,) = yaml_recipes(page)
+    (tmp_path / "math.yaml").write_text(recipe)
+    (asked,) = [c for c in documents.commands(page.read_text(encoding="utf-8")) if c[0] == "plan"]
+    own = ["--config-path", str(tmp_path), *OF_RECIPE["qwen3_1.7b_from_8b_2n8g_tp4"]]
+    assert main([*asked, *own]) == 0
+    planned = capsys.readouterr().out
+    shown, *_ = documents.fenced(page.read_text(encoding="utf-8"), "text")
+    for line in shown.splitlines():
+        for part in line.split(" ... "):
+            assert part in planned
