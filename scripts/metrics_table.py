@@ -1,4 +1,4 @@
-"""Writes ``docs/metrics.md`` from ``nemo_paced/training/metric_names.py``; a test compares them."""
+"""Writes docs/metrics.md from nemo_paced/training/metric_names.py: ``make docs``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ PATH = Path(__file__).parents[1] / "docs" / "metrics.md"
 HEAD = """\
 # Metrics
 
-Made by `python scripts/metrics_table.py` from `nemo_paced/training/metric_names.py`.
-
 The names are the same in `metrics.jsonl` (one line a step), TensorBoard and W&B. The loggers get
 every `trainer.log_every_n_steps`-th step and each one with a validation; the file gets all steps.
 Divergences are in nats; a share is between 0 and 1; rates and times are rank 0's.
+What a step did not do it does not log. [The report](report.md) draws them.
+
+This page is made from `nemo_paced/training/metric_names.py` by `make docs`; edit it there.
 
 | name | unit | what | when |
 | --- | --- | --- | --- |

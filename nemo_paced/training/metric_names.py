@@ -1,6 +1,6 @@
 """What a run logs, in one place: the names are the same in ``metrics.jsonl``, TensorBoard and W&B.
 
-``docs/metrics.md`` is made from here (``scripts/metrics_table.py``).
+``docs/metrics.md`` is made from here: ``make docs``.
 """
 
 from __future__ import annotations
