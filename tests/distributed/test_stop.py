@@ -71,7 +71,8 @@ def test_rank_0_breaks_off_what_it_does_alone_and_the_others_hear_of_it():
 
 def test_a_rank_that_was_suspended_and_goes_on_takes_that_for_no_request():
     program = (
-        "import time; from nemo_paced.training import stop; stop.listen(); print('up', flush=True)\n"
+        "import time; from nemo_paced.training import stop\n"
+        "stop.listen(); print('up', flush=True)\n"
         "for _ in range(300): time.sleep(0.1); print(stop.requested(), flush=True)"
     )
     rank = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
