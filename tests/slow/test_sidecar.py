@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -200,28 +201,34 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
     assert "config.json" in str(caught.value) or "model" in str(caught.value)
 
 
-def test_nothing_is_left_when_the_parent_is_killed(tmp_path):
-    marker = f"marker-{os.getpid()}"
-    child = f"import os, time; os.fork(); time.sleep(600)  # {marker}"
+def works(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("killed", ["parent", "supervisor", "leader", "server"])
+def test_nothing_is_left_when_one_of_them_is_killed(killed):
+    server = "import os, time; os.fork(); time.sleep(600)"
     program = (
         "import subprocess, sys, time;"
         "subprocess.Popen([sys.executable, '-m', 'nemo_paced.rollout.supervisor',"
-        f"sys.executable, '-c', '{child}'], stdin=subprocess.PIPE);"
-        "print('up', flush=True); time.sleep(600)"
+        f"sys.executable, '-c', {server!r}], stdin=subprocess.PIPE); time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    assert parent.stdout.readline() == b"up\n"
-    deadline = time.monotonic() + 10
-    while _count(marker) < 3 and time.monotonic() < deadline:  # supervisor, server, its child
+    parent = psutil.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 30
+    while len(family := parent.children(recursive=True)) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert _count(marker) >= 3
+    # each is the child of the one before; the last is a helper of the server
+    names = ("parent", "supervisor", "leader", "server")
+    assert len(family) == len(names)
+    dict(zip(names, [parent, *family], strict=False))[killed].kill()
+    deadline = time.monotonic() + 20
+    while (left := [p for p in family if works(p)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     parent.kill()
     parent.wait()
-    while _count(marker) and time.monotonic() < deadline + 15:
-        time.sleep(0.1)
-    assert _count(marker) == 0
-
-
-def _count(marker):
-    found = subprocess.run(["pgrep", "-f", marker], capture_output=True, text=True).stdout.split()
-    return len([pid for pid in found if int(pid) != os.getpid()])
+    for process in left:
+        process.kill()
+    assert not left
