@@ -23,6 +23,7 @@ class RolloutConfig:
     # Running servers instead of our own; their key is in the variable NEMO_PACED_API_KEY.
     endpoints: list[str] = field(default_factory=list)
     dtype: str = "auto"  # auto: trainer.precision
+    # Sequences that a server decodes at once; more samples of a problem go in several requests.
     max_num_seqs: int = 128
     max_in_flight: int = 32  # requests at a server
     kv_cache_gib: float = 1.0  # CPU build of vLLM; the GPU build uses gpu_memory_utilization
