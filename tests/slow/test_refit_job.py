@@ -12,11 +12,10 @@ import time
 import psutil
 import pytest
 
-from nemo_paced.config import RolloutConfig
 from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.replicas import Replicas
 from tests.jobs import command, metrics, train_arguments
 from tests.refit_jobs import CPU_JOBS, asleep, check_job
+from tests.rollout_servers import make_sidecar
 from tests.tiny import make_hf_model
 
 pytestmark = pytest.mark.slow
@@ -66,12 +65,9 @@ def test_servers_hold_the_weights_of_the_checkpoint(name, tmp_path):
 def test_a_server_tells_whether_it_sleeps(tmp_path):
     """The CPU build keeps its memory; its states and routes are those of the GPU build."""
     model = make_hf_model("qwen3", tmp_path / "model", vocab_size=128, hidden_size=64)
-    replicas = Replicas(
-        model, RolloutConfig(), max_model_len=64, dtype="float32", log_path=tmp_path / "log"
-    )
-    with replicas:
-        replicas.start()
-        client = RolloutClient(replicas.endpoints, replicas.api_key)
+    with make_sidecar(model, tmp_path) as sidecar:
+        sidecar.start()
+        client = RolloutClient([sidecar.endpoint], sidecar.api_key)
         assert not asleep(client)
         client.call("POST", "/pause", params={"mode": "wait"})
         assert not asleep(client), "it waits for an update"

@@ -11,13 +11,13 @@ import psutil
 import pytest
 import torch
 
-from nemo_paced.config import RolloutConfig, WeightSwap
+from nemo_paced.config import WeightSwap
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.completions import COMPLETIONS, SampleRequest
 from nemo_paced.rollout.refit import send_files
-from nemo_paced.rollout.sidecar import Sidecar, free_ports
 from nemo_paced.rollout.weight_sync import WeightSync
+from tests.rollout_servers import make_sidecar
 from tests.tiny import make_hf_model
 
 pytestmark = pytest.mark.slow
@@ -91,15 +91,7 @@ def check_the_other_route_gives_the_same(client, generated):
 def test_a_response_under_way_at_an_update_says_which_tokens_are_of_which_weights(tmp_path):
     shape = {**SHAPE, "max_position_embeddings": 4096}
     models = [make_hf_model("qwen3", tmp_path / f"m{i}", seed=i, **shape) for i in range(2)]
-    sidecar = Sidecar(
-        models[0],
-        RolloutConfig(),
-        max_model_len=4096,
-        dtype="float32",
-        log_path=tmp_path / "sidecar.log",
-        port=free_ports("127.0.0.1", 1)[0],
-        api_key="a-key-of-this-test",
-    )
+    sidecar = make_sidecar(models[0], tmp_path, max_model_len=4096)
     with sidecar, ThreadPoolExecutor(1) as pool:
         sidecar.start()
         client = RolloutClient([sidecar.endpoint], sidecar.api_key)
@@ -129,15 +121,7 @@ def test_a_response_under_way_at_an_update_says_which_tokens_are_of_which_weight
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_tied"])
 def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(family, tmp_path):
     models = [make_hf_model(family, tmp_path / f"m{i}", seed=i, **SHAPE) for i in range(3)]
-    sidecar = Sidecar(
-        models[0],
-        RolloutConfig(),
-        max_model_len=64,
-        dtype="float32",
-        log_path=tmp_path / "sidecar.log",
-        port=free_ports("127.0.0.1", 1)[0],
-        api_key="a-key-of-this-test",
-    )
+    sidecar = make_sidecar(models[0], tmp_path)
     with sidecar:
         sidecar.start()
         assert sidecar.api_key not in (tmp_path / "sidecar.log").read_text()
@@ -187,15 +171,7 @@ def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(fami
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
     (tmp_path / "empty").mkdir()
-    sidecar = Sidecar(
-        tmp_path / "empty",
-        RolloutConfig(),
-        max_model_len=64,
-        dtype="float32",
-        log_path=tmp_path / "sidecar.log",
-        port=free_ports("127.0.0.1", 1)[0],
-        api_key="a-key-of-this-test",
-    )
+    sidecar = make_sidecar(tmp_path / "empty", tmp_path)
     with sidecar, pytest.raises(RolloutError, match="ended while starting") as caught:
         sidecar.start()
     assert "config.json" in str(caught.value) or "model" in str(caught.value)
