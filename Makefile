@@ -2,7 +2,7 @@
 VENV ?= .venv
 QUICKSTART_ARGS ?=
 
-.PHONY: setup quickstart test test-fast slurm-test gpu-test lint real
+.PHONY: docs setup quickstart test test-fast slurm-test gpu-test lint real
 
 setup:
 	@VENV=$(VENV) bash scripts/setup.sh
@@ -26,6 +26,10 @@ gpu-test: setup
 # The launchers on a SLURM of three nodes on this machine; as root.
 slurm-test: setup
 	@VENV=$(VENV) bash scripts/slurm_test.sh
+
+# What is made from the code: docs/settings.md.
+docs: setup
+	$(VENV)/bin/python scripts/make_docs.py
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy nemo_paced

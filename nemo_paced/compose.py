@@ -133,13 +133,16 @@ def _explain(message: str) -> str:
         text += ". NeMo's other exp_manager keys drive Lightning callbacks that are never run here"
     keys = _all_keys()
     for word in _quoted(text):
-        if (
-            "." in word
-            and word not in keys
-            and (near := difflib.get_close_matches(word, keys, n=1))
-        ):
+        if "." in word and word not in keys and (near := _nearest(word, keys)):
             return f"{text}. Did you mean {near[0]!r}?"
     return text
+
+
+def _nearest(word: str, keys: list[str]) -> list[str]:
+    """At most one: a key of the same name in another block, else one that is spelt alike."""
+    name = word.rpartition(".")[2]
+    namesakes = [key for key in keys if key.rpartition(".")[2] == name]
+    return difflib.get_close_matches(word, namesakes or keys, n=1, cutoff=0 if namesakes else 0.6)
 
 
 def _quoted(text: str) -> list[str]:

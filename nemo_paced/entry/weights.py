@@ -45,7 +45,9 @@ def measured_exponents(path: Path) -> GradientExponents:
     """
     summary = summarise(SnrRecord.read(path))
     if summary.snr_law is None or summary.signal_law is None:
-        raise ConfigError(f"{path} has too few bins with a signal to fit exponents to: leave --snr")
+        raise ConfigError(
+            f"{path} has too few bins with a signal to fit exponents to: leave --snr out"
+        )
     return GradientExponents(
         summary.signal_law.a.value / 2,
         summary.signal_law.b.value / 2,

@@ -13,27 +13,30 @@ class Precision(Enum):
 
 
 class DivergenceKind(Enum):
-    """``stages[].divergence``; the values are those of ``losses.divergence.Divergence``."""
+    """``stages[].divergence``: what is minimised between teacher T and student S.
 
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jsd = "jsd"
-    skew_forward_kl = "skew_forward_kl"
-    skew_reverse_kl = "skew_reverse_kl"
-    adaptive_kl = "adaptive_kl"
+    The values are those of ``losses.options.Divergence``.
+    """
+
+    forward_kl = "forward_kl"  # KL(T || S)
+    reverse_kl = "reverse_kl"  # KL(S || T)
+    jsd = "jsd"  # b KL(T || M) + (1-b) KL(S || M), M = b T + (1-b) S, b = loss.jsd_beta
+    skew_forward_kl = "skew_forward_kl"  # KL(T || a T + (1-a) S), a = loss.skew
+    skew_reverse_kl = "skew_reverse_kl"  # KL(S || a S + (1-a) T)
+    adaptive_kl = "adaptive_kl"  # both KLs, mixed at each token by the gaps over head and tail
 
 
 class ResponseSource(Enum):
-    """``stages[].responses``: stored teacher responses, or fresh samples of the current student."""
+    """``stages[].responses``: along whose responses."""
 
-    references = "references"
-    rollouts = "rollouts"
+    references = "references"  # stored ones of the teacher
+    rollouts = "rollouts"  # fresh samples of the current student
 
 
 class Recompute(Enum):
     """``model.recompute_granularity``: what backward computes again instead of keeping it."""
 
-    none = "none"
+    none = "none"  # nothing
     selective = "selective"  # attention itself
     full = "full"  # whole layers: model.recompute_num_layers at a time
 
@@ -68,8 +71,8 @@ class WrongReferences(Enum):
 class PrivilegedContext(Enum):
     """``teacher.privileged_context``: what the teacher's prompt holds beyond the student's."""
 
-    expert_solution = "expert_solution"
-    answer = "answer"
+    expert_solution = "expert_solution"  # the field `solution`
+    answer = "answer"  # the final answer alone
     none = "none"
 
 
@@ -106,7 +109,7 @@ class WeightScheme(Enum):
     """``weights.scheme``: the function from pass rate to problem weight."""
 
     beta_kernel = "beta_kernel"  # p^alpha (1-p)^beta: PACED
-    unweighted = "unweighted"
+    unweighted = "unweighted"  # 1
     hard_filter = "hard_filter"  # 1 where low <= p <= high
 
 
@@ -120,7 +123,7 @@ class Estimator(Enum):
 class Reestimation(Enum):
     """``weights.reestimate``: what moves pass rates besides ``stages[].reestimate_pass_rates``."""
 
-    never = "never"
+    never = "never"  # nothing
     every_n_steps = "every_n_steps"  # weights.num_rollouts new rollouts of every problem
     free = "free"  # the on-policy stages' own rollouts, which are graded anyway
 
@@ -153,9 +156,9 @@ class WeightSwap(Enum):
 class Reduction(Enum):
     """``loss.reduction``: what is divided by what (see ``losses/reduction.py``)."""
 
-    token_sum = "token_sum"
-    sequence_mean = "sequence_mean"
-    token_mean = "token_mean"
+    token_sum = "token_sum"  # sums over tokens, divided by the problems of the global batch
+    sequence_mean = "sequence_mean"  # means over the tokens of a response, divided likewise
+    token_mean = "token_mean"  # sums over tokens, divided by the tokens of the global batch
 
 
 # as Lightning and NeMo spell them; all of them keep fp32 master weights here

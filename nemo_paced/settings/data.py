@@ -12,28 +12,32 @@ from nemo_paced.settings.choices import ReferenceSource, WrongReferences
 class DataConfig:
     """Problem files (JSONL or Parquet: id, problem, answer, optional solution) and prompts.
 
-    Templates are ``str.format`` strings over ``{problem}``, ``{solution}``, ``{answer}`` and
-    ``{student_prompt}`` (the filled student prompt; in the teacher's template only).
+    Templates are ``str.format`` strings over ``{problem}``, ``{solution}`` and ``{answer}``; the
+    teacher's over ``{student_prompt}`` (the filled student prompt) and ``{context}`` (what
+    ``teacher.privileged_context`` names) as well.
     """
 
-    problems: str = ""
+    problems: str = ""  # file of the training problems
+    # Held-out problems: trainer.val_check_interval, and `evaluate` as the suite `heldout`.
     validation_problems: str | None = None
+    # Problems of older skills: `evaluate` asks them as the suite `forgetting`.
     forgetting_problems: str | None = None
+    # Of the student, before the chat template; the default is DAPO's.
     prompt_template: str = (
         "Solve the following math problem step by step. The last line of your response should be "
         "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
         '\n\n{problem}\n\nRemember to put your answer on its own line after "Answer:".'
     )
-    # Used where teacher.privileged_context is not `none`.
+    # Of the teacher, where teacher.privileged_context is not `none`.
     teacher_prompt_template: str = (
         "Problem:\n{problem}\n\nA reference for your guidance:\n{context}\n\nUse it to answer in "
         "your own words, not verbatim.\n\n{student_prompt}"
     )
-    use_chat_template: bool = True
+    use_chat_template: bool = True  # the tokenizer's own, around both prompts
     max_prompt_length: int = 1024  # tokens of the student's prompt
-    max_teacher_prompt_length: int = 3072
+    max_teacher_prompt_length: int = 3072  # tokens of the teacher's, privileged context included
     max_response_length: int = 8192  # tokens, EOS included
-    shuffle: bool = True
+    shuffle: bool = True  # each epoch anew, by model.seed
 
     def __post_init__(self) -> None:
         positive(
@@ -51,11 +55,12 @@ class ReferencesConfig:
     """Where the stored responses of forward KL come from."""
 
     source: ReferenceSource = ReferenceSource.teacher
-    path: str | None = None
+    path: str | None = None  # with source=file
     # Running servers of the teacher (rollout-server --model teacher) instead of our own.
     endpoints: list[str] = field(default_factory=list)
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # at which the teacher samples
+    top_p: float = 1.0  # nucleus: 1 is the whole distribution
+    # What becomes of a response whose answer is not the problem's.
     wrong: WrongReferences = WrongReferences.keep
     # Samples of a problem at most, until one is right. With drop: so many are tried before the
     # problem is dropped. None: 8 with resample, else 1.
@@ -110,8 +115,9 @@ class ReferencesConfig:
 
 @dataclass
 class GradingConfig:
-    """``verifier``: math | exact | multiple_choice, or ``module:function`` of your own."""
+    """Whether a response is right: by its final answer."""
 
+    # math (final answer, then math-verify) | exact | multiple_choice, or module:function of yours
     verifier: str = "math"
     time_limit_s: float = 5.0  # an item; its worker is killed then and the verdict is wrong
     num_workers: int = 2  # processes

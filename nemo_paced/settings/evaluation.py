@@ -16,7 +16,7 @@ class LmEvalConfig:
     num_fewshot: int | None = 5  # None: what each task says
     # Questions of each name in `tasks`, a fixed draw in proportion to its subtasks; None: all.
     limit: int | None = 2000
-    apply_chat_template: bool = False
+    apply_chat_template: bool = False  # around few-shot prompts
     # Longest few-shot prompt and answer in tokens, where the model's context allows it. A longer
     # prompt loses its beginning; how many did is reported.
     max_length: int = 4096
@@ -35,10 +35,10 @@ class LmEvalConfig:
 class EvaluationConfig:
     """Held-out accuracy: mean@k; the defaults are the paper's protocol."""
 
-    samples: int = 8
-    temperature: float = 0.6
-    top_p: float = 0.95
-    # Where the model's context is shorter, what it leaves. None: data.max_response_length.
+    samples: int = 8  # k: responses to each problem
+    temperature: float = 0.6  # at which the model samples
+    top_p: float = 0.95  # nucleus: 1 is the whole distribution
+    # Tokens. Where the model's context is shorter, what it leaves. None: data.max_response_length.
     max_response_length: int | None = 30_000
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
 

@@ -12,9 +12,9 @@ from nemo_paced.settings.choices import OptimBackend, Recompute
 class SchedConfig:
     """``model.optim.sched``: NeMo's names; steps are optimizer steps."""
 
-    name: str = "constant"  # constant | CosineAnnealing | linear
-    warmup_steps: int = 0
-    min_lr: float = 0.0
+    name: str = "constant"  # constant | CosineAnnealing | linear; over trainer.max_steps
+    warmup_steps: int = 0  # in which the rate rises linearly to model.optim.lr
+    min_lr: float = 0.0  # where CosineAnnealing and linear end
 
     def __post_init__(self) -> None:
         require(
@@ -30,11 +30,12 @@ class SchedConfig:
 class OptimConfig:
     """``model.optim``; the defaults are the paper's (AdamW, constant 1e-7, decay 0.01)."""
 
-    name: str = "adamw"
-    lr: float = 1e-7
-    weight_decay: float = 0.01
+    name: str = "adamw"  # adamw (decoupled decay) | adam
+    lr: float = 1e-7  # highest rate of the schedule
+    weight_decay: float = 0.01  # not of norms and biases
+    # Decay of the averages of gradient and squared gradient.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    eps: float = 1e-8  # added to the root of the second moment
     backend: OptimBackend = OptimBackend.auto
     # Moments and master weights are split over the data-parallel ranks.
     use_distributed_optimizer: bool = True
@@ -68,26 +69,28 @@ class OptimConfig:
 class ModelConfig:
     """NeMo's ``model`` block: layout, batch sizes and optimizer of the student."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = 1  # ranks that split each matrix and the vocabulary
+    pipeline_model_parallel_size: int = 1  # stages of layers
     # Chunks of layers that each pipeline stage holds, interleaved: the more, the smaller the bubble
     # and the more messages. The teacher, which only runs forward, has one.
     virtual_pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
+    context_parallel_size: int = 1  # ranks that split each sequence
+    expert_model_parallel_size: int = 1  # ranks that the experts of a layer lie on
+    # Splits activations between the matrices over the tensor-parallel ranks as well.
     sequence_parallel: bool = False
     # Router's load-balancing loss. 0 for distillation: the teacher says where the student should
     # go, and the balance that pre-training reached is kept.
     moe_aux_loss_coeff: float = 0.0
-    micro_batch_size: int = 2  # sequences
+    micro_batch_size: int = 2  # sequences that a rank runs at once
     # Tokens of a row in which sequences are packed, without padding to the longest and without
     # seeing each other; 0: padded. The teacher's rows hold at least its longest sequence.
     packed_sequence_size: int = 0
     global_batch_size: int = 32  # problems an optimizer step
+    # Rows of embedding and LM head are padded to a multiple of this x tensor-parallel ranks.
     make_vocab_size_divisible_by: int = 128
     recompute_granularity: Recompute = Recompute.none
     recompute_num_layers: int = 1  # with recompute_granularity=full
-    seed: int = 1234
+    seed: int = 1234  # of the order of problems and of all sampling
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:

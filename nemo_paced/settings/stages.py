@@ -12,12 +12,12 @@ from nemo_paced.settings.choices import DivergenceKind, Reduction, ResponseSourc
 class StageConfig:
     """One stage: which divergence along whose responses, for what share of the steps."""
 
-    name: str = "forward_kl"
+    name: str = "forward_kl"  # in logs and messages; differs from stage to stage
     divergence: DivergenceKind = DivergenceKind.forward_kl
     responses: ResponseSource = ResponseSource.references
     fraction: float = 1.0  # of trainer.max_steps
     reestimate_pass_rates: bool = False  # before the stage's first step
-    reset_optimizer: bool = False  # at the stage's first step
+    reset_optimizer: bool = False  # its moments, at the stage's first step
 
     def __post_init__(self) -> None:
         require(
@@ -27,11 +27,13 @@ class StageConfig:
 
 @dataclass
 class LossConfig:
+    """How token divergences become one number; formulas in ``losses/options.py``."""
+
     reduction: Reduction = Reduction.token_sum
     temperature: float = 1.0  # of both distributions inside the divergence
-    jsd_beta: float = 0.5
-    skew: float = 0.1
-    akl_head_mass: float = 0.5
+    jsd_beta: float = 0.5  # share of the teacher in the mixture of jsd
+    skew: float = 0.1  # share of the first distribution in the mixture of the skewed KLs
+    akl_head_mass: float = 0.5  # probability mass of the teacher's head in adaptive_kl
     chunk_size: int | None = None  # tokens a chunk of the loss; None: chosen by the loss
 
     def __post_init__(self) -> None:

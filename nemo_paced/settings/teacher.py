@@ -11,6 +11,8 @@ from nemo_paced.settings.choices import Fp8Backend, Fp8Recipe, PrivilegedContext
 
 @dataclass
 class StudentConfig:
+    """The model that is trained."""
+
     hf_path: str = ""  # Hugging Face directory: config, weights, tokenizer
 
 
@@ -21,14 +23,14 @@ class Fp8Config:
     Embedding, LM head, norms and attention itself stay as they are.
     """
 
-    enabled: bool = False
+    enabled: bool = False  # the other keys of this block need it
     backend: Fp8Backend = Fp8Backend.auto
     recipe: Fp8Recipe = Fp8Recipe.auto
     num_layers_at_start_in_bf16: int = 0  # counted over all pipeline stages
-    num_layers_at_end_in_bf16: int = 0
+    num_layers_at_end_in_bf16: int = 0  # likewise
     # Before the first step: how far does FP8 move the teacher? Written to fp8_certificate.json.
     certificate: bool = True
-    certificate_problems: int = 16
+    certificate_problems: int = 16  # that it is measured on
     # Mean KL(BF16 || FP8) that is let pass, nats a token. By Pinsker's inequality a token with this
     # KL has at most 10 % of its probability mass moved (sqrt(max_kl / 2)); a student that starts
     # 0.2 nats from its teacher is asked to move ten times as far.
@@ -70,12 +72,12 @@ class Fp8Config:
 class TeacherConfig:
     """The frozen teacher. An empty ``hf_path`` is self-distillation: a copy of the student."""
 
-    hf_path: str = ""
+    hf_path: str = ""  # Hugging Face directory; empty: the student's
     privileged_context: PrivilegedContext = PrivilegedContext.expert_solution
     # Its own layout over the same ranks; 0: the student's. Context parallelism is never used.
     tensor_model_parallel_size: int = 0
-    pipeline_model_parallel_size: int = 0
-    expert_model_parallel_size: int = 0
+    pipeline_model_parallel_size: int = 0  # likewise
+    expert_model_parallel_size: int = 0  # likewise
     placement: TeacherPlacement = TeacherPlacement.colocated
     # The last so many of the job's ranks run the teacher alone; with placement=separate.
     separate_ranks: int = 0

@@ -13,12 +13,12 @@ from nemo_paced.settings.choices import PRECISIONS, Precision
 class TrainerConfig:
     """NeMo's ``trainer`` block, as far as this trainer honours it."""
 
-    num_nodes: int = 1
+    num_nodes: int = 1  # above 1, torchrun or srun starts the ranks
     devices: int = 1  # ranks on each node: GPUs, or processes of the CPU build
     accelerator: str = "auto"  # auto | gpu | cpu
-    max_steps: int = 200
+    max_steps: int = 200  # optimizer steps of the whole run
     val_check_interval: int = 0  # optimizer steps between held-out validations; 0: never
-    log_every_n_steps: int = 1
+    log_every_n_steps: int = 1  # to TensorBoard, W&B and MLflow; metrics.jsonl has every step
     precision: str = "bf16"  # bf16 (also bf16-mixed, bf16-true) or fp32 (also 32, 32-true)
     gradient_clip_val: float = 1.0  # global norm; 0: no clipping
 
@@ -45,7 +45,7 @@ class TrainerConfig:
 class CheckpointCallbackParams:
     """``exp_manager.checkpoint_callback_params``: the keys of NeMo's that are honoured."""
 
-    every_n_train_steps: int = 100
+    every_n_train_steps: int = 100  # a checkpoint; the last step always has one
     save_top_k: int = 3  # checkpoints kept, newest first; -1: all
     save_best_k: int = 0  # and so many more, best by validation/accuracy
     async_save: bool = False  # write in the background while training goes on
@@ -69,15 +69,17 @@ class ExpManagerSettings:
     The run directory is ``exp_dir/name[/version]``.
     """
 
-    exp_dir: str = "nemo_experiments"
-    name: str = "paced"
-    version: str | None = None
-    use_datetime_version: bool = False
-    resume_if_exists: bool = True
-    create_tensorboard_logger: bool = True
+    exp_dir: str = "nemo_experiments"  # where the runs lie
+    name: str = "paced"  # of this run
+    version: str | None = None  # of it, a further folder
+    use_datetime_version: bool = False  # date and time of the start as the version
+    resume_if_exists: bool = True  # false: a run directory with checkpoints is refused
+    create_tensorboard_logger: bool = True  # in RUN/logs
+    # Needs the package wandb; a resumed run goes on in the same W&B run.
     create_wandb_logger: bool = False
-    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
-    create_mlflow_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)  # of wandb.init
+    create_mlflow_logger: bool = False  # needs the package mlflow
+    # Of Lightning's MLFlowLogger.
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint_callback_params: CheckpointCallbackParams = field(
         default_factory=CheckpointCallbackParams
@@ -92,8 +94,9 @@ class TrainingConfig:
     # A loss above this many times the median of the stage's last 50 is logged with the problems of
     # its batch; 0: never.
     loss_spike_factor: float = 5.0
-    collective_timeout_s: float = 1800.0
-    rank_timeout_s: float = 60.0  # preflight: a rank that has not answered by then is named
+    collective_timeout_s: float = 1800.0  # after which a collective counts as failed
+    # Of preflight's roll call: a rank that has not answered by then is named.
+    rank_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         positive("training", self, "collective_timeout_s", "rank_timeout_s")

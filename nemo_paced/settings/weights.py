@@ -16,7 +16,7 @@ class AdaptiveConfig:
     of a smaller one.
     """
 
-    enabled: bool = False
+    enabled: bool = False  # the other keys of this block need it
     initial_rollouts: int = 2  # of every problem, in the first round
     rollouts_per_round: float = 1.0  # a problem, in the mean; fewer: better spent, more rounds
     max_rollouts: int = 64  # of one problem
@@ -46,14 +46,14 @@ class WeightsConfig:
     """From pass rates to problem weights; paper's defaults."""
 
     scheme: WeightScheme = WeightScheme.beta_kernel
-    alpha: float = 1.0
-    beta: float = 1.0
+    alpha: float = 1.0  # exponent of the pass rate p
+    beta: float = 1.0  # exponent of 1 - p
     low: float = 0.2  # hard_filter only
-    high: float = 0.8
+    high: float = 0.8  # hard_filter only
     estimator: Estimator = Estimator.plug_in
     prior: list[float] = field(default_factory=lambda: [1.0, 1.0])  # Beta(a0, b0); posterior only
     fit_prior: bool = False  # to the counts themselves, by maximum likelihood; posterior only
-    num_rollouts: int = 8  # K
+    num_rollouts: int = 8  # K of every problem
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     pass_rates: str | None = None  # table of an earlier `pass-rates`, instead of sampling at step 0
     reestimate: Reestimation = Reestimation.never

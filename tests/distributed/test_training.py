@@ -399,15 +399,20 @@ def test_auxiliary_losses_come_out_as_means_over_micro_batches(models, layout):
         torch.testing.assert_close(difference, torch.full_like(difference, 0.3), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("after", ["tp2", "pp2", "tp2 pp2"])
-def test_a_resumed_run_goes_on_as_if_never_stopped(models, single, tmp_path, after):
-    begin = (str(models), LAYOUTS["tp2"], "forward_kl", None, str(tmp_path), 1)
-    run_ranks(2, train_steps, *begin)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("tp2", "tp2"), ("tp2", "pp2"), ("tp2", "tp2 pp2"),
+     ("dp2", "dp2"), ("dp2", "tp2"), ("dp2", "pp2 dp2"), ("tp2", "dp2")],
+)  # fmt: skip
+def test_a_resumed_run_goes_on_as_if_never_stopped(models, single, tmp_path, before, after):
+    """In its layout to the bit, in another one to rounding; moments divided over replicas too."""
+    begin = (str(models), LAYOUTS[before], "forward_kl", None, str(tmp_path), 1)
+    run_ranks(LAYOUTS[before][2], train_steps, *begin)
     saved = str(checkpoint.checkpoint_dir(tmp_path, 1))
     layout = LAYOUTS[after]
     results = run_ranks(layout[2], train_steps, str(models), layout, "forward_kl", saved)
     losses = torch.tensor(results[0][0])
-    if layout == LAYOUTS["tp2"]:
+    if before == after:
         uninterrupted = run_ranks(2, train_steps, str(models), layout, "forward_kl")
         assert torch.equal(losses, torch.tensor(uninterrupted[0][0][1:]))
     torch.testing.assert_close(

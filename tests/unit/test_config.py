@@ -184,6 +184,7 @@ def test_quickstart_changes_only_what_its_file_says():
     ("override", "told"),
     [
         ("weights.alhpa=1", "Did you mean 'weights.alpha'"),
+        ("model.lr=1", "Did you mean 'model.optim.lr'"),
         ("exp_manager.create_preemption_callback=true", "drive Lightning callbacks"),
         ("trainer.devices=x", "trainer.devices"),
         ("weights.scheme=none", "scheme"),
