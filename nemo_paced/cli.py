@@ -268,8 +268,9 @@ Takes the gradient of every problem's loss with respect to the LM head (snr.last
 last N layers), one problem at a time, and prints by bin of the pass rate: the paper's plain SNR
 and the unbiased one with a jackknife interval, and gradient norms; then the exponents that fit
 SNR^2, the deviation delta of the run's kernel and the efficiency that follows. Writes
-RUN/snr/step_XXXXXXXX_DIVERGENCE.json and a figure beside it. Interrupted, it goes on with the bins
-that are missing; finished, the same command shows them again.
+RUN/snr/step_XXXXXXXX_DIVERGENCE.json (with snr.last_layers=N: ..._last_layers_N.json) and a figure
+beside it. Interrupted, it goes on with the bins that are missing; finished, the same command shows
+them again.
 
 RUN means its newest checkpoint (--step N: that one; --step 0: the model that training began with),
 with the run's own configuration and the pass rates of that step. snr.divergence (default: the

@@ -1,5 +1,7 @@
 """``snr/step_XXXXXXXX_DIVERGENCE.json``: what was measured, as it is kept on disk.
 
+With ``snr.last_layers`` N the name ends in ``_last_layers_N``.
+
     {"complete": true,
      "identity": {...},              what decides the figures; another one is measured anew
      "model": "...", "step": 40,     of the student; 0: as training began

@@ -8,7 +8,7 @@ from nemo_paced.analysis.sections import Section
 from nemo_paced.analysis.snr_figure import snr_svg
 from nemo_paced.analysis.snr_record import FOLDER, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
-from nemo_paced.analysis.snr_text import lead, sentences, table_rows
+from nemo_paced.analysis.snr_text import lead, measured_weights, sentences, table_rows
 
 TITLE = "Gradient signal-to-noise ratio"
 
@@ -25,7 +25,8 @@ def snr_sections(run_dir: Path) -> list[Section]:
         summary = summarise(record)
         sections.append(
             Section(
-                f"{TITLE}, {record.divergence} at step {record.step}",
+                f"{TITLE} of the {measured_weights(record)}, "
+                f"{record.divergence} along {record.responses} at step {record.step}",
                 svg=snr_svg(record, summary),
                 table=table_rows(summary),
                 note=f"{lead(record)}.",

@@ -40,12 +40,18 @@ def table_rows(summary: Summary) -> list[list[str]]:
     return rows
 
 
+def measured_weights(record: SnrRecord) -> str:
+    """Whose gradient it is."""
+    layers = record.identity["last_layers"]
+    if not layers:
+        return "LM head"
+    return "LM head and last layer" if layers == 1 else f"LM head and last {layers} layers"
+
+
 def lead(record: SnrRecord) -> str:
     """What was measured."""
-    what = "LM head"
-    if layers := record.identity["last_layers"]:
-        what += f" and last {layers} layers" if layers > 1 else " and last layer"
-    text = f"{record.divergence} along {record.responses}, gradient of the {what}, step "
+    text = f"{record.divergence} along {record.responses}, gradient of the "
+    text += f"{measured_weights(record)}, step "
     text += f"{record.step}, pass rates of step {record.pass_rates_step}"
     return text if record.complete else f"{text}; not complete yet"
 

@@ -76,7 +76,7 @@ def _snr(
 
     run_dir = run_dir or run_directory(config)
     model = _resolve(config, model, run_dir, known.step)
-    out = (known.out or _default_out(config, model, run_dir)).absolute()
+    out = (known.out or default_out(config, model, run_dir)).absolute()
     join_launcher()
     if launcher_rank() == 0:
         check_settings(config)
@@ -142,15 +142,23 @@ def _resolve(config: PacedConfig, model: Path | None, run_dir: Path, step: int |
     return found
 
 
-def _default_out(config: PacedConfig, model: Path, run_dir: Path) -> Path:
+def default_out(config: PacedConfig, model: Path, run_dir: Path) -> Path:
+    """``RUN/snr/MODEL_DIVERGENCE.json``; a measurement of something else has another name, so that
+    neither takes the other's place: of other layers, or along responses that are not the usual."""
     from nemo_paced.analysis.snr_plan import step_of, what_is_measured
     from nemo_paced.analysis.snr_record import FOLDER
 
     start = Path(config.student.hf_path).absolute()
     is_of_run = model == start or model.parent == run_dir / "checkpoints"
     name = f"step_{step_of(model):08d}" if is_of_run else model.name
-    kind, _ = what_is_measured(config)
-    return run_dir / FOLDER / f"{name}_{kind.value}.json"
+    kind, responses = what_is_measured(config)
+    usual = what_is_measured(replace(config, snr=replace(config.snr, responses=None)))
+    name += f"_{kind.value}"
+    if (kind, responses) != usual:
+        name += f"_{responses.value}"
+    if config.snr.last_layers:
+        name += f"_last_layers_{config.snr.last_layers}"
+    return run_dir / FOLDER / f"{name}.json"
 
 
 def _absolute(config: PacedConfig) -> PacedConfig:

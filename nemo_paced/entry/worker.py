@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from nemo_paced.errors import PacedError, Stopped
@@ -45,21 +46,25 @@ def _end_group_with_parent() -> None:
     """Whatever ends this rank ends its helpers too: a killed launcher leaves nothing behind.
 
     Megatron's checkpoint writer keeps server processes that outlive a rank which does not exit by
-    itself. They are in this rank's process group; a thread waits for SIGTERM, or for the launcher
-    to be gone, and ends the whole group. (The rollout server has a session and a watcher of its
-    own.) A thread, since the main one may be inside a collective.
+    itself. They are in this rank's process group; threads wait for SIGTERM, and for the launcher to
+    be gone, and end the whole group. (The rollout server has a session and a watcher of its own.)
+    Threads, since the main one may be inside a collective.
     """
     if os.getpgrp() != os.getpid():
         return  # not started by our launcher: the group is somebody else's
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def watch() -> None:
-        while os.getppid() == _LAUNCHER:
-            if signal.sigtimedwait({signal.SIGTERM}, PARENT_POLL_S) is not None:
-                break
+    def end_when_told() -> None:
+        signal.sigwait({signal.SIGTERM})
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True, name="parent watch").start()
+    def end_with_launcher() -> None:
+        while os.getppid() == _LAUNCHER:
+            time.sleep(PARENT_POLL_S)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    for watch in (end_when_told, end_with_launcher):
+        threading.Thread(target=watch, daemon=True, name="parent watch").start()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ PROBE_TIMEOUT_S = 10.0  # a server that is well answers at once
 KEEP_ALIVE_S = 3.0
 # unknown, switched off (vLLM without --enable-scale-out), of another method, not for this model
 NO_SUCH_ROUTE = (404, 403, 405, 501)
-# this route alone refuses more samples of a request than the server decodes at once
+# more samples of a request than the server decodes at once
 TOO_MANY = b"sampling_params.n must be at most"
 
 OnResult = Callable[[SampleRequest, list[Completion]], None]
@@ -190,27 +190,22 @@ class RolloutClient:
         )
 
     async def _ask(
-        self,
-        session: aiohttp.ClientSession,
-        endpoint: str,
-        request: SampleRequest,
-        route: Route | None = None,
+        self, session: aiohttp.ClientSession, endpoint: str, request: SampleRequest
     ) -> list[Completion]:
-        route = route or self._routes.get(endpoint, GENERATE)
+        route = self._routes.get(endpoint, GENERATE)
         url, body = endpoint + route.path, route.body(request)
         async with session.post(url, json=body, allow_redirects=False) as response:
             status, content = response.status, await response.read()
         if route is GENERATE and status in NO_SUCH_ROUTE:
             self._fall_back(endpoint, status)
             return await self._ask(session, endpoint, request)
-        if route is GENERATE and status == httpx.codes.BAD_REQUEST and TOO_MANY in content:
-            return await self._ask(session, endpoint, request, COMPLETIONS)
         if status >= httpx.codes.INTERNAL_SERVER_ERROR:
             raise _TryAgain(f"status {status}: {_excerpt(content, 200)}")
         if status != httpx.codes.OK:
+            remedy = ": set rollout.max_num_seqs to this server's" if TOO_MANY in content else ""
             raise RolloutError(
                 f"{endpoint} refused to sample problem {request.key!r}: "
-                f"{status} {_excerpt(content, 300)}"
+                f"{status} {_excerpt(content, 300)}{remedy}"
             )
         try:
             return read_completions(json.loads(content), request, route)

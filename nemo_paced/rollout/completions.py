@@ -18,7 +18,8 @@ NO_LOGPROB = -9999.0  # vLLM's number for a log-probability that is not finite, 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """``n`` samples of one prompt; ``key`` comes back with the answer."""
+    """``n`` samples of one prompt; ``key`` and ``first_sample``, the number of the first of them,
+    come back with the answer."""
 
     key: str
     prompt_ids: tuple[int, ...]
@@ -28,6 +29,7 @@ class SampleRequest:
     top_p: float
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    first_sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
@@ -42,6 +44,7 @@ def sample_rollouts(
     step: int,
     purpose: str,
     settings: SamplingSettings,
+    samples_per_request: int,
     run_seed: int,
     grader: Grader,
     num_samples: Mapping[str, int] | None = None,
@@ -54,6 +57,8 @@ def sample_rollouts(
     Args:
         num_samples: by problem id, where they differ; else ``settings.num_samples`` of each.
         step: optimizer steps behind the served weights.
+        samples_per_request: at most; the token route refuses more than a server decodes at once
+            (``rollout.max_num_seqs``).
         purpose: keeps apart what is sampled at the same step (``pass_rates``, ``train``, ...).
         progress: called with (problems finished, problems in all).
     """
@@ -66,23 +71,26 @@ def sample_rollouts(
             for sample in range(wanted[problem.id])
             if (purpose, step, problem.id, sample) not in store
         ]
-        if missing:
-            requests.append(_request(problem, missing, prompts, settings, run_seed, purpose, step))
+        for samples in in_requests(missing, samples_per_request):
+            requests.append(_request(problem, samples, prompts, settings, run_seed, purpose, step))
     requests = long_tail_first(requests, store, run_seed)
-    finished, counting = len(by_id) - len(requests), threading.Lock()
+    open_requests = Counter(request.key for request in requests)
+    finished, counting = len(by_id) - len(open_requests), threading.Lock()
 
     def keep(request: SampleRequest, completions: list[Completion]) -> None:
         nonlocal finished
         problem = by_id[request.key]
-        first = wanted[problem.id] - request.n  # what is missing are the last samples
         store.append(
             purpose,
             [
-                _rollout(problem, completion, first + index, step, request.seed, prompts, grader)
-                for index, completion in enumerate(completions)
+                _rollout(problem, completion, sample, step, request.seed, prompts, grader)
+                for sample, completion in enumerate(completions, request.first_sample)
             ],
         )
         with counting:
+            open_requests[request.key] -= 1
+            if open_requests[request.key]:
+                return
             finished += 1
             if progress:
                 progress(finished, len(by_id))
@@ -96,6 +104,15 @@ def sample_rollouts(
     ]
     assert all(rollout is not None for rollout in found), "the client returned without some of them"
     return found  # type: ignore[return-value]
+
+
+def in_requests(missing: Sequence[int], limit: int) -> list[list[int]]:
+    """The samples of each request, consecutive ones, at most ``limit``.
+
+    Cut at multiples of the limit, whatever is missing: what a killed run asks for again are the
+    same requests with the same seeds. Of one request's samples the first ones are stored first.
+    """
+    return [list(group) for _, group in groupby(missing, key=lambda sample: sample // limit)]
 
 
 def long_tail_first(
@@ -130,6 +147,7 @@ def _request(
         top_p=settings.top_p,
         max_tokens=settings.max_tokens,
         stop_token_ids=prompts.stop_token_ids,
+        first_sample=missing[0],
     )
 
 

@@ -2,6 +2,9 @@
 
 ``python -m nemo_paced.rollout.supervisor COMMAND...`` with a pipe as standard input: the kernel
 closes the pipe when the parent dies, by SIGKILL too, and the end of file is the order to stop.
+
+The server's process group has a leader of ours, which holds the end of another such pipe: a
+supervisor that is killed itself leaves nothing either. The leader does not outlive the server.
 """
 
 from __future__ import annotations
@@ -13,40 +16,61 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 GRACE_S = 10.0
+LEAD = "--lead"  # before the command: this process is the leader of its group
 
 
 def main(command: list[str]) -> int:
     """Exit code of the command, which runs in a session (hence process group) of its own."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the parent may have it blocked
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    signal.signal(signal.SIGTERM, lambda *_: _end_group(server))
+    leader = subprocess.Popen(
+        [sys.executable, "-m", "nemo_paced.rollout.supervisor", LEAD, *command],
+        stdin=subprocess.PIPE,  # open as long as this process lives
+        start_new_session=True,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: _end_group(leader))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing the pipe
-    threading.Thread(target=_stop_at_end_of_file, args=(server,), daemon=True).start()
-    code = server.wait()
-    _signal_group(server, signal.SIGKILL)  # helpers that outlived the server
+    _at_end_of_file(lambda: _end_group(leader))
+    code = leader.wait()
+    _signal_group(leader.pid, signal.SIGKILL)  # the server, helpers that outlived it
     return code
 
 
-def _stop_at_end_of_file(server: subprocess.Popen[bytes]) -> None:
-    while os.read(0, 4096):
-        pass
-    _end_group(server)
+def lead(command: list[str]) -> int:
+    """Exit code of the command, which runs in this process's group."""
+    _at_end_of_file(lambda: _signal_group(os.getpgrp(), signal.SIGKILL))
+    # It goes to the whole group: the server takes its time, and this process waits for it. Not
+    # SIG_IGN, which the server would inherit.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
 
 
-def _end_group(server: subprocess.Popen[bytes]) -> None:
-    _signal_group(server, signal.SIGTERM)
+def _at_end_of_file(act: Callable[[], None]) -> None:
+    """Once nobody holds the other end of standard input; in a thread."""
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    _signal_group(leader.pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
-    while server.poll() is None and time.monotonic() < deadline:
+    while leader.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    _signal_group(server, signal.SIGKILL)
+    _signal_group(leader.pid, signal.SIGKILL)
 
 
-def _signal_group(server: subprocess.Popen[bytes], number: int) -> None:
+def _signal_group(group: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, number)
+        os.killpg(group, number)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    led = sys.argv[1] == LEAD
+    sys.exit(lead(sys.argv[2:]) if led else main(sys.argv[1:]))

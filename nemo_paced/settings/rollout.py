@@ -23,7 +23,8 @@ class RolloutConfig:
     # Running servers instead of our own; their key is in the variable NEMO_PACED_API_KEY.
     endpoints: list[str] = field(default_factory=list)
     dtype: str = "auto"  # of the servers, float32 | bfloat16; auto: trainer.precision's
-    max_num_seqs: int = 128  # responses that a server decodes at once
+    # Responses that a server decodes at once; more samples of a problem go in several requests.
+    max_num_seqs: int = 128
     max_in_flight: int = 32  # requests at a server
     kv_cache_gib: float = 1.0  # CPU build of vLLM; the GPU build uses gpu_memory_utilization
     gpu_memory_utilization: float = 0.3  # share of each GPU that a server takes

@@ -137,6 +137,7 @@ class Sampler:
                 step=step,
                 purpose=purpose,
                 settings=settings,
+                samples_per_request=self.config.rollout.max_num_seqs,
                 run_seed=self.config.model.seed,
                 grader=self.grader,
                 num_samples=num_samples,

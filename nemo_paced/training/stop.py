@@ -45,7 +45,8 @@ def listen() -> None:
     block_warning()
     signal.signal(_KNOCK, _take)
     signal.signal(signal.SIGTERM, _take)
-    threading.Thread(target=_receive, daemon=True, name="stop request").start()
+    for work in (_receive, _knock):
+        threading.Thread(target=work, daemon=True, name="stop request").start()
 
 
 def leave() -> None:
@@ -97,17 +98,27 @@ def interruptible() -> Iterator[None]:
 
 
 def _receive() -> None:
-    # other signals are for other threads
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    while not _requested.is_set():
-        if signal.sigtimedwait({WARNING}, _POLL_S) is not None:
-            _requested.set()
+    _leave_other_signals()
+    # Not sigtimedwait: in a process that was suspended (Ctrl-Z, scontrol suspend) and goes on after
+    # that time, CPython's returns a signal that nobody sent.
+    signal.sigwait({WARNING})
+    _requested.set()
+
+
+def _knock() -> None:
+    _leave_other_signals()
     main = threading.main_thread().ident
     assert main is not None, "it runs"
+    _requested.wait()
     while True:  # one that comes just before the main thread falls asleep is not noticed
         if _interruptible:
             signal.pthread_kill(main, _KNOCK)
         time.sleep(_POLL_S)
+
+
+def _leave_other_signals() -> None:
+    """To other threads."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
 def _take(number: int, frame: FrameType | None) -> None:

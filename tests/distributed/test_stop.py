@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -65,3 +67,26 @@ def _work_alone(rank, world_size):
 
 def test_rank_0_breaks_off_what_it_does_alone_and_the_others_hear_of_it():
     assert max(run_ranks(2, _work_alone)) < 20
+
+
+def test_a_rank_that_was_suspended_and_goes_on_takes_that_for_no_request():
+    program = (
+        "import time; from nemo_paced.training import stop\n"
+        "stop.listen(); print('up', flush=True)\n"
+        "for _ in range(300): time.sleep(0.1); print(stop.requested(), flush=True)"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    with rank:
+        assert rank.stdout.readline() == "up\n"
+        for _ in range(3):
+            time.sleep(0.3)
+            rank.send_signal(signal.SIGSTOP)
+            time.sleep(0.5)
+            rank.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        rank.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        rank.kill()
+        said = rank.stdout.read().split()
+    before, after = said[: said.index("True")], said[said.index("True") :]
+    assert len(before) >= 10 and set(after) == {"True"}

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from nemo_paced.compose import ASSETS
-from nemo_paced.config import RolloutConfig, WeightSwap
+from nemo_paced.config import WeightSwap
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.refit import send_files
-from nemo_paced.rollout.sidecar import Sidecar, free_ports
 from nemo_paced.rollout.weight_sync import WeightSync
+from tests.rollout_servers import make_sidecar
 
 pytestmark = pytest.mark.slow
 
@@ -157,15 +157,7 @@ def test_a_task_that_does_not_exist_is_named_before_a_server_starts(tasks, tmp_p
 
 def test_running_servers_are_asked_within_their_context(few, tmp_path):
     model, out = ASSETS / "student", tmp_path / "results.json"
-    sidecar = Sidecar(
-        model,
-        RolloutConfig(),
-        max_model_len=32,
-        dtype="float32",
-        log_path=tmp_path / "server.log",
-        port=free_ports("127.0.0.1", 1)[0],
-        api_key="a-key-of-this-test",
-    )
+    sidecar = make_sidecar(model, tmp_path, max_model_len=32)
     common = ("--problems", few, "--samples", 2, "--config-name", "quickstart", "--out", out,
               f"rollout.endpoints=['{sidecar.endpoint}']")  # fmt: skip
     with sidecar:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.slow.test_main_job import command, metrics, run
+from tests.jobs import command, metrics, run
 
 pytestmark = pytest.mark.slow
 

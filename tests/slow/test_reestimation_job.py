@@ -8,7 +8,7 @@ import time
 import pandas
 import pytest
 
-from tests.slow.test_main_job import STEPS, command, left_running, metrics, run, train_arguments
+from tests.jobs import STEPS, command, left_running, metrics, run, train_arguments
 
 pytestmark = pytest.mark.slow
 

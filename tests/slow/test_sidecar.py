@@ -7,16 +7,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 import torch
 
-from nemo_paced.config import RolloutConfig, WeightSwap
+from nemo_paced.config import WeightSwap
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.completions import COMPLETIONS, SampleRequest
 from nemo_paced.rollout.refit import send_files
-from nemo_paced.rollout.sidecar import Sidecar, free_ports
 from nemo_paced.rollout.weight_sync import WeightSync
+from tests.rollout_servers import make_sidecar
 from tests.tiny import make_hf_model
 
 pytestmark = pytest.mark.slow
@@ -90,15 +91,7 @@ def check_the_other_route_gives_the_same(client, generated):
 def test_a_response_under_way_at_an_update_says_which_tokens_are_of_which_weights(tmp_path):
     shape = {**SHAPE, "max_position_embeddings": 4096}
     models = [make_hf_model("qwen3", tmp_path / f"m{i}", seed=i, **shape) for i in range(2)]
-    sidecar = Sidecar(
-        models[0],
-        RolloutConfig(),
-        max_model_len=4096,
-        dtype="float32",
-        log_path=tmp_path / "sidecar.log",
-        port=free_ports("127.0.0.1", 1)[0],
-        api_key="a-key-of-this-test",
-    )
+    sidecar = make_sidecar(models[0], tmp_path, max_model_len=4096)
     with sidecar, ThreadPoolExecutor(1) as pool:
         sidecar.start()
         client = RolloutClient([sidecar.endpoint], sidecar.api_key)
@@ -128,15 +121,7 @@ def test_a_response_under_way_at_an_update_says_which_tokens_are_of_which_weight
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_tied"])
 def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(family, tmp_path):
     models = [make_hf_model(family, tmp_path / f"m{i}", seed=i, **SHAPE) for i in range(3)]
-    sidecar = Sidecar(
-        models[0],
-        RolloutConfig(),
-        max_model_len=64,
-        dtype="float32",
-        log_path=tmp_path / "sidecar.log",
-        port=free_ports("127.0.0.1", 1)[0],
-        api_key="a-key-of-this-test",
-    )
+    sidecar = make_sidecar(models[0], tmp_path)
     with sidecar:
         sidecar.start()
         assert sidecar.api_key not in (tmp_path / "sidecar.log").read_text()
@@ -186,42 +171,40 @@ def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(fami
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
     (tmp_path / "empty").mkdir()
-    sidecar = Sidecar(
-        tmp_path / "empty",
-        RolloutConfig(),
-        max_model_len=64,
-        dtype="float32",
-        log_path=tmp_path / "sidecar.log",
-        port=free_ports("127.0.0.1", 1)[0],
-        api_key="a-key-of-this-test",
-    )
+    sidecar = make_sidecar(tmp_path / "empty", tmp_path)
     with sidecar, pytest.raises(RolloutError, match="ended while starting") as caught:
         sidecar.start()
     assert "config.json" in str(caught.value) or "model" in str(caught.value)
 
 
-def test_nothing_is_left_when_the_parent_is_killed(tmp_path):
-    marker = f"marker-{os.getpid()}"
-    child = f"import os, time; os.fork(); time.sleep(600)  # {marker}"
+def works(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("killed", ["parent", "supervisor", "leader", "server"])
+def test_nothing_is_left_when_one_of_them_is_killed(killed):
+    server = "import os, time; os.fork(); time.sleep(600)"
     program = (
         "import subprocess, sys, time;"
         "subprocess.Popen([sys.executable, '-m', 'nemo_paced.rollout.supervisor',"
-        f"sys.executable, '-c', '{child}'], stdin=subprocess.PIPE);"
-        "print('up', flush=True); time.sleep(600)"
+        f"sys.executable, '-c', {server!r}], stdin=subprocess.PIPE); time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    assert parent.stdout.readline() == b"up\n"
-    deadline = time.monotonic() + 10
-    while _count(marker) < 3 and time.monotonic() < deadline:  # supervisor, server, its child
+    parent = psutil.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 30
+    while len(family := parent.children(recursive=True)) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert _count(marker) >= 3
+    # each is the child of the one before; the last is a helper of the server
+    names = ("parent", "supervisor", "leader", "server")
+    assert len(family) == len(names)
+    dict(zip(names, [parent, *family], strict=False))[killed].kill()
+    deadline = time.monotonic() + 20
+    while (left := [p for p in family if works(p)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     parent.kill()
     parent.wait()
-    while _count(marker) and time.monotonic() < deadline + 15:
-        time.sleep(0.1)
-    assert _count(marker) == 0
-
-
-def _count(marker):
-    found = subprocess.run(["pgrep", "-f", marker], capture_output=True, text=True).stdout.split()
-    return len([pid for pid in found if int(pid) != os.getpid()])
+    for process in left:
+        process.kill()
+    assert not left

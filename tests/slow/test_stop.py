@@ -10,16 +10,8 @@ import time
 import pytest
 
 from nemo_paced.errors import Stopped
-from tests.slow.test_main_job import (
-    STEPS,
-    command,
-    left_running,
-    metrics,
-    replay,
-    run,
-    train_arguments,
-    uninterrupted,
-)
+from tests.jobs import STEPS, command, left_running, metrics, run, train_arguments
+from tests.slow.test_main_job import replay, uninterrupted
 
 assert uninterrupted  # the fixture
 pytestmark = pytest.mark.slow

@@ -18,6 +18,7 @@ from nemo_paced.config import (
     StudentConfig,
     TeacherConfig,
 )
+from nemo_paced.entry.snr import default_out
 from nemo_paced.records import PassRate
 from tests.block_sums import snr_record
 
@@ -93,6 +94,31 @@ def settings(**snr):
 def test_divergence_and_responses_follow_the_stages(snr, expected):
     kind, responses = what_is_measured(settings(**snr))
     assert (kind.value, responses.value) == expected
+
+
+def test_each_thing_that_is_measured_has_a_file_of_its_own(tmp_path):
+    model = tmp_path / "checkpoints" / "step_00000000"
+    names = [
+        default_out(settings(**snr), model, tmp_path).name
+        for snr in (
+            {},
+            {"last_layers": 1},
+            {"last_layers": 2},
+            {"divergence": DivergenceKind.reverse_kl},
+            {"responses": ResponseSource.rollouts},
+            {"responses": ResponseSource.rollouts, "last_layers": 1},
+        )
+    ]
+    assert names == [
+        "step_00000000_forward_kl.json",
+        "step_00000000_forward_kl_last_layers_1.json",
+        "step_00000000_forward_kl_last_layers_2.json",
+        "step_00000000_reverse_kl.json",
+        "step_00000000_forward_kl_rollouts.json",
+        "step_00000000_forward_kl_rollouts_last_layers_1.json",
+    ]
+    usual = default_out(settings(responses=ResponseSource.references), model, tmp_path)
+    assert usual.name == names[0], "the same measurement, whether it was asked for or not"
 
 
 def test_pass_rates_are_those_of_the_step_or_the_latest_before(tmp_path):

@@ -19,7 +19,7 @@ from tests.unit.rollout.wrong_server import GENERATE, Server, choice, good
 PROBLEMS = [Problem(f"p{i}", "s1 f1", "s1") for i in range(30)]
 
 
-def sample(folder, endpoint, problems=PROBLEMS, num_samples=4):
+def sample(folder, endpoint, problems=PROBLEMS, num_samples=4, limit=128, progress=None):
     data = DataConfig(
         prompt_template="{problem}",
         use_chat_template=False,
@@ -36,8 +36,10 @@ def sample(folder, endpoint, problems=PROBLEMS, num_samples=4):
             step=0,
             purpose="pass_rates",
             settings=SamplingSettings(num_samples, 1.0, 1.0, 16),
+            samples_per_request=limit,
             run_seed=1,
             grader=grader,
+            progress=progress,
         )
 
 
@@ -89,6 +91,31 @@ def test_more_samples_of_a_problem_ask_for_the_difference_only(tmp_path):
         server.stop()
     assert [body["n"] for body in server.bodies] == [2] * 3 + [3] * 3
     assert len({body["seed"] for body in server.bodies}) == 6, "other seeds than the first ones"
+
+
+@pytest.mark.parametrize("kept", [(), range(3), (3, 4, 5), (0, 1, 2, 6), (0, 3, 4, 5, 6)])
+def test_what_is_missing_is_asked_in_the_requests_of_the_whole(tmp_path, kept):
+    """As a run that was killed leaves it: requests end in any order, the last of them cut."""
+    server, done = Server(good), []
+    try:
+        whole = sample(
+            tmp_path / "whole", server.endpoint, PROBLEMS[:2], 7, 3, lambda *of: done.append(of)
+        )
+        asked = {(b["n"], b["seed"]) for b in server.bodies}
+        assert sorted(n for n, _ in asked) == [1, 1, 3, 3, 3, 3]
+        assert done == [(1, 2), (2, 2)], "problems, not requests"
+        with RolloutStore(tmp_path / "killed") as store:
+            store.append("pass_rates", [r for r in whole if r.sample in kept])
+        server.bodies.clear()
+        again = sample(tmp_path / "killed", server.endpoint, PROBLEMS[:2], 7, 3)
+    finally:
+        server.stop()
+    assert [(r.problem_id, r.sample, r.seed) for r in again if r.sample not in (1, 2)] == [
+        (r.problem_id, r.sample, r.seed) for r in whole if r.sample not in (1, 2)
+    ]
+    assert sum(b["n"] for b in server.bodies) == 2 * (7 - len(kept))
+    if 0 not in kept or {1, 2} <= set(kept):
+        assert {(b["n"], b["seed"]) for b in server.bodies} <= asked
 
 
 def test_a_stored_rollout_tells_which_weights_sampled_its_tokens(tmp_path):
