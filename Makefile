@@ -27,9 +27,10 @@ gpu-test: setup
 slurm-test: setup
 	@VENV=$(VENV) bash scripts/slurm_test.sh
 
-# What is made from the code: docs/settings.md.
+# What is made from the code: docs/settings.md and docs/metrics.md.
 docs: setup
 	$(VENV)/bin/python scripts/make_docs.py
+	$(VENV)/bin/python scripts/metrics_table.py
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy nemo_paced

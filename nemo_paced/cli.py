@@ -290,11 +290,13 @@ examples:
         "one self-contained HTML page about a run",
         """\
 usage: nemo-paced report RUN_DIR [--out FILE]
-       nemo-paced report --compare RUN_DIR RUN_DIR ... [--out FILE]
+       nemo-paced report --compare [LABEL=]RUN_DIR [LABEL=]RUN_DIR ... [--out FILE]
 
-Writes RUN_DIR/report.html: accuracy and forgetting (from results.json), pass rates before and
-after, weights, loss curves per stage, timing, configuration. Missing parts are said to be missing.
---compare puts several runs side by side, in comparison.html in their common folder.""",
+Writes RUN_DIR/report.html: accuracy and forgetting (from results.json), pass rates, weights and
+their drift, losses by stage, gradient SNR, rollouts and waits, where the time went, the FP8
+certificate, environment and configuration. Missing parts are said to be missing.
+--compare puts several runs side by side, in comparison.html in their common folder: paired
+differences, the settings that differ, curves. Runs of other lengths may be compared.""",
     ),
 }
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Any
 
-from nemo_paced.analysis import figures
+from nemo_paced.analysis import accuracy_figures
 from nemo_paced.analysis.sections import Section
 from nemo_paced.evaluation.results import Results
 from nemo_paced.rollout.accuracy import Accuracy, Difference
 
 FORGETTING = "forgetting"
+WITHIN_NOISE, OUTCOME = "within noise", "at two standard errors"
+ALL_PAIRS_OF = 4  # runs at most
 NOT_ENOUGH = (
     "Differences of mean@k ± standard error, paired over problems; within noise: not above two "
     "standard errors. This is one seed: the error is that of the problem set alone, and the noise "
@@ -26,7 +29,9 @@ def accuracy_sections(results: Results, settings: dict[str, Any]) -> list[Sectio
     sections = [_accuracy_table(results, suites, settings)]
     if complete:
         bars = {s: [_mean_and_error(results[m][s]) for m in labels] for s in complete}
-        sections.append(Section("Accuracy by model", svg=figures.accuracy_bars(labels, bars)))
+        sections.append(
+            Section("Accuracy by model", svg=accuracy_figures.accuracy_bars(labels, bars))
+        )
     if complete and len(labels) > 1:
         intervals = {
             s: [
@@ -35,8 +40,8 @@ def accuracy_sections(results: Results, settings: dict[str, Any]) -> list[Sectio
             ]
             for s in complete
         }
-        svg = figures.differences(labels[1:], intervals, labels[0])
-        note = "Paired by problem. An interval that holds 0 shows no difference."
+        svg = accuracy_figures.differences(labels[1:], intervals, labels[0])
+        note = "Paired by problem, ± two standard errors: one that holds 0 shows no difference."
         sections.append(Section(f"Difference from {labels[0]}", svg=svg, note=note))
     return [*sections, forgetting_section(results), *_group_sections(results, suites)]
 
@@ -54,7 +59,7 @@ def forgetting_section(results: Results) -> Section:
         )
         return Section(title, missing=missing, wide=True)
     heads = ["problems", "model", "accuracy", f"{reference} minus model", "interval"]
-    table = [[*heads, "lost", "gained", "at two standard errors"]]
+    table = [[*heads, "lost", "gained", OUTCOME]]
     for suite in suites:
         before = results[reference][suite]
         table.append([suite, reference, _plus_minus(before), *[""] * 5])
@@ -71,15 +76,41 @@ def forgetting_section(results: Results) -> Section:
 
 def _forgotten(before: Accuracy, after: Accuracy) -> list[str]:
     lost = Difference.between(before, after)
-    low, high = lost.interval
     words = {"better": "forgotten", "worse": "improved"}
     return [
         _signed(lost),
-        "" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}",
+        _interval(lost),
         str(lost.gained),  # of before minus after
         str(lost.lost),
-        words.get(lost.verdict(), "no change can be claimed"),
+        words.get(lost.verdict(), WITHIN_NOISE),
     ]
+
+
+def paired_section(results: Results, runs: list[str], subject: str) -> list[Section]:
+    """Every two runs against each other, paired by problem; of many runs ``subject`` alone against
+    the others. Nothing for fewer than two."""
+    pairs = list(combinations(runs, 2))
+    if len(runs) > ALL_PAIRS_OF:
+        pairs = [(other, subject) for other in runs if other != subject and subject in results]
+    heads = ["problems", "difference", "of mean@k", "interval", "gained", "lost", OUTCOME]
+    table = [heads]
+    for suite in dict.fromkeys(suite for label in runs for suite in results[label]):
+        for before, after in pairs:
+            if suite in results[before] and suite in results[after]:
+                found = Difference.between(results[after][suite], results[before][suite])
+                table.append(
+                    [suite, f"{after} minus {before}", _signed(found), _interval(found),
+                     str(found.gained), str(found.lost), _outcome(found)]
+                )  # fmt: skip
+    if len(table) == 1:
+        return []
+    count = len(table) - 1
+    note = (
+        "Gained and lost: problems whose share of right answers is larger and smaller. The "
+        "interval is two standard errors of the paired differences to both sides, about 95 %"
+    )
+    note += f": of these {count} expect one in twenty to miss by chance." if count > 5 else "."
+    return [Section("Runs against each other", table=table, note=note, wide=True)]
 
 
 def verdict(results: Results, subject: str) -> list[str]:
@@ -110,17 +141,19 @@ def _outcomes(accuracy: Accuracy, others: dict[str, Accuracy]) -> str:
 
 def _accuracy_table(results: Results, suites: list[str], settings: dict[str, Any]) -> Section:
     reference = next(iter(results))
-    heading = ["problems", "model", "mean@k", "pass@k", "maj@k", "truncated", "mean tokens"]
-    heading += ["95 % within"]
-    if len(results) > 1:
-        heading += [f"minus {reference}", "at two standard errors"]
+    compared = [f"minus {reference}", OUTCOME] if len(results) > 1 else []
+    heading = ["problems", "model", "mean@k", *compared, "pass@k", "maj@k", "truncated"]
+    heading += ["mean tokens", "95 % within"]
     table, ks = [heading], set[int]()
     for suite in suites:
         for label, model in results.items():
             if suite in model:
                 before = results[reference].get(suite) if label != reference else None
-                row = _accuracy_row(suite, label, model[suite], before)
-                table.append(row + [""] * (len(heading) - len(row)))
+                outcome = [""] * len(compared)
+                if before is not None:
+                    difference = Difference.between(model[suite], before)
+                    outcome = [_signed(difference), _outcome(difference)]
+                table.append(_accuracy_row(suite, label, model[suite], outcome))
                 ks |= set() if model[suite].metric else {model[suite].samples}
     k = " or ".join(map(str, sorted(ks)))
     note = (
@@ -142,21 +175,18 @@ def _listed(settings: dict[str, Any]) -> str:
     )
 
 
-def _accuracy_row(suite: str, label: str, a: Accuracy, before: Accuracy | None) -> list[str]:
-    row = [
+def _accuracy_row(suite: str, label: str, a: Accuracy, outcome: list[str]) -> list[str]:
+    return [
         f"{suite} ({len(a.per_problem)})",
         label,
         _plus_minus(a) + (f" ({a.metric})" if a.metric else ""),
+        *outcome,
         "" if a.metric else f"{a.pass_at_k:.3f}",
         "" if math.isnan(a.majority) else f"{a.majority:.3f}",
         f"{a.truncated:.1%}",
         "" if math.isnan(a.mean_length) else f"{a.mean_length:.1f}",
         "" if math.isnan(a.p95_length) else f"{a.p95_length:.0f}",
     ]
-    if before is not None:
-        difference = Difference.between(a, before)
-        row += [_signed(difference), difference.verdict()]
-    return row
 
 
 def _group_sections(results: Results, suites: list[str]) -> list[Section]:
@@ -185,6 +215,16 @@ def _plus_minus(accuracy: Accuracy) -> str:
 
 def _signed(difference: Difference) -> str:
     return f"{difference.mean:+.3f}{_error(difference)}"
+
+
+def _interval(difference: Difference) -> str:
+    low, high = difference.interval
+    return "" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"
+
+
+def _outcome(difference: Difference) -> str:
+    found = difference.verdict()
+    return found if found in ("better", "worse") else WITHIN_NOISE
 
 
 def _error(value: Accuracy | Difference) -> str:

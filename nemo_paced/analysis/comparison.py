@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from nemo_paced.analysis.accuracy_sections import accuracy_sections, verdict
+from nemo_paced.analysis.accuracy_sections import accuracy_sections, paired_section, verdict
+from nemo_paced.analysis.comparison_sections import side_by_side
 from nemo_paced.analysis.page import Part, write_page
 from nemo_paced.analysis.run_files import RunFiles
-from nemo_paced.analysis.sections import (
-    Section,
-    curve_section,
-    metric_line,
-    run_sections,
-    share_clipped,
-)
+from nemo_paced.analysis.run_sections import run_sections
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import BASE_LABELS, Results, different_settings
 from nemo_paced.rollout.accuracy import Accuracy
@@ -47,40 +42,62 @@ def write_comparison(
     if absent := [label for label in runs if results and label not in results]:
         lead.append(f"Not evaluated: {', '.join(absent)}.")
     accuracy = accuracy_sections(results, settings) if results else []
-    parts = [Part([*accuracy, *_side_by_side(read)])]
+    pairs = paired_section(results, [label for label in runs if label in results], subject)
+    parts = [Part([*accuracy, *pairs, *side_by_side(read)])]
     parts += [Part(run_sections(run), title=label) for label, run in read.items()]
     write_page(path, title, lead, parts)
     return said
 
 
-def compare_runs(directories: Sequence[Path], out: Path | None = None) -> Path:
+def compare_runs(named: Sequence[str], out: Path | None = None) -> Path:
     """``report --compare``; the page lies in the runs' common folder unless ``out`` says where.
 
+    Args:
+        named: run directories, each as ``RUN`` or ``LABEL=RUN``.
+
     Raises:
-        ConfigError: runs of one name, or evaluated on different problems.
+        ConfigError: a run or a label is there twice, or runs were evaluated on different problems
+            or otherwise than alike.
     """
-    directories = [directory.resolve() for directory in directories]
-    runs = {directory.name: directory for directory in directories}
-    if len(runs) < len(directories):
-        raise ConfigError("--compare: the runs are told apart by folder name, and two are alike")
+    runs = labelled(named)
     results: Results = {}
     settings: dict[str, Any] = {}
     for label, directory in runs.items():
         run = RunFiles.read(directory)
-        _add_results(results, label, run.results)
+        _add_results(results, label, run)
         if settings and run.settings and different_settings(settings, run.settings):
             raise ConfigError(
                 f"{directory}/results.json was evaluated with {run.settings}, an earlier run with "
                 f"{settings}: evaluate them alike to compare them"
             )
         settings = settings or run.settings
-    folder = Path(os.path.commonpath([directory.parent for directory in directories]))
+    folder = Path(os.path.commonpath([directory.parent for directory in runs.values()]))
     path = out or folder / "comparison.html"
     subject = "paced" if "paced" in results else next(reversed(results or {"": {}}))
     write_comparison(
         path, "PACED runs side by side", runs, results, subject=subject, settings=settings
     )
     return path
+
+
+def labelled(named: Sequence[str]) -> dict[str, Path]:
+    """Label -> run directory. A run without a label has its folder's name; folders of one name
+    have as much of their paths as tells them apart.
+
+    Raises:
+        ConfigError: a run or a label is there twice.
+    """
+    given = [_label_and_path(name) for name in named]
+    paths = [path for _, path in given]
+    if twice := [str(path) for path, count in Counter(paths).items() if count > 1]:
+        raise ConfigError(f"--compare: {', '.join(twice)} is there twice")
+    unnamed = [path for label, path in given if not label]
+    labels = [label or _short_name(path, unnamed) for label, path in given]
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise ConfigError(
+            f"--compare: two runs are labelled {', '.join(twice)}: LABEL=RUN names one"
+        )
+    return dict(zip(labels, paths, strict=True))
 
 
 def terminal_table(results: Results) -> Table:
@@ -94,8 +111,24 @@ def terminal_table(results: Results) -> Table:
     return table
 
 
-def _add_results(results: Results, label: str, own: Results) -> None:
-    """The run's trained model under the run's name, its base once for all runs."""
+def _label_and_path(name: str) -> tuple[str, Path]:
+    label, sign, path = name.partition("=")
+    if not sign or "/" in label or Path(name).exists():  # a path may hold the sign itself
+        return "", Path(name).resolve()
+    return label, Path(path).resolve()
+
+
+def _short_name(path: Path, others: Sequence[Path]) -> str:
+    for count in range(1, len(path.parts)):
+        name = "/".join(path.parts[-count:])
+        if sum(other.parts[-count:] == path.parts[-count:] for other in others) == 1:
+            return name
+    return str(path)
+
+
+def _add_results(results: Results, label: str, run: RunFiles) -> None:
+    """The run's trained model under the run's label, its base once for all runs."""
+    own = run.results
     trained = [name for name in own if name not in BASE_LABELS]
     bases = [name for name in own if name in BASE_LABELS]
     if bases and "base" not in results:
@@ -104,7 +137,8 @@ def _add_results(results: Results, label: str, own: Results) -> None:
         results.clear()
         results.update(first | rest)  # the reference comes first
     if trained:
-        model: dict[str, Accuracy] = own[label if label in own else trained[-1]]
+        names = [n for n in (label, run.directory.resolve().name) if n in trained]
+        model: dict[str, Accuracy] = own[names[0] if names else trained[-1]]
         results[label] = model
 
 
@@ -114,47 +148,3 @@ def _equal_steps(runs: dict[str, RunFiles]) -> str:
         return f"All runs took {next(iter(steps.values()))} optimizer steps."
     listed = ", ".join(f"{label} {count}" for label, count in steps.items())
     return f"The runs took different numbers of optimizer steps: {listed}."
-
-
-def _side_by_side(runs: dict[str, RunFiles]) -> list[Section]:
-    table = [["run", "steps", "stages", "problems a batch", "tokens", "clipped", "wall time (s)"]]
-    for label, run in runs.items():
-        rows = run.rows
-        if not rows:
-            table.append([label, "0", *[""] * 5])
-            continue
-        table.append(
-            [
-                label,
-                str(rows[-1]["step"]),
-                ", ".join(dict.fromkeys(row["stage"] for row in rows)),
-                f"{statistics.fmean(row.get('weights/active_problems') or 0 for row in rows):.1f}",
-                f"{sum(row.get('tokens') or 0 for row in rows):,}",
-                f"{share_clipped(rows):.0%}",
-                f"{sum(row.get('time/step_s') or 0.0 for row in rows):.1f}",
-            ]
-        )
-
-    def lines(key: str, error_key: str | None = None):
-        return [metric_line(label, run.rows, key, error_key) for label, run in runs.items()]
-
-    sections = [
-        Section(
-            "Runs",
-            table=table,
-            note="Problems of weight above 0 in a batch, and their tokens: what was trained on.",
-            wide=True,
-        ),
-        curve_section(
-            "Divergence of a token",
-            lines("token_divergence"),
-            "mean of a token (nats)",
-            note="Unweighted, but each run trains on other tokens, and a stage change changes the "
-            "divergence: levels are comparable within a stage alone.",
-        ),
-        curve_section("Gradient norm", lines("grad_norm"), "global norm before clipping", log=True),
-    ]
-    validation = lines("validation/accuracy", "validation/standard_error")
-    if any(validation):
-        sections.append(curve_section("Validation", validation, "mean@k"))
-    return sections

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from nemo_paced.analysis.sections import Section
 
@@ -28,8 +30,14 @@ def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     text = environment.get_template("report.html.j2").render(title=title, lead=lead, parts=parts)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
     return path
+
+
+def _breakable(text: str) -> Markup:
+    """A name or path that may be broken after its dots, slashes and underscores."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._/])", text))

@@ -11,8 +11,10 @@ from nemo_paced.analysis.accuracy_sections import accuracy_sections, verdict
 from nemo_paced.analysis.comparison import compare_runs
 from nemo_paced.analysis.page import Part, write_page
 from nemo_paced.analysis.run_files import RunFiles
-from nemo_paced.analysis.sections import Section, run_sections
-from nemo_paced.analysis.snr_section import snr_section
+from nemo_paced.analysis.run_sections import run_sections
+from nemo_paced.analysis.sections import Section, rows_by_stage, values_of
+from nemo_paced.analysis.timing_sections import seconds
+from nemo_paced.config import WeightScheme
 from nemo_paced.errors import ConfigError
 
 
@@ -20,7 +22,7 @@ def main(arguments: list[str]) -> None:
     """The command ``report``."""
     parser = argparse.ArgumentParser(prog="nemo-paced report", allow_abbrev=False)
     parser.add_argument("run", type=Path, nargs="?")
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--compare", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--out", type=Path)
     known = parser.parse_args(arguments)
     if (known.run is None) == (known.compare is None):
@@ -47,19 +49,30 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
             f"--out {run_dir / 'results.json'}, then make this report again."
         )
         accuracy = [Section("Accuracy", missing=missing, wide=True)]
-    parts = [Part([*accuracy, *run_sections(run), *snr_section(run_dir)])]
+    parts = [Part([*accuracy, *run_sections(run)])]
     title = f"PACED run {run_dir.resolve().name}"
     return write_page(out or run_dir / "report.html", title, _lead(run), parts)
 
 
 def _lead(run: RunFiles) -> list[str]:
+    lead = [_models_and_weights(run)] if run.config else []
     if not run.rows:
-        return ["No optimizer step was taken yet."]
-    steps, planned = run.rows[-1]["step"], run.max_steps
+        return [*lead, "No optimizer step was taken yet."]
+    steps, planned = run.rows[-1]["step"], run.setting("trainer.max_steps")
     done = f"{steps} of {planned} optimizer steps" if planned else f"{steps} optimizer steps"
-    stages = dict.fromkeys(row["stage"] for row in run.rows)
-    counts = (f"{sum(row['stage'] == s for row in run.rows)} of {s}" for s in stages)
-    lead = [f"{done}: {', '.join(counts)}."]
+    counts = (f"{len(rows)} of {stage}" for stage, rows in rows_by_stage(run.rows).items())
+    tokens = sum(values_of(run.rows, "tokens"))
+    took = seconds(sum(values_of(run.rows, "time/step_s")))
+    lead.append(f"{done}: {', '.join(counts)}. {tokens:,.0f} response tokens, {took} s in steps.")
     if len(run.results) > 1:
         lead += verdict(run.results, list(run.results)[-1])
     return lead
+
+
+def _models_and_weights(run: RunFiles) -> str:
+    student, teacher = run.setting("student.hf_path"), run.setting("teacher.hf_path")
+    scheme = str(run.setting("weights.scheme") or "not named")
+    if scheme == WeightScheme.beta_kernel.value:
+        exponents = f"{run.setting('weights.alpha'):g}, {run.setting('weights.beta'):g}"
+        scheme += f" with exponents {exponents}, estimator {run.setting('weights.estimator')}"
+    return f"Student {student}; teacher {teacher or 'the same model'}; weights {scheme}."

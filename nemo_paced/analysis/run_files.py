@@ -10,6 +10,7 @@ from typing import Any
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import Results, ResultsFile
 from nemo_paced.teacher.certificate import Certificate
+from nemo_paced.training.environment import Start, read_starts
 
 Rows = list[dict[str, Any]]
 
@@ -24,6 +25,7 @@ class RunFiles:
     results: accuracies of ``results.json``; empty where nothing was evaluated.
     settings: how they were sampled.
     certificate: of a teacher in FP8; ``None`` where there is none.
+    starts: what the run ran on, one a start; empty for a run that never trained.
     """
 
     directory: Path
@@ -33,6 +35,7 @@ class RunFiles:
     results: Results
     settings: dict[str, Any]
     certificate: Certificate | None
+    starts: list[Start]
 
     @staticmethod
     def read(directory: Path) -> RunFiles:
@@ -51,6 +54,7 @@ class RunFiles:
             results=results.models,
             settings=results.settings,
             certificate=Certificate.read(directory),
+            starts=read_starts(directory),
         )
         if not (run.config or run.rows or run.tables or run.results):
             raise ConfigError(
@@ -59,13 +63,15 @@ class RunFiles:
             )
         return run
 
-    @property
-    def max_steps(self) -> int | None:
-        """``trainer.max_steps`` of the saved configuration."""
+    def settings_by_key(self) -> dict[str, Any]:
+        """The saved configuration as ``section.key`` -> value; lists whole, but for the stages."""
         import yaml
 
-        trainer = (yaml.safe_load(self.config) or {}).get("trainer") or {}
-        return trainer.get("max_steps")
+        return _flat(yaml.safe_load(self.config) or {}) if self.config else {}
+
+    def setting(self, key: str) -> Any:
+        """Of the saved configuration; ``None`` where that does not have it."""
+        return self.settings_by_key().get(key)
 
 
 def read_metrics(path: Path) -> Rows:
@@ -96,3 +102,14 @@ def read_tables(directory: Path) -> dict[int, Any]:
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise ConfigError(f"{path} is no pass-rate table that can be read: {error}") from error
     return tables
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found

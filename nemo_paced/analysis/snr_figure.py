@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from nemo_paced.analysis.figures import _INK, _STYLE, BLUE, GREY, ORANGE, PINK, _svg
+from nemo_paced.analysis.drawing import BLUE, GREY, INK, ORANGE, PINK, WIDTH, style, to_svg
 from nemo_paced.analysis.snr_record import SnrRecord
 from nemo_paced.analysis.snr_summary import Row, Summary
 from nemo_paced.weights.beta_kernel import beta_weight
@@ -17,24 +16,24 @@ from nemo_paced.weights.beta_kernel import beta_weight
 
 def snr_svg(record: SnrRecord, summary: Summary) -> str:
     """Inline SVG, for a report."""
-    with matplotlib.rc_context(_STYLE):
-        return _svg(_draw(record, summary), "Gradient signal-to-noise ratio against pass rate")
+    with style():
+        return to_svg(_draw(record, summary), "Gradient signal-to-noise ratio against pass rate")
 
 
 def write_png(record: SnrRecord, summary: Summary, path: Path) -> None:
     """The same on white."""
-    with matplotlib.rc_context(_STYLE):
+    with style():
         _draw(record, summary).savefig(path, dpi=150, facecolor="white")
 
 
 def _draw(record: SnrRecord, summary: Summary) -> Figure:
     rows = [row for row in summary.rows if row.found is not None]
-    figure = Figure(figsize=(5.2, 5.0))
+    figure = Figure(figsize=(WIDTH, 5.0))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_snr(above, rows, record, summary)
     _draw_norms(below, rows)
     below.set(xlabel="pass rate of a problem", xlim=(0, 1), xticks=np.linspace(0, 1, 6))
-    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=10)
     return figure
 
 
@@ -48,14 +47,14 @@ def _draw_snr(axes: Any, rows: list[Row], record: SnrRecord, summary: Summary) -
         np.sqrt(np.maximum([getattr(one.snr_squared, side) for one in found], 0))
         for side in ("low", "high")
     )
-    axes.bar(middle, snr / largest, width, color=BLUE, label="SNR, unbiased, with 95 % interval")
+    axes.bar(middle, snr / largest, width, color=BLUE, label="SNR, unbiased, 95 %")
     axes.errorbar(
         middle, snr / largest, [(snr - low) / largest, (high - snr) / largest], fmt="none",
-        ecolor=_INK, capsize=2.5, lw=1,
+        ecolor=INK, capsize=2.5, lw=1,
     )  # fmt: skip
     plain = np.array([one.plain.value for one in found])
     axes.plot(middle, plain / plain.max(initial=1e-300), "_", ms=14, mew=2, color=GREY,
-              label="SNR, plain estimate / largest")  # fmt: skip
+              label="SNR, plain")  # fmt: skip
     grid = np.linspace(0.001, 0.999, 400)
     theory = np.sqrt(beta_weight(grid, record.alpha, record.beta))
     kernel = f"theory: root of p^{record.alpha:g} (1-p)^{record.beta:g}"

@@ -1,4 +1,4 @@
-"""The section of a report about the gradient SNR of a run."""
+"""The sections of a report about the gradient SNR of a run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from nemo_paced.analysis.snr_record import FOLDER, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
 from nemo_paced.analysis.snr_text import lead, measured_weights, sentences, table_rows
 
+TITLE = "Gradient signal-to-noise ratio"
 
-def snr_section(run_dir: Path) -> list[Section]:
-    """A section a measurement of the run, by step; none where nothing was measured.
+
+def snr_sections(run_dir: Path) -> list[Section]:
+    """A section a measurement of the run, by step.
 
     Raises:
         ConfigError: a file of them cannot be read.
@@ -23,11 +25,16 @@ def snr_section(run_dir: Path) -> list[Section]:
         summary = summarise(record)
         sections.append(
             Section(
-                f"Gradient signal-to-noise ratio of the {measured_weights(record)}, "
-                f"{record.divergence} along {record.responses} at step {record.step}",
+                f"{TITLE} of the {measured_weights(record)}, {record.divergence} along "
+                f"{record.responses} at step {record.step}",
                 svg=snr_svg(record, summary),
                 table=table_rows(summary),
-                note=". ".join([lead(record), *sentences(record, summary)]) + ".",
+                note=f"{lead(record)}.",
+                points=[f"{sentence}." for sentence in sentences(record, summary)],
+                wide=True,
             )
         )
+    if not sections:
+        note = f"Not measured in this run: nemo-paced snr {run_dir} does."
+        return [Section(TITLE, note=note, wide=True)]
     return sections

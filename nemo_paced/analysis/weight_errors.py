@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from nemo_paced.analysis import figures
+from nemo_paced.analysis.drawing import Line
 from nemo_paced.weights.simulation import (
     MAX_ROLLOUTS,
     MIN_ROLLOUTS,
@@ -71,11 +72,13 @@ def write_figures(path: Path, results: dict[str, Curves]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for name, curves in results.items():
-        lines = []
+        lines: list[Line] = []
         for estimator in ESTIMATORS:
             cells = [mean_and_error(column) for column in curves.errors[estimator].T]
             means, errors = [mean for mean, _ in cells], [error for _, error in cells]
-            lines.append(figures.Line(estimator, curves.rollouts.tolist(), means, errors))
+            lines.append(
+                Line(estimator, curves.rollouts.tolist(), means, errors, colour=len(lines))
+            )
         goal = lines[0].values[REFERENCE_ROLLOUTS - MIN_ROLLOUTS]
         parts.append(f"<h2>{name}</h2>\n{figures.weight_errors(lines, goal)}")
     title = "Error of the weights against rollouts"

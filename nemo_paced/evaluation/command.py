@@ -21,7 +21,7 @@ from nemo_paced.evaluation.results import (
     ResultsFile,
     Source,
     different_settings,
-    installed_versions,
+    evaluation_versions,
 )
 from nemo_paced.evaluation.run import Job
 from nemo_paced.evaluation.tables import show
@@ -156,7 +156,7 @@ def _evaluate(config: PacedConfig, arguments: argparse.Namespace, problems: Prob
                 folder, work / sources[label].fingerprint, label=label, bar=bar
             )
     sources = earlier.sources | sources
-    ResultsFile(results, job.settings, job.asked, sources, installed_versions()).write(out)
+    ResultsFile(results, job.settings, job.asked, sources, evaluation_versions()).write(out)
     show(Console(), results, job.settings)
     Console(stderr=True).print(f"written: {out}", soft_wrap=True)
 

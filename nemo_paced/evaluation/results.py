@@ -29,13 +29,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.directory import model_fingerprint
 from nemo_paced.rollout.accuracy import Accuracy
+from nemo_paced.training.environment import installed_versions
 
 Results: TypeAlias = dict[str, dict[str, Accuracy]]
 BASE_LABELS = ("base", "baseline")
@@ -117,15 +117,9 @@ class ResultsFile:
             ) from error
 
 
-def installed_versions() -> dict[str, str]:
+def evaluation_versions() -> dict[str, str]:
     """Of the packages that accuracies depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(_PACKAGES)
 
 
 def different_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.preflight import files, models, servers, tokens
+from nemo_paced.preflight import files, loggers, models, servers, tokens
 from nemo_paced.preflight.findings import Finding
 from nemo_paced.preflight.inputs import Inputs
 
@@ -28,6 +28,7 @@ CHECKS: tuple[Check, ...] = (
     files.stored_inputs,
     files.run_directory,
     files.disk,
+    loggers.logger_packages,
     servers.own_servers,
     servers.endpoints,
 )

@@ -18,7 +18,8 @@ class TrainerConfig:
     accelerator: str = "auto"  # auto | gpu | cpu
     max_steps: int = 200  # optimizer steps of the whole run
     val_check_interval: int = 0  # optimizer steps between held-out validations; 0: never
-    log_every_n_steps: int = 1  # to TensorBoard, W&B and MLflow; metrics.jsonl has every step
+    # To TensorBoard, W&B and MLflow, steps with a validation always; metrics.jsonl has every step.
+    log_every_n_steps: int = 1
     precision: str = "bf16"  # bf16 (also bf16-mixed, bf16-true) or fp32 (also 32, 32-true)
     gradient_clip_val: float = 1.0  # global norm; 0: no clipping
 

@@ -69,6 +69,8 @@ def exp_manager_block(config: PacedConfig, run_dir: Path) -> dict[str, Any]:
         "resume_if_exists": True,
         "resume_ignore_no_checkpoint": True,
         "create_tensorboard_logger": settings.create_tensorboard_logger,
+        # or Lightning writes a scalar of its own, hp_metric, which nothing here measures
+        "summary_writer_kwargs": {"default_hp_metric": False},
         "create_wandb_logger": settings.create_wandb_logger,
         "create_mlflow_logger": settings.create_mlflow_logger,
         "create_checkpoint_callback": False,

@@ -29,6 +29,7 @@ from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
 from nemo_paced.training.driver import Driver
+from nemo_paced.training.environment import record_start
 from nemo_paced.training.exchange import BatchExchange
 from nemo_paced.training.faults import Guard, RunStopped, Watch
 from nemo_paced.training.fingerprint import check_config
@@ -173,6 +174,7 @@ class Loop:
         if self.step >= max_steps:
             logger.info("%s is trained to step %d already", self.run_dir, self.step)
             return True
+        record_start(self.run_dir, self.parallel, self.step)
         with self.watch:
             try:
                 with (
@@ -278,10 +280,11 @@ class Loop:
             self._refit()
             self.exchange.settle()
             key = f"pass_rates/{self.step}"
-            self._sampled(
-                lambda: self.exchange.on_rank_0(key, lambda d: d.estimate_pass_rates(self.step))
-            )
-            self._fill_teacher_cache()
+            with self._timed("pass_rates"):
+                self._sampled(
+                    lambda: self.exchange.on_rank_0(key, lambda d: d.estimate_pass_rates(self.step))
+                )
+                self._fill_teacher_cache()  # of problems that had no weight before
 
     def _certify_teacher(self) -> None:
         """Measure what FP8 does to the teacher before anything is trained on it; leave it in FP8.
@@ -383,9 +386,10 @@ class Loop:
         try:
             self._refit()
             self.exchange.settle()
-            metrics = self._sampled(
-                lambda: self.exchange.on_rank_0(key, lambda driver: driver.validate(self.step))
-            )
+            with self._timed("validation"):
+                metrics = self._sampled(
+                    lambda: self.exchange.on_rank_0(key, lambda driver: driver.validate(self.step))
+                )
         except stop.StopRequested:  # the step itself is whole: it stops before the next one
             logger.info("asked to stop: the validation of step %d is left out", self.step)
             return {}
@@ -430,6 +434,9 @@ class Loop:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        """Adds to the step's times; what is timed inside counts there alone."""
+        begin, before = time.perf_counter(), sum(self.times.values())
         yield
-        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - begin
+        inside = sum(self.times.values()) - before
+        passed = time.perf_counter() - begin - inside
+        self.times[name] = self.times.get(name, 0.0) + passed

@@ -75,12 +75,12 @@ class RunLog:
             self._loggers.close()
 
     def step(self, line: dict[str, Any]) -> None:
-        """Record one step everywhere."""
+        """Record one step everywhere; the loggers get every n-th and each one with a validation."""
         if not self.enabled:
             return
         self._metrics.write(line)
         step, every = line["step"], self.config.trainer.log_every_n_steps
-        if step % every == 0:
+        if step % every == 0 or "validation/accuracy" in line:
             numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float))}
             self._loggers.log_metrics(numbers, step)
         self._advance(line)

@@ -11,10 +11,17 @@ import pandas
 import psutil
 import pytest
 
+from nemo_paced.training.environment import read_starts
 from nemo_paced.training.metric_names import METRICS
 from tests.jobs import STEPS, command, left_running, metrics, run, train_arguments
 
 pytestmark = pytest.mark.slow
+
+
+def tensorboard_tags(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return set(EventAccumulator(str(run_dir / "logs")).Reload().Tags()["scalars"])
 
 
 def spawned():
@@ -34,7 +41,12 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted):
     lines = metrics(uninterrupted, "whole")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["stage"] for line in lines] == ["forward_kl"] * 3 + ["reverse_kl"] * 3
-    assert {key for line in lines for key in line} <= set(METRICS), "each figure is described"
+    # the others are in no run on a CPU without a cache
+    expected = set(METRICS) - {"throughput/mfu", "teacher/cached"}
+    assert {key for line in lines for key in line} == expected, "all are described, and no other"
+    for line in lines:
+        parts = sum(v for k, v in line.items() if k.startswith("time/") and k != "time/step_s")
+        assert 0 < parts <= line["time/step_s"], "they do not overlap"
     for line in lines[3:]:
         assert line["rollout/logprob_gap"] < 1e-4 and line["rollout/staleness"] == 0
     assert "validation/accuracy" in lines[2] and "validation/accuracy" in lines[5]
@@ -43,7 +55,9 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted):
     assert (table["student_step"] == 3).all(), "estimated again at the switch"
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["step_00000002", "step_00000004", "step_00000006"]
-    assert list((run_dir / "logs").glob("events.out.tfevents*"))
+    assert tensorboard_tags(run_dir) == expected - {"stage"}
+    (start,) = read_starts(run_dir)
+    assert start.step == 0 and sum(start.devices.values()) == 2
     assert not left_running(str(run_dir))
 
 
@@ -69,6 +83,7 @@ def test_a_run_killed_at_any_step_goes_on_as_if_never_stopped(uninterrupted, kil
     run(*arguments)
     whole, resumed = metrics(uninterrupted, "whole"), metrics(uninterrupted, name)
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
+    assert len(read_starts(uninterrupted / name)) == 2
     # forward KL: exactly; the reverse-KL stage samples anew where no rollout was kept
     for a, b in zip(whole[:3], resumed[:3], strict=True):
         assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])

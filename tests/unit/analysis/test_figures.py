@@ -1,7 +1,10 @@
+import re
+
 import numpy as np
 import pytest
 
-from nemo_paced.analysis import figures
+from nemo_paced.analysis import accuracy_figures, figures
+from nemo_paced.analysis.drawing import BLUE, COLOURS, Line
 
 
 @pytest.mark.parametrize("num_rollouts", [1, 4, 8, 16])
@@ -26,14 +29,58 @@ def test_the_trailing_mean_looks_back_only():
 
 
 def test_axes_have_labels_with_units():
-    line = figures.Line("a", [1, 2], [0.5, 0.25])
+    line = Line("a", [1, 2], [0.5, 0.25])
     svg = figures.curves([line], "loss (nats)")
     assert "optimizer step" in svg and "loss (nats)" in svg
     svg = figures.weights_by_pass_rate([0.0, 0.5, 1.0], [0.0, 3.0, 0.0], 2)
     assert "share of all weight" in svg and "weight of one problem" in svg
-    assert "wall time of the stage's steps (s)" in figures.timing({"s": {"teacher": 1.0}})
+    assert "wall time of the steps (s)" in figures.timing({"s": {"teacher": 1.0}})
 
 
 def test_a_log_axis_leaves_out_what_has_no_logarithm():
-    svg = figures.curves([figures.Line("a", [1, 2, 3], [0.0, 1.0, 10.0])], "norm", log=True)
+    svg = figures.curves([Line("a", [1, 2, 3], [0.0, 1.0, 10.0])], "norm", log=True)
     assert "norm" in svg
+    assert "20" in figures.curves([Line("a", [1, 2], [12.0, 60.0])], "norm", log=True)
+
+
+def test_names_are_drawn_as_they_are():
+    """Neither as mathematics, nor left out for a leading underscore, nor as markup."""
+    lines = [Line(name, [1, 2], [1.0, 2.0]) for name in ("a$b$c", "_seed", "<i>")]
+    svg = figures.curves(lines, "loss")
+    assert "a$b$c" in svg and "_seed" in svg and "&lt;i&gt;" in svg
+    long = accuracy_figures.accuracy_bars(["x" * 40, "b"], {"<i>": [(0.5, 0.1), (0.6, 0.1)]})
+    assert f"{'x' * 11}...{'x' * 11}" in long and "x" * 13 not in long and "<i>" not in long
+    assert "<b>" not in accuracy_figures.differences(["a"], {"s": [(0.1, 0.1)]}, "<b>")
+
+
+def test_values_close_together_and_values_of_one_power_of_ten_have_numbers_on_their_axis():
+    def numbers(*values):
+        svg = figures.curves([Line("a", [1, 2], values)], "norm", log=True)
+        return set(re.findall(r">([0-9.e−-]+)</text>", svg)) - {"1", "2"}
+
+    assert len(numbers(1.11, 1.19)) >= 3, "no 2, 3 or 5 times a power of ten among them"
+    assert {"20", "30", "50"} <= numbers(12.0, 60.0)
+    assert {"0.01", "1", "100"} <= numbers(0.008, 200.0) | {"1"}
+    assert "2e-07" in numbers(1.5e-7, 6e-7)
+
+
+def test_a_line_keeps_its_colour_when_others_are_missing():
+    svg = figures.curves([Line("b", [1, 2], [1.0, 2.0], colour=1)], "loss")
+    assert COLOURS[1] in svg and COLOURS[0] not in svg
+
+
+def test_many_points_of_the_drift_are_areas_and_few_are_bars():
+    def drawn(count):
+        steps = list(range(count))
+        return figures.drift(steps, [(0.2, 0.5, 0.3)] * count, [0.5] * count)
+
+    bars, areas = drawn(figures.MOST_BARS), drawn(figures.MOST_BARS + 1)
+    assert bars.count(f"fill: {BLUE}") == figures.MOST_BARS + 1, "and the legend's"
+    assert areas.count(f"fill: {BLUE}") == 2
+
+
+def test_what_is_not_noisy_is_not_smoothed():
+    steps = list(range(40))
+    line = Line("a", steps, [0.0] * 20 + [1.0] * 20)
+    assert figures.curves([line], "rate", noisy=False).count("opacity: 0.4") == 0
+    assert figures.curves([line], "rate").count("opacity: 0.4") == 1

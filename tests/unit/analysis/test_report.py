@@ -1,25 +1,37 @@
+import json
 import re
 import shutil
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from nemo_paced.analysis import report
 from nemo_paced.analysis.accuracy_sections import forgetting_section, verdict
-from nemo_paced.analysis.comparison import compare_runs, write_comparison
+from nemo_paced.analysis.pass_rate_sections import DRIFT
 from nemo_paced.analysis.report import write_report
+from nemo_paced.analysis.sections import rows_by_stage
+from nemo_paced.analysis.timing_sections import PARTS, RATES, split, split_table
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.rollout.accuracy import Accuracy
-from nemo_paced.teacher.certificate import Certificate
-from tests.runs import PROBLEMS, accuracy, results, write_run
+from nemo_paced.training.metric_names import METRICS
+from tests.runs import (
+    metric_lines,
+    results,
+    start,
+    write_certificate,
+    write_run,
+    write_starts,
+)
 
 SETTINGS = {"temperature": 0.6, "top_p": 0.95}
 TITLES = (
     "Accuracy", "Difference from base", "Forgetting", "Accuracy by kind of problem", "Pass rates",
     "Weights from step 30 on", "Drift of pass rates", "Loss", "Divergence of a token",
     "Gradient norm", "Validation", "Trainer against rollout server", "Training rollouts",
-    "Where the time went", "Configuration",
+    "Where the time went", "Throughput", "Waiting", "Gradient signal-to-noise ratio",
+    "Environment", "Configuration",
 )  # fmt: skip
 
 
@@ -36,6 +48,7 @@ def test_a_whole_run_shows_every_part_and_misses_none(tmp_path):
         assert f"<h2>{title}</h2>" in page
     assert 'class="missing"' not in page
     assert "60 of 60 optimizer steps: 30 of forward_kl, 30 of reverse_kl." in page
+    assert "weights beta_kernel with exponents 1, 1, estimator plug_in." in page
     assert "temperature 0.6" in section(page, "Accuracy")
     assert "1 skipped" in section(page, "Gradient norm")
     assert "max_steps: 60" in section(page, "Configuration")
@@ -75,6 +88,7 @@ def test_the_same_run_gives_the_same_page(tmp_path):
         ("pass_rates", "Pass rates were estimated once"),
         ("results.json", "Not evaluated yet: nemo-paced evaluate"),
         ("config.yaml", "There is no config.yaml."),
+        ("environment.json", "There is no environment.json: training writes it"),
     ],
 )
 def test_a_missing_part_is_said_to_be_missing(tmp_path, removed, said):
@@ -89,17 +103,98 @@ def test_a_missing_part_is_said_to_be_missing(tmp_path, removed, said):
 def test_the_certificate_of_an_fp8_teacher_is_shown(tmp_path):
     run = write_run(tmp_path / "run")
     assert "Teacher in FP8" not in write_report(run).read_text()
-    Certificate(
-        identity={}, backend="torch", recipe="rowwise", versions={"torch": "2.13.0"},
-        responses="rollouts", problems=16,
-        tokens=812, kl_mean=0.00123, kl_median=0.0004, kl_p99=0.02, kl_max=0.31,
-        top1_agreement=0.9877, divergence="reverse_kl", gradient_difference=0.0456,
-        gradient_cosine=0.99891,
-    ).write(run)  # fmt: skip
+    write_certificate(run)
     shown = section(write_report(run).read_text(), "Teacher in FP8")
     for figure in ("0.00123", "0.0004", "0.02", "0.31", "98.77%", "4.56%", "0.99891"):
         assert f">{figure}<" in shown
     assert "812 tokens of 16 rollouts" in shown and "recipe rowwise; torch 2.13.0" in shown
+    assert "<td>0.02</td>" in shown, "the bound of the run's configuration"
+
+
+def test_a_certificate_that_is_still_to_be_measured_is_missed(tmp_path):
+    run = write_run(tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    settings = yaml.safe_load(text)
+    settings["teacher"]["fp8"]["enabled"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "there is no fp8_certificate.json yet" in write_report(run).read_text()
+
+
+def test_the_time_of_a_step_is_split_and_nothing_is_lost(tmp_path):
+    """A stage is 30 steps of .9 s and a validation of 2 s; teacher .1 s a step, once none."""
+    rows = metric_lines(60)
+    parts = {stage: split(own) for stage, own in rows_by_stage(rows).items()}
+    assert parts["forward_kl"]["teacher"] == pytest.approx(2.9)
+    assert parts["reverse_kl"]["wait for rollouts"] == pytest.approx(9.0)
+    assert parts["reverse_kl"]["weights to server"] == pytest.approx(4.5)
+    for stage in parts.values():
+        assert sum(stage.values()) == pytest.approx(29.0)
+    cells = {row[0]: row[1:] for row in split_table(parts)}
+    assert cells["student"] == ["9.00 s (31%)", "9.00 s (31%)"]
+    assert cells["wait for rollouts"] == ["0.03 s (0%)", "9.00 s (31%)"]
+    assert cells["validation"] == ["2.00 s (7%)", "2.00 s (7%)"] and "checkpoint" not in cells
+    assert cells["weights to server"][0] == "-" and cells["all"] == ["29.0 s", "29.0 s"]
+
+
+def test_each_timed_part_is_a_documented_metric():
+    times = {name for name in METRICS if name.startswith("time/")}
+    assert set(PARTS.values()) == times - {"time/step_s"}
+    assert set(RATES.values()) <= set(METRICS)
+
+
+def test_waits_and_throughput_are_told(tmp_path):
+    page = write_report(write_run(tmp_path / "run")).read_text()
+    waiting = section(page, "Waiting")
+    assert "waited for rollouts 30% of the time, the servers sampled nothing 60%" in waiting
+    assert "All were sampled with the current weights" in waiting
+    throughput = section(page, "Throughput")
+    assert re.search(r"<td>MFU</td>\s*<td>0.31</td>\s*<td>0.31</td>", throughput)
+
+
+def test_the_environment_of_the_last_start_is_shown_and_how_earlier_ones_differed(tmp_path):
+    run = write_run(tmp_path / "run")
+    shown = section(write_report(run).read_text(), "Environment")
+    for cell in (
+        "16 x NVIDIA H100 80GB HBM3 (79 GiB), on 2 nodes",
+        "0123456789ab",
+        "12.8",
+        "2.8.0",
+    ):
+        assert f"<td>{cell}</td>" in shown
+    write_starts(
+        run, start(), start(20, versions={"torch": "2.9.0"}), start(40, versions={"torch": "2.9.0"})
+    )
+    shown = section(write_report(run).read_text(), "Environment")
+    assert "<td>2.9.0</td>" in shown and "from step 40" in shown
+    assert "from step 0, with torch 2.8.0, megatron-core 0.16.1." in shown
+    assert "from step 20, alike." in shown
+    (run / "environment.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"environment\.json is no record of a run's starts"):
+        write_report(run)
+
+
+def test_pass_rates_that_move_at_every_step_drift_step_by_step(tmp_path):
+    run = write_run(tmp_path / "run")
+    shown = section(write_report(run).read_text(), "Drift of pass rates")
+    assert "at step 0" in shown and "at step 30" in shown, "two estimates"
+    rows = metric_lines(60)
+    for row in rows:
+        share = row["step"] / 100
+        row |= dict(
+            zip(DRIFT, (0.3 - share / 4, 0.5 - share / 4, 0.2 + share / 2, share), strict=True)
+        )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = section(write_report(run).read_text(), "Drift of pass rates")
+    assert "Mean pass rate 0.010 at step 1, 0.600 at step 60" in shown
+    assert "held 50% of the problems, then 35%" in shown
+
+
+def test_every_link_of_the_page_has_a_target(tmp_path):
+    page = write_report(write_run(tmp_path / "run")).read_text()
+    links = re.findall(r'<a href="#([^"]+)">([^<]+)</a>', page)
+    assert [text for _, text in links][-2:] == ["Environment", "Configuration"]
+    for target, text in links:
+        assert f'id="{target}"' in page, text
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
@@ -150,7 +245,7 @@ def test_forgetting_is_the_base_minus_the_trained_model():
     assert 0 < float(low) < float(by_model["lost"][1].split()[0]) < float(high)
     assert int(by_model["lost"][3]) > int(by_model["lost"][4]), "problems lost, then gained"
     assert by_model["lost"][-1] == "forgotten"
-    assert by_model["kept"][-1] == "no change can be claimed"
+    assert by_model["kept"][-1] == "within noise"
 
 
 def test_tasks_of_lm_eval_are_in_the_forgetting_table_and_told_apart(tmp_path):
@@ -183,49 +278,6 @@ def test_the_verdict_says_won_lost_or_within_noise():
     same = {"base": measured["base"], "paced": measured["base"]}
     assert "within noise of base (+0.000" in verdict(same, "paced")[0]
     assert verdict(measured, "other") == ["other was not among the models evaluated."]
-
-
-def test_arms_are_compared_on_one_page(tmp_path):
-    runs = {name: write_run(tmp_path / name) for name in ("unweighted", "paced")}
-    measured = results(unweighted=0.0, paced=0.15)
-    out = tmp_path / "report.html"
-    said = write_comparison(out, "Arms", runs, measured, subject="paced", settings=SETTINGS)
-    page = out.read_text()
-    assert all(sentence in page for sentence in said)
-    assert "All runs took 60 optimizer steps." in page
-    assert page.count('<details class="part">') == 2
-    assert re.findall(r"<td>(unweighted|paced)</td>\s*<td>60</td>", section(page, "Runs"))
-
-
-def test_runs_are_compared_by_the_command(tmp_path, capsys):
-    for name, gain, steps in (("a", 0.0, 20), ("b", 0.2, 40)):
-        run = write_run(tmp_path / name, steps=steps)
-        own = results(trained=gain)
-        own["base"] = results()["base"]
-        ResultsFile(own, SETTINGS).write(run / "results.json")
-    write_run(tmp_path / "unevaluated", steps=20)
-    names = ("a", "b", "unevaluated")
-    report.main(["--compare", *(str(tmp_path / name) for name in names)])
-    path = tmp_path / "comparison.html"
-    assert capsys.readouterr().out.strip() == str(path)
-    page = path.read_text()
-    assert "different numbers of optimizer steps: a 20, b 40, unevaluated 20" in page
-    assert "Not evaluated: unevaluated." in page
-    assert "On heldout problems b is better than base" in page
-
-
-def test_runs_that_cannot_be_compared_are_refused(tmp_path):
-    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    ResultsFile(results(trained=0.1), SETTINGS).write(first / "results.json")
-    others = {"heldout": accuracy(0.5, problems=PROBLEMS[:50])}
-    ResultsFile({"trained": others}, SETTINGS).write(second / "results.json")
-    with pytest.raises(ConfigError, match="accuracies on different problems cannot be compared"):
-        compare_runs([first, second])
-    ResultsFile(results(trained=0.1), {"temperature": 1.0}).write(second / "results.json")
-    with pytest.raises(ConfigError, match="evaluate them alike"):
-        compare_runs([first, second])
-    with pytest.raises(ConfigError, match="told apart by folder name"):
-        compare_runs([first, first])
 
 
 @pytest.mark.parametrize("arguments", [[], ["run", "--compare", "a"]])

@@ -1,5 +1,7 @@
 """The report as a browser draws it: no error in the console, nothing wider than the screen."""
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -9,7 +11,8 @@ import pytest
 from nemo_paced.analysis.comparison import write_comparison
 from nemo_paced.analysis.report import write_report
 from nemo_paced.evaluation.results import ResultsFile
-from tests.runs import results, write_run
+from tests.block_sums import snr_record
+from tests.runs import results, write_certificate, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = [
@@ -20,23 +23,33 @@ pytestmark = [
 FRAME = """<body style="margin:0">
 <iframe src="{name}" style="width:{width}px;height:900px"></iframe>
 <script>onmessage = event => document.body.dataset.measured = event.data</script>"""
-MEASURE = """<script>
+MEASURE = r"""<script>
 document.querySelectorAll("details").forEach(each => each.open = true);
-const width = document.documentElement.clientWidth, drawn = document.querySelectorAll("svg");
-const small = [...drawn].filter(each => each.getBoundingClientRect().height < 80).length;
+const width = document.documentElement.clientWidth, drawn = [...document.querySelectorAll("svg")];
+const box = each => each.getBoundingClientRect();
+const named = each => each.tagName + " " + each.textContent.trim().slice(0, 40);
 const outside = [...document.querySelectorAll("body *")].filter(each =>
-  !each.closest(".scroll, pre, svg") && each.getBoundingClientRect().right > width + 1).length;
+  !each.closest(".scroll, pre, svg") && box(each).right > width + 1).map(named);
 const clipped = [...document.querySelectorAll("svg text")].filter(each => {
-  const box = each.getBoundingClientRect(), own = each.closest("svg").getBoundingClientRect();
-  return box.left < own.left - 1 || box.right > own.right + 1 ||
-         box.top < own.top - 1 || box.bottom > own.bottom + 1; }).map(each => each.textContent);
-parent.postMessage(`${width} ${document.documentElement.scrollWidth} ${outside} ${small} ` +
-                   `${drawn.length} [${clipped}]`, "*");
+  const own = box(each), whole = box(each.closest("svg"));
+  return own.left < whole.left - 1 || own.right > whole.right + 1 ||
+         own.top < whole.top - 1 || own.bottom > whole.bottom + 1; }).map(named);
+const overlapping = drawn.flatMap(svg => {
+  const level = [...svg.querySelectorAll("text")].filter(each =>
+    !/rotate\(-30/.test(each.outerHTML + each.parentElement.outerHTML));
+  return level.flatMap((one, index) => level.slice(index + 1).filter(other => {
+    const a = box(one), b = box(other);
+    return Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+           Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
+  }).map(other => `${one.textContent} / ${other.textContent}`)); });
+parent.postMessage(JSON.stringify({
+  width, scrolled: document.documentElement.scrollWidth, drawn: drawn.length, outside, clipped,
+  overlapping, small: drawn.filter(each => box(each).height < 80).length }), "*");
 </script>"""
 
 
 def measure(page, width, profile):
-    """(console output, what MEASURE found) of the page drawn ``width`` pixels wide."""
+    """(console output, MEASURE's findings) of the page drawn ``width`` pixels wide."""
     copy = page.with_name("measured.html")
     copy.write_text(page.read_text().replace("</body>", MEASURE + "</body>"))
     frame = page.with_name("frame.html")
@@ -53,24 +66,35 @@ def measure(page, width, profile):
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     found = re.search(r'data-measured="([^"]*)"', done.stdout)
     assert found, "the page did not run to its end"
-    return console, found[1].split(" ", 5)
+    return console, json.loads(html.unescape(found[1]))
+
+
+LONG = ("unweighted", "qwen3_1.7b_from_8b_hard_filter_seed3", "qwen3_1.7b_from_8b_paced_seed3")
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
+    """Of a run with everything that a report can show, and of runs with long names."""
     folder = tmp_path_factory.mktemp("pages")
-    runs = {name: write_run(folder / name) for name in ("hard_filter", "paced")}
-    measured = results(hard_filter=0.0, paced=0.1)
-    ResultsFile(measured, {"temperature": 0.6}).write(runs["paced"] / "results.json")
-    both = folder / "report.html"
-    write_comparison(both, "Arms", runs, measured, subject="paced", settings={})
-    return {"run": write_report(runs["paced"]), "comparison": both}
+    run = write_run(folder / "run", steps=300)
+    ResultsFile(results(hard_filter=0.0, paced=0.1), {"temperature": 0.6}).write(
+        run / "results.json"
+    )
+    write_certificate(run)
+    snr_record(lambda p: 0.3, lambda p: 10 * (1.05 - p)).write(run / "snr" / "step_00000003.json")
+    runs = {name: write_run(folder / name, steps=20 * n) for n, name in enumerate(LONG, 1)}
+    compared = folder / "comparison.html"
+    measured = results(**dict.fromkeys(LONG, 0.1))
+    write_comparison(compared, "Arms", runs, measured, subject=LONG[-1], settings={})
+    return {"run": write_report(run), "comparison": compared}
 
 
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("width", [380, 1200])
 @pytest.mark.parametrize("page", ["run", "comparison"])
 def test_the_report_fits_the_screen_without_console_errors(pages, tmp_path, page, width):
-    console, (inner, scroll, outside, small, drawn, clipped) = measure(pages[page], width, tmp_path)
+    console, found = measure(pages[page], width, tmp_path)
     assert not console
-    assert abs(int(inner) - width) <= 20 and int(scroll) <= int(inner) and outside == "0"
-    assert int(drawn) >= 10 and small == "0" and clipped == "[]"
+    assert found["outside"] == [] and found["scrolled"] <= found["width"]
+    assert abs(found["width"] - width) <= 20, "less a scroll bar"
+    assert found["drawn"] >= 15 and found["small"] == 0
+    assert found["clipped"] == [] and found["overlapping"] == [], "texts of figures"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nemo_paced.analysis.snr_plan import find_pass_rates, plan_bins, what_is_measured
-from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
+from nemo_paced.analysis.snr_record import SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
 from nemo_paced.analysis.snr_text import sentences, table_rows
 from nemo_paced.config import (
@@ -20,7 +20,7 @@ from nemo_paced.config import (
 )
 from nemo_paced.entry.snr import default_out
 from nemo_paced.records import PassRate
-from tests.block_sums import block_sums
+from tests.block_sums import snr_record
 
 
 def row(name, correct, rollouts=10):
@@ -134,23 +134,8 @@ def test_pass_rates_are_those_of_the_step_or_the_latest_before(tmp_path):
     assert find_pass_rates(given, tmp_path, model, 50).name == "mine.parquet"
 
 
-def record(snr_of, norm_of, problems=400):
-    """Gradients with the given SNR and noise by pass rate."""
-    rng = np.random.default_rng(0)
-    bins = []
-    for index in range(10):
-        rate = (index + 0.5) / 10
-        gradients = rng.normal(0, 200**-0.5, size=(problems, 200))
-        gradients[:, 0] += snr_of(rate)
-        sums = block_sums(gradients * norm_of(rate), np.arange(problems) % 20)
-        bins.append(BinRecord(index / 10, (index + 1) / 10, problems, rate, rate, sums))
-    return SnrRecord(
-        {"last_layers": 0}, "m", 3, 3, "forward_kl", "references", 1.0, 1.0, bins, complete=True
-    )
-
-
 def test_a_profile_as_the_theory_has_it_is_said_to_vanish():
-    found = record(lambda p: (p * (1 - p)) ** 0.5, lambda p: 1.0)
+    found = snr_record(lambda p: (p * (1 - p)) ** 0.5, lambda p: 1.0)
     summary = summarise(found)
     assert summary.low_end.vanishes and summary.high_end.vanishes
     assert summary.snr_law.a.value == pytest.approx(1, abs=0.25)
@@ -165,7 +150,7 @@ def test_a_profile_as_the_theory_has_it_is_said_to_vanish():
 
 
 def test_a_profile_that_does_not_vanish_is_said_so_and_what_the_kernel_does_then():
-    found = record(lambda p: 0.5, lambda p: 10 * (1.05 - p))
+    found = snr_record(lambda p: 0.5, lambda p: 10 * (1.05 - p))
     summary = summarise(found)
     assert not summary.low_end.vanishes and not summary.high_end.vanishes
     text = "\n".join(sentences(found, summary))
@@ -177,7 +162,7 @@ def test_a_profile_that_does_not_vanish_is_said_so_and_what_the_kernel_does_then
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
-    found = record(lambda p: 0.3, lambda p: 1.0, problems=40)
+    found = snr_record(lambda p: 0.3, lambda p: 1.0, problems=40)
     found.bins[2] = replace(found.bins[2], sums=None, expected_pass_rate=float("nan"))
     found.write(tmp_path / "a.json", summarise(found).to_dict())
     again = SnrRecord.read(tmp_path / "a.json")

@@ -7,6 +7,7 @@ import pytest
 
 from nemo_paced.config import (
     DataConfig,
+    ExpManagerSettings,
     ModelConfig,
     PacedConfig,
     Precision,
@@ -17,7 +18,7 @@ from nemo_paced.config import (
     TrainerConfig,
     WeightsConfig,
 )
-from nemo_paced.preflight import files
+from nemo_paced.preflight import files, loggers
 from nemo_paced.preflight import models as model_checks
 from nemo_paced.preflight.checks import check_inputs
 from nemo_paced.preflight.findings import (
@@ -254,6 +255,16 @@ def test_a_gpu_that_is_too_small_is_a_warning(config, tmp_path, monkeypatch):
     monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 2**20)
     (finding,) = found(config, tmp_path)
     assert finding.where == "memory" and "nemo-paced plan" in finding.remedy
+
+
+def test_a_logger_without_its_package_is_an_error(config, tmp_path, monkeypatch):
+    asked = replace(config, exp_manager=ExpManagerSettings(create_wandb_logger=True))
+    monkeypatch.setattr(loggers, "PACKAGES", {"create_wandb_logger": "no_such_package"})
+    (one,) = found(asked, tmp_path / "run")
+    assert one.severity is Severity.error and one.where == "exp_manager.create_wandb_logger"
+    assert "pip install no_such_package" in one.remedy
+    monkeypatch.setattr(loggers, "PACKAGES", {"create_wandb_logger": "json"})
+    assert found(asked, tmp_path / "run") == []
 
 
 def test_errors_refuse_and_warnings_do_not(capsys):

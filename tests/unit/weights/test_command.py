@@ -5,7 +5,7 @@ from nemo_paced.cli import main
 from nemo_paced.config import WeightsConfig
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.pass_rates import PassRateTable
-from tests.unit.analysis.test_snr_plan import record
+from tests.block_sums import snr_record
 
 PROBLEMS = [Problem(f"p{i:03d}", "x", "1") for i in range(200)]
 
@@ -38,7 +38,7 @@ def test_weights_prints_exponents_prior_and_shares(tmp_path, capsys):
 
 def test_the_variance_ratio_may_be_of_what_was_measured(tmp_path, capsys):
     table = write_table(tmp_path / "t.parquet", [8] * 200)
-    made = record(lambda p: (p * (1 - p)) ** 0.5, lambda p: 1.0)  # a_s = b_s = 1/2
+    made = snr_record(lambda p: (p * (1 - p)) ** 0.5, lambda p: 1.0)  # a_s = b_s = 1/2
     made.write(tmp_path / "snr.json")
     arguments = ["weights", "--pass-rates", str(table), "--snr", str(tmp_path / "snr.json")]
     assert main(arguments) == 0

