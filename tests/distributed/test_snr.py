@@ -9,7 +9,7 @@ from rich.console import Console
 
 from nemo_paced.analysis.snr_measure import measure
 from nemo_paced.analysis.snr_record import SnrRecord
-from nemo_paced.analysis.snr_section import snr_section
+from nemo_paced.analysis.snr_section import snr_sections
 from nemo_paced.cli import main
 from nemo_paced.compose import ASSETS, to_config
 from nemo_paced.config import WeightsConfig
@@ -112,7 +112,7 @@ def test_every_layout_measures_the_same_and_an_interrupted_one_goes_on(run_dir, 
     assert "0.00-0.20" in printed and "forward_kl along references" in printed
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert json.loads(out.read_text())["estimates"]["bins"][0]["problems"] == 6
-    sections = snr_section(run_dir)
+    sections = snr_sections(run_dir)
     assert len(sections) == 3 and all("<svg" in section.svg for section in sections)
 
 
