@@ -1,6 +1,8 @@
 # Thin: each line is one that a reader could type. VENV=DIR uses another environment.
 VENV ?= .venv
 QUICKSTART_ARGS ?=
+WORKERS ?= 2
+FAST = $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not slurm"
 
 .PHONY: docs setup quickstart test test-fast slurm-test gpu-test lint real
 
@@ -11,10 +13,11 @@ quickstart: setup
 	@$(VENV)/bin/nemo-paced quickstart $(QUICKSTART_ARGS)
 
 test: setup
-	$(VENV)/bin/python -m pytest -q
+	$(FAST)
+	$(VENV)/bin/python -m pytest -q -m slow
 
 test-fast: setup
-	$(VENV)/bin/python -m pytest -q -m "not slow"
+	$(FAST)
 
 # Every test that needs a GPU, then the losses' benchmark; put the JSON beside the others.
 gpu-test: setup
