@@ -4,19 +4,27 @@ import json
 import os
 import subprocess
 import sys
+import uuid
+
+import psutil
 
 STEPS = 6
+JOB = "NEMO_PACED_TEST_JOB"  # in the environment of a command and all that it starts
 
 
 def command(*arguments, **environment):
-    return subprocess.Popen(
+    """The process, with a mark of its own as ``job``."""
+    job = uuid.uuid4().hex
+    process = subprocess.Popen(
         [sys.executable, "-m", "nemo_paced.cli", *map(str, arguments)],
-        env={**os.environ, **environment},
+        env={**os.environ, JOB: job, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    process.job = job
+    return process
 
 
 def run(*arguments, **environment):
@@ -44,6 +52,18 @@ def train_arguments(folder, name, *overrides):
 def metrics(folder, name):
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def left_of(process):
+    """Processes that a :func:`command` started and that still run, whatever became of it."""
+    found = []
+    for each in psutil.process_iter():
+        try:
+            if each.environ().get(JOB) == process.job:
+                found.append(each.cmdline())
+        except psutil.Error:  # gone meanwhile
+            continue
+    return found
 
 
 def left_running(marker):

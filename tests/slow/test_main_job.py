@@ -13,7 +13,7 @@ import pytest
 
 from nemo_paced.training.environment import read_starts
 from nemo_paced.training.metric_names import METRICS
-from tests.jobs import STEPS, command, left_running, metrics, run, train_arguments
+from tests.jobs import STEPS, command, left_of, left_running, metrics, run, train_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -22,11 +22,6 @@ def tensorboard_tags(run_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return set(EventAccumulator(str(run_dir / "logs")).Reload().Tags()["scalars"])
-
-
-def spawned():
-    """Helpers of checkpoint writers and graders: nothing in their command names the run."""
-    return set(left_running("multiprocessing.spawn"))
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +60,18 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted):
 def test_a_run_killed_at_any_step_goes_on_as_if_never_stopped(uninterrupted, kill_after):
     name = f"killed{kill_after}"
     arguments = train_arguments(uninterrupted, name)
-    before = spawned()
     process = command(*arguments)
     path = uninterrupted / name / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not path.exists() or len(path.read_text().splitlines()) < kill_after:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+    assert len(left_of(process)) > 4, "ranks, a server, helpers of checkpoint writers and graders"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    while (left_running(str(uninterrupted / name)) or spawned() - before) and (
-        time.monotonic() < deadline
-    ):
+    while left_of(process) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not left_running(str(uninterrupted / name)), "ranks and server die with their parent"
-    assert not spawned() - before, "and so do the ranks' helpers"
+    assert not left_of(process), "all of them die with their parent"
     run(*arguments)
     whole, resumed = metrics(uninterrupted, "whole"), metrics(uninterrupted, name)
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
