@@ -51,6 +51,16 @@ EXTENDED = {
 }
 ARMS = CORE | EXTENDED
 REFERENCE = "unweighted"  # what the others are compared with
+# what one part of the method does, the others being the same; and PACED against the best baselines
+PAIRS = (
+    ("paced", "hard_filter"),
+    ("paced", "adaptive_kl"),
+    ("posterior", "paced"),
+    ("paced_two_stage", "paced"),
+    ("paced_two_stage", "adaptive_kl"),
+    ("paced_two_stage", "unweighted_two_stage"),
+    ("posterior_two_stage", "unweighted_two_stage"),
+)
 
 
 def chosen(names: str) -> list[str]:

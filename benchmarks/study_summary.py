@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from study_arms import ARMS, REFERENCE
+from study_arms import ARMS, PAIRS, REFERENCE
 
 Record = dict[str, Any]
 By = dict[tuple[str, float], dict[int, Record]]  # (arm, learning rate) -> seed -> record
@@ -86,11 +86,16 @@ def summary(records: list[Record]) -> dict[str, Any]:
         by[record["arm"], record["learning_rate"]][record["seed"]] = record
     base = by.pop((BASE, 0.0), {})
     rates = sorted({rate for _, rate in by})
-    found: dict[str, Any] = {"base": _base(base), "rates": {}, "own_rate": {}}
+    found: dict[str, Any] = {"base": _base(base), "rates": {}, "pairs": {}, "own_rate": {}}
     for rate in rates:
         arms = [arm for arm in ARMS if by.get((arm, rate))]
         found["rates"][f"{rate:g}"] = {
             arm: _arm(by[arm, rate], by.get((REFERENCE, rate), {}), base) for arm in arms
+        }
+        found["pairs"][f"{rate:g}"] = {
+            f"{arm} minus {other}": _differences(by[arm, rate], by[other, rate], base)
+            for arm, other in PAIRS
+            if by.get((arm, rate), {}).keys() & by.get((other, rate), {}).keys()
         }
     if len(rates) > 1:
         found["own_rate"] = _at_own_rates(by, rates, base)
@@ -116,17 +121,28 @@ def _arm(
 ) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, (_, measure) in MEASURES.items():
-        own = {seed: measure(run, base[seed]) for seed, run in runs.items()}
-        other = {seed: measure(run, base[seed]) for seed, run in reference.items()}
-        fields[name] = asdict(Interval.of(own.values()))
-        if paired := own.keys() & other.keys():
-            difference = Interval.of(own[seed] - other[seed] for seed in paired)
-            fields[f"{name}_difference"] = asdict(difference)
+        fields[name] = asdict(Interval.of(measure(r, base[seed]) for seed, r in runs.items()))
+    if runs.keys() & reference.keys():
+        differences = _differences(runs, reference, base)
+        fields |= {f"{name}_difference": each for name, each in differences.items()}
     gain = (run["heldout"]["mean"] - base[seed]["heldout"]["mean"] for seed, run in runs.items())
     fields["heldout_gain"] = asdict(Interval.of(gain))
     for name in ("tokens", "problems", "clipped", "train_s", "evaluate_s"):
         fields[name] = statistics.fmean(run[name] for run in runs.values())
     return fields
+
+
+def _differences(
+    runs: dict[int, Record], others: dict[int, Record], base: dict[int, Record]
+) -> dict[str, Any]:
+    """Of each measure, over the seeds that both have."""
+    paired = sorted(runs.keys() & others.keys())
+    return {
+        name: asdict(
+            Interval.of(measure(runs[s], base[s]) - measure(others[s], base[s]) for s in paired)
+        )
+        for name, (_, measure) in MEASURES.items()
+    }
 
 
 def _at_own_rates(by: By, rates: list[float], base: dict[int, Record]) -> dict[str, Any]:
@@ -171,6 +187,8 @@ def tables(found: dict[str, Any]) -> list[str]:
         ]
     for rate, arms in found["rates"].items():
         lines += ["", f"Learning rate {rate}:", "", *_table(arms)]
+        if pairs := found["pairs"][rate]:
+            lines += ["", *_pairs_table(pairs)]
     if found["own_rate"]:
         lines += ["", "Each arm at its own rate, chosen on the other seeds:", ""]
         lines += _table(found["own_rate"])
@@ -189,6 +207,15 @@ def _table(arms: dict[str, Any]) -> list[str]:
             own = arm == REFERENCE or difference is None
             cells.append("" if own else Interval(**difference).signed())
         lines.append(_row([*cells, str(fields["heldout"]["seeds"])]))
+    return lines
+
+
+def _pairs_table(pairs: dict[str, Any]) -> list[str]:
+    head = ["difference", *(title for title, _ in MEASURES.values()), "seeds"]
+    lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+    for label, fields in pairs.items():
+        cells = [Interval(**fields[name]).signed() for name in MEASURES]
+        lines.append(_row([label, *cells, str(fields["heldout"]["seeds"])]))
     return lines
 
 

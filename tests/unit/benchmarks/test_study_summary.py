@@ -49,6 +49,17 @@ def test_differences_are_paired_by_seed():
     assert arms["unweighted"]["heldout"]["seeds"] == 4
 
 
+def test_two_arms_are_compared_on_the_seeds_that_both_have():
+    records = [record(seed, "base", 0.0, 0.5) for seed in range(3)]
+    for seed in range(3):
+        records.append(record(seed, "paced", 1e-4, 0.6 + 0.1 * seed))
+        records += [record(seed, "hard_filter", 1e-4, 0.5 + 0.1 * seed)] * (seed < 2)
+    pairs = study_summary.summary(records)["pairs"]["0.0001"]
+    assert list(pairs) == ["paced minus hard_filter"]
+    found = pairs["paced minus hard_filter"]["heldout"]
+    assert found["seeds"] == 2 and found["mean"] == pytest.approx(0.1)
+
+
 def test_a_seeds_own_figures_do_not_choose_its_rate():
     """Seed 0 alone likes the high rate: it must be measured at the low one, the others' best."""
     records = []
