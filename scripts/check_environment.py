@@ -29,6 +29,7 @@ IMPORTABLE = (
     "psutil",
     "sentencepiece",
     "pytest",
+    "xdist",
     "nemo_paced",
 )
 
