@@ -44,11 +44,12 @@ from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.refit import send_files
 from nemo_paced.rollout.replicas import Replicas
 from nemo_paced.training import prepare
+from nemo_paced.training.environment import installed_versions, processor_name
 from nemo_paced.training.progress import progress_bar
 from nemo_paced.training.references import REFERENCES_FILE, sample_references
 from nemo_paced.training.sampler import Sampler, make_replicas
 
-RECORDS_FILE = "records.jsonl"
+RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
 BASE = "base"
 # what a process that trains has to import: loaded once, every arm is forked from there
 PRELOAD = ["nemo_paced.training.loop", "nemo_paced.training.convert", "megatron.core.optimizer"]
@@ -78,7 +79,8 @@ def main() -> None:
             Study(args, records).run()
         except PacedError as error:
             sys.exit(f"study: error: {error}")
-    lines = study_summary.write(records.all(), args.summary)
+    described = json.loads((args.out / SETTINGS_FILE).read_text())
+    lines = study_summary.write(records.all(), args.summary, described)
     print("\n".join(lines))
 
 
@@ -161,7 +163,7 @@ class Study:
 
     def _check_settings(self) -> None:
         """A study is one set of settings: other ones belong into another folder."""
-        path = self.out / "settings.json"
+        path = self.out / SETTINGS_FILE
         settings = {"steps": self.args.steps, "overrides": self.args.overrides}
         if path.exists() and json.loads(path.read_text())["asked"] != settings:
             raise PacedError(f"{self.out} holds a study with other settings: give another --out")
@@ -359,16 +361,12 @@ def compose(overrides: list[str]) -> PacedConfig:
 
 
 def machine() -> dict[str, Any]:
-    import megatron.core
-    import torch
-
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
+        "versions": installed_versions(),
     }
 
 

@@ -61,14 +61,19 @@ class Interval:
         return f"**{text}**" if self.low > 0 or self.high < 0 else text
 
 
-def write(records: list[Record], path: Path | None) -> list[str]:
-    """The tables as Markdown lines; with a path the figures as JSON and a plot beside them."""
+def write(records: list[Record], path: Path | None, described: dict[str, Any]) -> list[str]:
+    """The tables as Markdown lines; with a path the figures as JSON and a plot beside them.
+
+    Args:
+        described: settings and machine of the study, kept with the figures.
+    """
     found = summary(records)
     lines = tables(found)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         seeds = [compact(record) for record in records]
-        path.write_text(json.dumps({"summary": found, "records": seeds}, indent=1) + "\n")
+        whole = {**described, "summary": found, "records": seeds}
+        path.write_text(json.dumps(whole, indent=1) + "\n")
         plot(found, path.with_suffix(".png"))
     return lines
 
@@ -96,7 +101,7 @@ def summary(records: list[Record]) -> dict[str, Any]:
             f"{arm} minus {other}": _differences(by[arm, rate], by[other, rate], base)
             for arm, other in PAIRS
             if by.get((arm, rate), {}).keys() & by.get((other, rate), {}).keys()
-        }
+        } | {f"{arm} minus {BASE}": _differences(by[arm, rate], base, base) for arm in arms}
     if len(rates) > 1:
         found["own_rate"] = _at_own_rates(by, rates, base)
     return found
@@ -125,8 +130,6 @@ def _arm(
     if runs.keys() & reference.keys():
         differences = _differences(runs, reference, base)
         fields |= {f"{name}_difference": each for name, each in differences.items()}
-    gain = (run["heldout"]["mean"] - base[seed]["heldout"]["mean"] for seed, run in runs.items())
-    fields["heldout_gain"] = asdict(Interval.of(gain))
     for name in ("tokens", "problems", "clipped", "train_s", "evaluate_s"):
         fields[name] = statistics.fmean(run[name] for run in runs.values())
     return fields

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nemo_paced.config import PacedConfig
+from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -131,7 +131,7 @@ def _explain(message: str) -> str:
     text = "; ".join(lines) or "the configuration could not be read"
     if "ExpManagerSettings" in text:
         text += ". NeMo's other exp_manager keys drive Lightning callbacks that are never run here"
-    keys = _all_keys()
+    keys = dotted_keys(to_dict(PacedConfig()))
     for word in _quoted(text):
         if "." in word and word not in keys and (near := _nearest(word, keys)):
             return f"{text}. Did you mean {near[0]!r}?"
@@ -149,17 +149,9 @@ def _quoted(text: str) -> list[str]:
     return text.split("'")[1::2]
 
 
-def _all_keys() -> list[str]:
-    """Dotted."""
-    from nemo_paced.config import to_dict
-
+def dotted_keys(tree: Any, prefix: str = "") -> list[str]:
+    """Of every setting and block in a configuration as dictionaries."""
     keys: list[str] = []
-
-    def walk(tree: Any, prefix: str) -> None:
-        if isinstance(tree, dict):
-            for key, value in tree.items():
-                keys.append(prefix + key)
-                walk(value, f"{prefix}{key}.")
-
-    walk(to_dict(PacedConfig()), "")
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        keys += [prefix + key, *dotted_keys(value, f"{prefix}{key}.")]
     return keys

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from nemo_paced.cli import COMMANDS
-from nemo_paced.compose import CONF
+from nemo_paced.compose import CONF, dotted_keys
 from nemo_paced.config import PacedConfig, to_dict
 from scripts.make_docs import anchor, blocks
 
@@ -51,18 +51,10 @@ def _headings(page: Path) -> set[str]:
 
 def known_settings() -> set[str]:
     """Dotted names of all settings and blocks; of a stage as ``stages[].name`` and ``stages``."""
-    found = {"stages"}
-
-    def walk(tree: object, prefix: str) -> None:
-        if isinstance(tree, dict):
-            for key, value in tree.items():
-                found.add(prefix + key)
-                walk(value, f"{prefix}{key}.")
-
-    walk(to_dict(PacedConfig()), "")
+    found = {"stages", *dotted_keys(to_dict(PacedConfig()))}
     for name, cls in blocks():
         if name.endswith("[]"):
-            walk(to_dict(cls()), f"{name}.")
+            found.update(dotted_keys(to_dict(cls()), f"{name}."))
     return found
 
 

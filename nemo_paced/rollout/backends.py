@@ -25,17 +25,17 @@ def choose_backend(config: RolloutConfig, gpus: int, hosts: Sequence[str]) -> Re
     """
     backend, on_this_machine = config.refit, all(is_loopback(host) for host in hosts)
     if backend is RefitBackend.auto:
-        if not gpus or not _importable("vllm"):
+        if not gpus or not importable("vllm"):
             return RefitBackend.file if on_this_machine else RefitBackend.gloo
         if config.placement is RolloutPlacement.colocated:
             return RefitBackend.ipc
-        return RefitBackend.nccl_m2n if _importable("nccl.m2n") else RefitBackend.nccl
+        return RefitBackend.nccl_m2n if importable("nccl.m2n") else RefitBackend.nccl
     lacking = []
     if backend in ON_GPUS and not gpus:
         lacking.append("a GPU (auto, file and gloo work without)")
-    if backend in ON_GPUS and not _importable("vllm"):
+    if backend in ON_GPUS and not importable("vllm"):
         lacking.append("vllm in the trainer's environment (pip install vllm; or file, gloo)")
-    if backend is RefitBackend.nccl_m2n and not _importable("nccl.m2n"):
+    if backend is RefitBackend.nccl_m2n and not importable("nccl.m2n"):
         lacking.append("the packages nccl-extensions and nccl4py (or nccl)")
     if lacking:
         raise ConfigError(f"rollout.refit is {backend.value}, which needs {'; '.join(lacking)}")
@@ -51,7 +51,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _importable(package: str) -> bool:
+def importable(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of a parent

@@ -142,7 +142,7 @@ def _start(step: int, nodes: int, devices: dict[str, int]) -> Start:
         step=step,
         nodes=nodes,
         devices=devices,
-        processor=f"{_processor()}, {cores} cores",
+        processor=f"{processor_name()}, {cores} cores",
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
@@ -152,7 +152,7 @@ def _start(step: int, nodes: int, devices: dict[str, int]) -> Start:
     )
 
 
-def _processor() -> str:
+def processor_name() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

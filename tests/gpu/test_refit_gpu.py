@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_paced.rollout.backends import _importable
+from nemo_paced.rollout.backends import importable
 from tests.refit_jobs import GPU_JOBS, check_job
 
 pytestmark = [
@@ -17,7 +17,7 @@ def test_servers_hold_the_students_weights_and_sleep_while_it_trains(name, tmp_p
     job = GPU_JOBS[name]
     if torch.cuda.device_count() < job.gpus:
         pytest.skip(f"needs {job.gpus} GPUs: trainer and servers have {torch.cuda.device_count()}")
-    if "nccl_m2n" in name and not _importable("nccl.m2n"):
+    if "nccl_m2n" in name and not importable("nccl.m2n"):
         pytest.skip("needs the packages nccl-extensions and nccl4py")
     look = check_job(tmp_path, job)
     if job.sleeps:  # keys and values alone are most of rollout.gpu_memory_utilization=0.3

@@ -4,20 +4,16 @@ import json
 
 import pytest
 
-from tests.jobs import command, metrics, run
+from tests.jobs import command, metrics, run, train_arguments
 
 pytestmark = pytest.mark.slow
 
 
 def arguments(folder, name, *overrides):
-    return (
-        "train",
-        "--config-name",
-        "quickstart",
-        f"exp_manager.exp_dir={folder}",
-        f"exp_manager.name={name}",
+    return train_arguments(
+        folder,
+        name,
         "trainer.max_steps=2",
-        "references.source=solution",
         "weights.num_rollouts=2",
         "model.global_batch_size=8",
         "teacher.fp8.enabled=true",

@@ -19,7 +19,7 @@ from tests.refit_jobs import CPU_JOBS, GPU_JOBS, composed
 
 def on_gpus(monkeypatch, count):
     """As on a machine with so many GPUs and every package; nothing is started."""
-    monkeypatch.setattr(backends, "_importable", lambda package: True)
+    monkeypatch.setattr(backends, "importable", lambda package: True)
     for module in (servers, replicas, sidecar):
         monkeypatch.setattr(module, "gpu_count", lambda: count)
 

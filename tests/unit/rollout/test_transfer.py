@@ -40,13 +40,13 @@ HERE, ELSEWHERE = ["127.0.0.1"], ["127.0.0.1", "10.0.0.7"]
 def test_auto_takes_what_hardware_and_packages_allow(
     monkeypatch, gpus, hosts, placement, packages, chosen
 ):
-    monkeypatch.setattr(backends, "_importable", lambda package: package in packages)
+    monkeypatch.setattr(backends, "importable", lambda package: package in packages)
     config = RolloutConfig(placement=RolloutPlacement(placement))
     assert choose_backend(config, gpus, hosts) is RefitBackend(chosen)
 
 
 def test_a_transport_that_lacks_something_names_all_of_it(monkeypatch):
-    monkeypatch.setattr(backends, "_importable", lambda package: False)
+    monkeypatch.setattr(backends, "importable", lambda package: False)
     with pytest.raises(ConfigError, match=r"nccl_m2n, which needs a GPU .*; vllm .*nccl4py"):
         choose_backend(RolloutConfig(refit=RefitBackend.nccl_m2n), 0, HERE)
     assert choose_backend(RolloutConfig(refit=RefitBackend.gloo), 0, HERE) is RefitBackend.gloo
