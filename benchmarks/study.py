@@ -41,6 +41,7 @@ from nemo_paced.logs import set_up_logging
 from nemo_paced.quickstart import models
 from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
+from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.rollout.refit import send_files
 from nemo_paced.rollout.replicas import Replicas
 from nemo_paced.training import prepare
@@ -79,6 +80,8 @@ def main() -> None:
             Study(args, records).run()
         except PacedError as error:
             sys.exit(f"study: error: {error}")
+    if not (args.out / SETTINGS_FILE).exists():
+        sys.exit(f"study: error: {args.out} holds no study: leave --summary-only out to run one")
     described = json.loads((args.out / SETTINGS_FILE).read_text())
     lines = study_summary.write(records.all(), args.summary, described)
     print("\n".join(lines))
@@ -237,16 +240,18 @@ class Study:
             return
         with open_sampler(config, folder) as sampler, progress_bar() as bar:
             send_files(sampler.weights.sync, files, f"base of seed {of.seed}")
-            rates: list[float] = []
             for k in missing:
                 weights = replace(config.weights, num_rollouts=k)
-                table = prepare.estimate_pass_rates(
+                prepare.estimate_pass_rates(
                     replace(config, weights=weights), problems, sampler, folder, step=0, bar=bar
                 )
-                rates = [row.pass_rate for row in table.rows]
                 (folder / prepare.PASS_RATES_FILE).rename(pass_rates_file(folder, k))
             if not self.records.has(base):
                 fields = evaluate_all(config, sampler, "base")
+                table = PassRateTable.read(
+                    pass_rates_file(folder, config.weights.num_rollouts), problems
+                )
+                rates = [row.pass_rate for row in table.rows]
                 self.records.append(base, fields | {"pass_rates": spread(rates)})
 
     def _train_and_evaluate(self, run: Run) -> None:
@@ -375,20 +380,20 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="runs and records; resumable")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=8, help="how many (8)")
+    parser.add_argument("--first-seed", type=int, default=1, help="and those after it (1)")
     parser.add_argument("--arms", default="core", help="core, all, or names with commas")
-    parser.add_argument("--learning-rates", default="1e-4", help="with commas")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--learning-rates", default="1e-4", help="with commas (1e-4)")
+    parser.add_argument("--steps", type=int, default=160, help="of each arm (160)")
     parser.add_argument("--summary", type=Path, help="write the figures here as JSON, and a plot")
     parser.add_argument("--summary-only", action="store_true", help="of what is there already")
     parser.add_argument("overrides", nargs="*", help="of conf/quickstart.yaml, for every arm")
     args = parser.parse_args()
-    args.learning_rates = [float(rate) for rate in args.learning_rates.split(",")]
     try:
+        args.learning_rates = [float(rate) for rate in args.learning_rates.split(",")]
         args.arms = chosen(args.arms)
     except ValueError as error:
-        parser.error(f"--arms: {error}")
+        parser.error(f"--arms, --learning-rates: {error}")
     return args
 
 

@@ -36,12 +36,16 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path):
     arms = [json.loads(line)["arm"] for line in lines]
     assert arms == ["base", "unweighted", "paced_two_stage"]
 
-    records.write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
+    # as if stopped before the base was evaluated, its pass rates being there, and in a line
+    records.write_text(lines[1] + "\n" + lines[2][:50])
     said = run_study(out, "--summary", str(tmp_path / "summary.json"))
     again = [json.loads(line) for line in records.read_text().splitlines() if line[-1] == "}"]
-    assert [line["arm"] for line in again] == arms
+    by_arm = {line["arm"]: line for line in again}
+    assert len(again) == 3 and sorted(by_arm) == sorted(arms)
     # same seeds, same server, same order of sums: the same answers
-    assert again[2]["heldout"] == json.loads(lines[2])["heldout"]
+    for arm, line in zip(arms, lines, strict=True):
+        assert by_arm[arm]["heldout"] == json.loads(line)["heldout"]
+    assert by_arm["base"]["pass_rates"] == json.loads(lines[0])["pass_rates"]
     assert "| paced_two_stage |" in said
     assert (tmp_path / "summary.png").exists()
 
