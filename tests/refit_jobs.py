@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from nemo_paced.compose import ASSETS, with_config
 from nemo_paced.config import PacedConfig, RefitBackend, RolloutPlacement
+from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.replicas import Replicas
@@ -27,6 +28,7 @@ from nemo_paced.training.sampler import served_dtype
 from tests.jobs import command, metrics, run, train_arguments
 
 MAX_STEPS = 16
+ANSWER_S = 20.0
 NAME = "job"
 # Of no bytes. The CPU build packs the linear layers' weights anew and leaves none to add up: there
 # only embeddings and norms are compared, and rollout/logprob_gap has to answer for the others.
@@ -200,10 +202,11 @@ def _look(process, folder, job):
     ranks = [rank.pid for rank, _ in _running(process, "nemo_paced.entry.worker")]
     assert len(ranks) == composed(folder, job).trainer.devices
     while process.poll() is None:
-        with _stopped(ranks):
+        # a server that waits for the stopped ranks in its midst answers when they go on
+        with _stopped(ranks), suppress(RolloutError):
             if (look := _look_once(client, job)) is not None:
                 return look
-        time.sleep(0.02)
+        time.sleep(0.25)  # for most of the time it trains: looked at all the time it may get stuck
     raise AssertionError(f"it ended before it was looked at: {process.communicate()[0][-4000:]}")
 
 
@@ -236,7 +239,8 @@ def _servers(process):
         host, port = (line[line.index(name) + 1] for name in ("--host", "--port"))
         found[f"http://{host}:{port}"] = server.environ().get(API_KEY_VARIABLE)
     assert found, "no server runs"
-    return RolloutClient(sorted(found), next(iter(found.values())))
+    key = next(iter(found.values()))
+    return RolloutClient(sorted(found), key, request_timeout_s=ANSWER_S)
 
 
 def _running(process, module):
