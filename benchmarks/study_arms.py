@@ -51,15 +51,21 @@ EXTENDED = {
 }
 ARMS = CORE | EXTENDED
 REFERENCE = "unweighted"  # what the others are compared with
-# what one part of the method does, the others being the same; and PACED against the best baselines
+# what one part of the method does, the others being the same; PACED against the best baselines
 PAIRS = (
     ("paced", "hard_filter"),
     ("paced", "adaptive_kl"),
     ("posterior", "paced"),
+    ("exponents_1_2", "paced"),
+    ("exponents_2_1", "paced"),
+    ("k_4", "paced"),
+    ("k_16", "paced"),
     ("paced_two_stage", "paced"),
     ("paced_two_stage", "adaptive_kl"),
     ("paced_two_stage", "unweighted_two_stage"),
-    ("posterior_two_stage", "unweighted_two_stage"),
+    ("paced_reversed", "paced_two_stage"),
+    ("posterior_two_stage", "paced_two_stage"),
+    ("free_two_stage", "posterior_two_stage"),
 )
 
 

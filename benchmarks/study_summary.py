@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -62,20 +63,37 @@ class Interval:
 
 
 def write(records: list[Record], path: Path | None, described: dict[str, Any]) -> list[str]:
-    """The tables as Markdown lines; with a path the figures as JSON and a plot beside them.
+    """The tables as Markdown lines; with a path the figures as JSON, tables and a plot beside them.
 
     Args:
         described: settings and machine of the study, kept with the figures.
     """
+    records = [compact(record) for record in records]  # so that what is kept gives the same tables
     found = summary(records)
-    lines = tables(found)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        seeds = [compact(record) for record in records]
-        whole = {**described, "summary": found, "records": seeds}
-        path.write_text(json.dumps(whole, indent=1) + "\n")
+        whole = {**described, "summary": found, "records": records}
+        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(page(found), encoding="utf-8")
         plot(found, path.with_suffix(".png"))
-    return lines
+    return tables(found)
+
+
+def page(found: dict[str, Any]) -> str:
+    """The tables, with what a reader has to know of them."""
+    lines = tables(found)
+    differences = len(re.findall(r"[+-]\d\.\d+ ± ", "\n".join(lines)))
+    head = [
+        "# Figures of the study",
+        "",
+        "Written by `benchmarks/study.py --summary`; to be read with",
+        "[its description](../README.md#study). `a ± b` is the mean over seeds and half its 95 %",
+        "interval by Student's t. Differences are paired by seed, and bold where the interval",
+        f"leaves out 0: by chance alone some {differences // 20} of these {differences} would be,",
+        "hardly independent as they are.",
+        "",
+    ]
+    return "\n".join([*head, *lines, ""])
 
 
 def compact(record: Record) -> Record:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import study_arms
@@ -10,6 +11,10 @@ from study_summary import Interval
 
 from nemo_paced.compose import with_config
 from nemo_paced.config import Reestimation
+from tests.documents import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+INTERVAL = re.compile(r"[+-]?0?\.\d+ ± 0?\.\d+")
 
 
 def record(seed, arm, rate, heldout, old=0.8):
@@ -86,8 +91,28 @@ def test_tables_and_plot_are_written(tmp_path):
     written = json.loads(path.read_text())
     assert written["summary"]["rates"]["0.0001"]["paced"] and written["machine"]["cores"] == 2
     assert path.with_suffix(".png").stat().st_size > 1000
+    page = path.with_suffix(".md").read_text()
+    assert "\n".join(lines) in page and "some 0 of these 9 would be" in page
     (row,) = [line for line in lines if line.startswith("| paced |")]
     assert "+0.010 ± " in row
+
+
+def test_the_page_of_figures_is_that_of_the_stored_records():
+    stored = json.loads((RESULTS / "study.json").read_text())
+    found = study_summary.summary(stored["records"])
+    assert (RESULTS / "study.md").read_text() == study_summary.page(found)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS.parent / "README.md"])
+def test_intervals_that_are_quoted_are_those_of_the_study(page):
+    known = {shortened(i) for i in INTERVAL.findall((RESULTS / "study.md").read_text())}
+    quoted = {shortened(i) for i in INTERVAL.findall(page.read_text())}
+    assert quoted and not quoted - known
+
+
+def shortened(interval):
+    """+0.010 ± 0.008 as +.010 ± .008"""
+    return re.sub(r"\b0\.", ".", interval)
 
 
 @pytest.mark.parametrize("arm", study_arms.ARMS)
