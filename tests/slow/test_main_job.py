@@ -122,6 +122,27 @@ def test_other_layouts_give_the_same_losses_on_replayed_rollouts(uninterrupted, 
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
+def test_a_cached_teacher_knows_every_response_before_it_is_trained_on(uninterrupted):
+    """Also those of problems that get their first weight at the switch."""
+    replay(uninterrupted, "cached")
+    stage = "divergence:forward_kl,responses:references,fraction:0.5"
+    stages = f"stages=[{{name:first,{stage}}},{{name:second,{stage},reestimate_pass_rates:true}}]"
+    run(*train_arguments(uninterrupted, "cached", "teacher.placement=cached", stages))
+    whole, cached = metrics(uninterrupted, "whole"), metrics(uninterrupted, "cached")
+    for a, b in zip(whole[:3], cached[:3], strict=True):  # up to the switch they are the same
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert [line["teacher/cached"] for line in cached] == [
+        line["weights/active_problems"] for line in cached
+    ]
+    assert weighted(uninterrupted / "cached", 3) - weighted(uninterrupted / "cached", 0)
+
+
+def weighted(run_dir, step):
+    """Problems with a weight after an estimation."""
+    table = pandas.read_parquet(run_dir / "pass_rates" / f"step_{step:08d}.parquet")
+    return set(table.loc[table["weight"] > 0, "id"])
+
+
 def test_a_run_exports_evaluates_and_reports(uninterrupted, tmp_path):
     run_dir = uninterrupted / "whole"
     run("export-hf", run_dir, tmp_path / "hf")
