@@ -275,6 +275,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.axvline(0, color="grey", lw=0.8)
         axis.set_title(f"{title}\nminus {REFERENCE}", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
+        axis.locator_params(axis="x", nbins=5)  # labels of neighbouring panels do not touch
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].invert_yaxis()
     axes[-1].legend(fontsize=8)
