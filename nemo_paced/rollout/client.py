@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 CONNECT_TIMEOUT_S = 30.0
+HANDING_OVER = 32  # results at a time; their threads wait for graders and for the disk
 PROBE_TIMEOUT_S = 10.0  # a server that is well answers at once
 # Less than the 5 s after which vLLM's server closes an idle connection: a request sent on one that
 # is being closed would look like a server that died.
@@ -99,7 +100,10 @@ class RolloutClient:
             RolloutError: a request that failed ``1 + max_retries`` times, was refused, or was
                 answered wrongly. What finished before has been handed to ``on_result``.
         """
-        asyncio.run(self._sample_all(requests, on_result))
+        # Threads of their own: where storing is slow, a server that died must not wait for it to
+        # be brought back.
+        with ThreadPoolExecutor(HANDING_OVER) as pool:
+            asyncio.run(self._sample_all(requests, on_result, pool))
 
     def call(self, method: str, path: str, **arguments: Any) -> list[dict[str, Any]]:
         """Call a control route on every server at once; returns their JSON answers.
@@ -134,7 +138,9 @@ class RolloutClient:
             return False
         return True
 
-    async def _sample_all(self, requests: Sequence[SampleRequest], on_result: OnResult) -> None:
+    async def _sample_all(
+        self, requests: Sequence[SampleRequest], on_result: OnResult, pool: ThreadPoolExecutor
+    ) -> None:
         gate = asyncio.Semaphore(self.max_in_flight * len(self.endpoints))
         handing_over: set[asyncio.Task[None] | None] = set()
         timeout = aiohttp.ClientTimeout(self.request_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
@@ -151,7 +157,8 @@ class RolloutClient:
                 async with gate:
                     completions = await self._with_retries(session, balancer, request)
                 handing_over.add(asyncio.current_task())
-                await asyncio.to_thread(on_result, request, completions)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(pool, on_result, request, completions)
 
             tasks = [asyncio.create_task(one(request)) for request in requests]
             try:

@@ -42,6 +42,7 @@ class RolloutStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._places: dict[Key, tuple[int, int]] = {}  # offset and length of the line
         self._lengths: dict[str, int] = {}  # tokens of a problem's latest rollout
+        self._waiting: dict[Key, tuple[Rollout, bytes]] = {}  # of threads that want to write
         self._writing = threading.Lock()
         self._file = self.path.open("ab+", buffering=0)
         try:
@@ -86,25 +87,36 @@ class RolloutStore:
         return self._lengths.get(problem_id)
 
     def append(self, purpose: str, rollouts: Iterable[Rollout]) -> None:
-        """Write rollouts and sync; one that is stored already is left as it is."""
-        with self._writing:
-            new = [r for r in rollouts if _key(purpose, r) not in self]
-            lines = [_line(purpose, rollout) for rollout in new]
-            try:
-                _write_all(self._file.fileno(), b"".join(lines))
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                self._drop_cut_line()
-                raise RolloutError(
-                    f"{self.path} cannot be written: {error}. The {len(self)} rollouts before are "
-                    "safe; free space and start the same command again"
-                ) from error
-            for rollout, line in zip(new, lines, strict=True):
-                self._enter(purpose, rollout, self._end, len(line))
-                self._end += len(line)
+        """Write rollouts and sync; one that is stored already is left as it is.
 
-    def _enter(self, purpose: str, rollout: Rollout, offset: int, length: int) -> None:
-        self._places[_key(purpose, rollout)] = offset, length
+        A sync takes milliseconds, tens of them on a network file system, so the thread whose turn
+        it is writes what all of them bring, with one sync.
+        """
+        self._waiting |= {_key(purpose, r): (r, _line(purpose, r)) for r in rollouts}
+        with self._writing:
+            found = self._waiting.copy()
+            new = {key: entry for key, entry in found.items() if key not in self}
+            if new:  # not written with another thread's
+                self._write(new)
+            for key in found:
+                del self._waiting[key]
+
+    def _write(self, new: dict[Key, tuple[Rollout, bytes]]) -> None:
+        try:
+            _write_all(self._file.fileno(), b"".join(line for _, line in new.values()))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._drop_cut_line()
+            raise RolloutError(
+                f"{self.path} cannot be written: {error}. The {len(self)} rollouts before are "
+                "safe; free space and start the same command again"
+            ) from error
+        for key, (rollout, line) in new.items():
+            self._enter(key, rollout, self._end, len(line))
+            self._end += len(line)
+
+    def _enter(self, key: Key, rollout: Rollout, offset: int, length: int) -> None:
+        self._places[key] = offset, length
         self._lengths[rollout.problem_id] = len(rollout.response_ids)
 
     def _drop_cut_line(self) -> None:
@@ -123,7 +135,7 @@ class RolloutStore:
                     logger.warning("%s: a last line cut at byte %d: dropped", self.path, offset)
                     break
                 purpose, rollout = self._parse(line[:-1], offset)
-                self._enter(purpose, rollout, offset, len(line))
+                self._enter(_key(purpose, rollout), rollout, offset, len(line))
                 offset += len(line)
         return offset
 

@@ -75,13 +75,13 @@ def served_version(client):
     return client.call("GET", "/weight_info")[0]["weight_version"]
 
 
-def kill_server(sidecar):
-    """The server itself, as the kernel's out-of-memory killer would."""
+def signal_server(sidecar, number=signal.SIGKILL):
+    """The server itself; by default as the kernel's out-of-memory killer would."""
     (server,) = psutil.Process(sidecar._process.pid).children()
-    os.killpg(server.pid, signal.SIGKILL)
+    os.killpg(server.pid, number)
 
 
-def test_one_of_two_servers_killed_in_mid_batch_loses_nothing(tmp_path):
+def test_one_of_two_servers_killed_in_mid_batch_loses_nothing(tmp_path, monkeypatch):
     # 8 samples of a problem are more than a server decodes at once: two requests
     with sampler(tmp_path, num_replicas=2, max_in_flight=4, max_num_seqs=5) as served:
         first, second = served.replicas.sidecars.values()
@@ -91,13 +91,22 @@ def test_one_of_two_servers_killed_in_mid_batch_loses_nothing(tmp_path):
         (served.weights.folder / VERSION_FILE).write_text("7")
         served.send_weights()
         finished = []
+        ask = served.client.sample
+
+        def ask_both(requests, on_result):
+            # stands still with the requests that it has: where storing is slower than sampling, all
+            # would be answered before the kill
+            signal_server(first, signal.SIGSTOP)
+            ask(requests, on_result)
 
         def kill_once(done, total):
             finished.append(done)
             if len(finished) == 30:
-                kill_server(first)
+                signal_server(first)
 
-        rollouts = sample(served, 0, kill_once)
+        with monkeypatch.context() as patched:
+            patched.setattr(served.client, "sample", ask_both)
+            rollouts = sample(served, 0, kill_once)
         assert finished == list(range(1, len(PROBLEMS) + 1))
         assert [(r.problem_id, r.sample) for r in rollouts] == [
             (p.id, k) for p in PROBLEMS for k in range(8)
@@ -110,7 +119,7 @@ def test_one_of_two_servers_killed_in_mid_batch_loses_nothing(tmp_path):
             one = served.client.only(endpoint, timeout_s=10)
             assert served_version(one) == "7", "also the one that was started again"
         # both have died when new weights come
-        kill_server(second)
+        signal_server(second)
         served.send_weights()
         assert served.replicas.restarts[second.endpoint] == 1
         # and one that lost its weights unnoticed gets them before it is asked

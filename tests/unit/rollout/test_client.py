@@ -241,6 +241,21 @@ def test_a_dead_server_is_brought_back_by_its_owner(serve):
         ask(connect(serve(RESET), revive=give_up), "a")
 
 
+def test_a_dead_server_is_brought_back_while_all_results_wait_to_be_stored(serve, monkeypatch):
+    monkeypatch.setattr(balancer, "FIRST_PROBE_S", 0.5)  # the results wait by then
+    revived, stored = threading.Event(), []
+
+    def revive(endpoint):
+        revived.set()
+        return True
+
+    client = connect(serve(RESET, good), serve(good), revive=revive)
+    client.sample(
+        [request(str(i)) for i in range(60)], lambda *_: stored.append(revived.wait(timeout=20))
+    )
+    assert stored == [True] * 60
+
+
 def test_with_no_server_left_each_is_named(serve):
     servers = serve(RESET, healthy=False), serve(RESET, healthy=False)
     with pytest.raises(RolloutError, match=r"no rollout server has answered for 0\.5 s") as caught:

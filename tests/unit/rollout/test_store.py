@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from dataclasses import asdict, replace
 
@@ -112,6 +113,76 @@ def test_a_second_writer_is_refused(tmp_path, monkeypatch):
     with RolloutStore(tmp_path), pytest.raises(RolloutError, match="by another process"):
         RolloutStore(tmp_path)
     RolloutStore(tmp_path).close()
+
+
+@pytest.fixture
+def behind_a_slow_disk(tmp_path, monkeypatch):
+    """Runs one thread into a sync, then others until they wait behind it; then lets all go.
+
+    Returns the number of syncs; the first ones fail with ``errors``.
+    """
+
+    def run(store, append, *others, errors=()):
+        reached, go_on, syncs, errors = threading.Event(), threading.Event(), [], list(errors)
+
+        def fsync(descriptor):
+            syncs.append(descriptor)
+            reached.set()
+            assert go_on.wait(20)
+            if errors:
+                raise errors.pop(0)
+
+        monkeypatch.setattr("nemo_paced.rollout.store.os.fsync", fsync)
+        threads = [threading.Thread(target=append, args=([rollout("first", 0)],))]
+        threads[0].start()
+        assert reached.wait(20)
+        threads += [threading.Thread(target=append, args=(rollouts,)) for rollouts in others]
+        for thread in threads[1:]:
+            thread.start()
+        deadline = time.monotonic() + 20
+        while len(store._waiting) < 1 + len({r.response_id for each in others for r in each}):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert len(store) == 0, "none counts as stored before it is synced"
+        go_on.set()
+        for thread in threads:
+            thread.join(20)
+        monkeypatch.undo()
+        assert not store._waiting
+        return len(syncs)
+
+    return run
+
+
+def test_threads_that_wait_for_the_disk_share_a_sync(tmp_path, behind_a_slow_disk):
+    same = [rollout("a", 0), rollout("a", 1)]
+    others = [same, same, [rollout("b", 0)], [rollout("c", 0)]]
+    with RolloutStore(tmp_path) as store:
+        assert behind_a_slow_disk(store, lambda r: store.append("train", r), *others) == 2
+        assert len(store) == 5
+    with RolloutStore(tmp_path) as store:
+        assert len(store) == 5 and store.get("train", 0, "a", 1) == same[1]
+    assert len(store.path.read_bytes().splitlines()) == 5, "none is stored twice"
+
+
+def test_a_failed_sync_costs_the_threads_behind_it_nothing(tmp_path, behind_a_slow_disk):
+    told = []
+
+    def append(rollouts):
+        try:
+            store.append("train", rollouts)
+        except RolloutError as error:
+            told.append(str(error))
+
+    others = [[rollout(problem, 0)] for problem in "abcd"]
+    with RolloutStore(tmp_path) as store:
+        full = [OSError("no space left")] * 2
+        assert behind_a_slow_disk(store, append, *others, errors=full) == 3
+        assert len(told) == 2 and all("The 0 rollouts before are safe" in error for error in told)
+        assert len(store) == 5, "the next one found room, and wrote for those that failed too"
+    with RolloutStore(tmp_path) as store:
+        assert len(store) == 5
+    assert len(store.path.read_bytes().splitlines()) == 5, "each line whole, and once"
 
 
 def test_threads_append_whole_lines(tmp_path):
