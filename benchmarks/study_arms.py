@@ -61,6 +61,7 @@ PAIRS = (
     ("k_4", "paced"),
     ("k_16", "paced"),
     ("paced_two_stage", "paced"),
+    ("unweighted_two_stage", "paced"),  # the stage alone against the weights alone
     ("paced_two_stage", "adaptive_kl"),
     ("paced_two_stage", "unweighted_two_stage"),
     ("paced_reversed", "paced_two_stage"),

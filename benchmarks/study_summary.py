@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -59,7 +58,11 @@ class Interval:
     def signed(self) -> str:
         """Bold where the interval leaves 0 out."""
         text = f"{self.mean:+.3f} ± {(self.high - self.low) / 2:.3f}"
-        return f"**{text}**" if self.low > 0 or self.high < 0 else text
+        return f"**{text}**" if self.leaves_out_0 else text
+
+    @property
+    def leaves_out_0(self) -> bool:
+        return self.low > 0 or self.high < 0
 
 
 def write(records: list[Record], path: Path | None, described: dict[str, Any]) -> list[str]:
@@ -82,14 +85,16 @@ def write(records: list[Record], path: Path | None, described: dict[str, Any]) -
 def page(found: dict[str, Any]) -> str:
     """The tables, with what a reader has to know of them."""
     lines = tables(found)
-    differences = len(re.findall(r"[+-]\d\.\d+ ± ", "\n".join(lines)))
+    differences = _shown_differences(found)
+    sure = sum(each.leaves_out_0 for each in differences)
     head = [
         "# Figures of the study",
         "",
         "Written by `benchmarks/study.py --summary`; to be read with",
         "[its description](../README.md#study). `a ± b` is the mean over seeds and half its 95 %",
         "interval by Student's t. Differences are paired by seed, and bold where the interval",
-        f"leaves out 0: by chance alone some {differences // 20} of these {differences} would be,",
+        f"leaves out 0: {sure} of {len(differences)} are. By chance alone some "
+        f"{len(differences) // 20} would be,",
         "hardly independent as they are.",
         "",
     ]
@@ -214,6 +219,25 @@ def tables(found: dict[str, Any]) -> list[str]:
         lines += ["", "Each arm at its own rate, chosen on the other seeds:", ""]
         lines += _table(found["own_rate"])
     return lines
+
+
+def _shown_differences(found: dict[str, Any]) -> list[Interval]:
+    """All that the tables show."""
+    groups = [*found["rates"].values(), *([found["own_rate"]] if found["own_rate"] else [])]
+    to_reference = [
+        fields[key]
+        for arms in groups
+        for arm, fields in arms.items()
+        for key in (f"{name}_difference" for name in MEASURES)
+        if arm != REFERENCE and fields.get(key) is not None
+    ]
+    pairs = [
+        fields[name]
+        for by_label in found["pairs"].values()
+        for fields in by_label.values()
+        for name in MEASURES
+    ]
+    return [Interval(**each) for each in to_reference + pairs]
 
 
 def _table(arms: dict[str, Any]) -> list[str]:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from nemo_paced.analysis.run_files import Rows, RunFiles
+from nemo_paced.analysis.run_files import RunFiles
 from nemo_paced.analysis.sections import Section, curve_section, metric_line, values_of
 from nemo_paced.analysis.setting_sections import environment
-from nemo_paced.analysis.timing_sections import seconds, split, split_table, timing_figure
+from nemo_paced.analysis.timing_sections import (
+    preparation,
+    seconds,
+    split,
+    split_table,
+    timing_figure,
+)
 from nemo_paced.analysis.training_sections import LOSS_NOTE, share_clipped
 
 ABSENT = "-"
@@ -53,18 +59,20 @@ def side_by_side(runs: dict[str, RunFiles]) -> list[Section]:
 
 def _runs_section(runs: dict[str, RunFiles]) -> Section:
     table = [["run", "steps", "stages", "problems a batch", "tokens", "clipped", "validation",
-              "median s a step", "wall time (s)"]]  # fmt: skip
+              "median s a step", "s in steps", "s before them"]]  # fmt: skip
     for label, run in runs.items():
-        cells = _run_cells(run.rows) if run.rows else ["0"]
+        cells = _run_cells(run) if run.rows else ["0"]
         table.append([label, *cells, *[""] * (len(table[0]) - 1 - len(cells))])
     note = (
         "Problems of weight above 0 in a batch, and their response tokens: what was trained on. "
-        "Validation: the last one."
+        "Validation: the last one. Before the steps: references, servers and pass rates, as far as "
+        "the run made them itself."
     )
     return Section("Runs", table=table, note=note, wide=True)
 
 
-def _run_cells(rows: Rows) -> list[str]:
+def _run_cells(run: RunFiles) -> list[str]:
+    rows, before = run.rows, preparation(run.starts)
     active = values_of(rows, "weights/active_problems") or [0]
     validated = [row for row in rows if row.get("validation/accuracy") is not None]
     last = validated[-1] if validated else None
@@ -78,6 +86,7 @@ def _run_cells(rows: Rows) -> list[str]:
         f"{last['validation/accuracy']:.3f} at {last['step']}" if last else "",
         f"{statistics.median(times):.3g}",
         seconds(sum(times)),
+        seconds(sum(before.values())) if before else "",
     ]
 
 

@@ -21,7 +21,7 @@ def run_sections(run: RunFiles) -> list[Section]:
         *pass_rate_sections(run),
         *training_sections(run.rows),
         *rollout_sections(run.rows),
-        *timing_sections(run.rows),
+        *timing_sections(run.rows, run.starts),
         *snr_sections(run.directory),
         *certificate_sections(run),
         environment_section(run),

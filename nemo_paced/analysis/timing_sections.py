@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 
 from nemo_paced.analysis import figures
 from nemo_paced.analysis.run_files import Rows
@@ -14,6 +16,7 @@ from nemo_paced.analysis.sections import (
     stage_lines,
     values_of,
 )
+from nemo_paced.training.environment import Start
 
 # part of a step as it is shown -> metric
 PARTS = {
@@ -33,7 +36,7 @@ RATES = {
 }
 
 
-def timing_sections(rows: Rows) -> list[Section]:
+def timing_sections(rows: Rows, starts: Sequence[Start]) -> list[Section]:
     """Nothing for a run without a step."""
     if not rows:
         return []
@@ -43,7 +46,12 @@ def timing_sections(rows: Rows) -> list[Section]:
         metric_line("servers for work", rows, "rollout/server_wait", colour=1),
     ]
     sections = [
-        Section("Where the time went", svg=timing_figure(stages), table=split_table(stages)),
+        Section(
+            "Where the time went",
+            svg=timing_figure(stages),
+            table=split_table(stages),
+            note=_preparation_note(starts),
+        ),
         _throughput_section(rows),
     ]
     if any(waits):
@@ -52,6 +60,26 @@ def timing_sections(rows: Rows) -> list[Section]:
                           note=_waits_note(rows))
         )  # fmt: skip
     return sections
+
+
+def preparation(starts: Sequence[Start]) -> dict[str, float]:
+    """Seconds before the first step by part, of all starts together."""
+    spent: Counter[str] = Counter()
+    for start in starts:
+        spent.update(start.preparation_s)
+    return {part.replace("_", " "): value for part, value in spent.items()}
+
+
+def _preparation_note(starts: Sequence[Start]) -> str:
+    spent = {part: value for part, value in preparation(starts).items() if value >= 0.1}
+    if not spent:
+        return ""
+    parts = ", ".join(f"{part} {seconds(value)} s" for part, value in spent.items())
+    count = f" of {len(starts)} starts" if len(starts) > 1 else ""
+    return (
+        f"Before the first step{count}, not in the figure: {parts}. What other commands prepared "
+        "(references, pass-rates) is in neither."
+    )
 
 
 def split(rows: Rows) -> dict[str, float]:

@@ -16,7 +16,7 @@ class StageConfig:
     divergence: DivergenceKind = DivergenceKind.forward_kl
     responses: ResponseSource = ResponseSource.references
     fraction: float = 1.0  # of trainer.max_steps
-    reestimate_pass_rates: bool = False  # before the stage's first step
+    reestimate_pass_rates: bool = False  # before its first step, where weights follow from them
     reset_optimizer: bool = False  # its moments, at the stage's first step
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Driver:
-    """Checks all inputs when made; starts what it needs in :meth:`prepare`."""
+    """Checks all inputs when made; what takes time is in methods of its own, called in order."""
 
     def __init__(self, config: PacedConfig, run_dir: Path) -> None:
         self.config = config
@@ -62,16 +62,19 @@ class Driver:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def prepare(self, log: RunLog) -> None:
-        """References and rollout server, each only if it is needed and missing."""
-        config, self.bar = self.config, log.bar
-        if config.needs_references:
+    def find_references(self, log: RunLog) -> None:
+        """Stored responses, sampled from the teacher where they are needed and missing."""
+        self.bar = log.bar
+        if self.config.needs_references:
             self.references = load_references(
-                config, self.problems, self.prompts, self.run_dir, self.bar
+                self.config, self.problems, self.prompts, self.run_dir, self.bar
             )
+
+    def start_servers(self) -> None:
+        """Those of the student, or a connection to the ones that run."""
         self.sampler = self._stack.enter_context(
             prepare.student_sampler(
-                config,
+                self.config,
                 self.run_dir,
                 self.prompts,
                 prepare.server_notes(self.bar),
@@ -89,7 +92,7 @@ class Driver:
             self.sampler.require_weight_routes()
 
     def first_pass_rates(self, resumed_from: Path | None) -> None:
-        """The checkpoint's table, a given one, or a first estimate; after :meth:`prepare`.
+        """The checkpoint's table, a given one, or a first estimate.
 
         Raises:
             ConfigError: no problem has both a weight and a reference.

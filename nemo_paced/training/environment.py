@@ -3,7 +3,8 @@
 .. code-block:: text
 
     {"starts": [{"time", "step", "nodes", "devices": {NAME: ranks}, "processor", "memory_gib",
-                 "system", "python", "cuda", "commit", "versions": {PACKAGE: version}}]}
+                 "system", "python", "cuda", "commit", "versions": {PACKAGE: version},
+                 "preparation_s": {PART: seconds}}]}
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import platform
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,6 +51,8 @@ class Start:
         commit: ``git describe`` of the checkout that the package lies in; empty for an installed
             package. ``-dirty`` marks changes that were not committed.
         versions: of the packages that decide numbers or speed.
+        preparation_s: what came before the first step, in seconds by part; empty where that did not
+            come to its end.
     """
 
     time: str
@@ -63,6 +66,7 @@ class Start:
     cuda: str
     commit: str
     versions: dict[str, str]
+    preparation_s: dict[str, float] = field(default_factory=dict)
 
 
 def record_start(run_dir: Path, parallel: Parallel, step: int) -> None:
@@ -80,11 +84,14 @@ def record_start(run_dir: Path, parallel: Parallel, step: int) -> None:
         forget(key.format(rank))
     hosts, devices = zip(*told, strict=True)
     start = _start(step, len(set(hosts)), dict(Counter(devices)))
-    path = run_dir / ENVIRONMENT_FILE
-    temporary = path.with_suffix(".tmp")
-    starts = [asdict(each) for each in [*read_starts(run_dir), start]]
-    temporary.write_text(json.dumps({"starts": starts}, indent=1) + "\n")
-    os.replace(temporary, path)
+    _write(run_dir, [*read_starts(run_dir), start])
+
+
+def record_preparation(run_dir: Path, seconds: Mapping[str, float]) -> None:
+    """Rank 0 adds to the last start how long it took until its first step."""
+    *earlier, last = read_starts(run_dir)
+    rounded = {part: round(value, 2) for part, value in seconds.items()}
+    _write(run_dir, [*earlier, replace(last, preparation_s=rounded)])
 
 
 def read_starts(run_dir: Path) -> list[Start]:
@@ -102,6 +109,14 @@ def read_starts(run_dir: Path) -> list[Start]:
         raise ConfigError(
             f"{path} is no record of a run's starts ({error!r}): remove it to have a new one begun"
         ) from error
+
+
+def _write(run_dir: Path, starts: Sequence[Start]) -> None:
+    path = run_dir / ENVIRONMENT_FILE
+    temporary = path.with_suffix(".tmp")
+    content = {"starts": [asdict(start) for start in starts]}
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

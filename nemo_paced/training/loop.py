@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
 from nemo_paced.training.driver import Driver
-from nemo_paced.training.environment import record_start
+from nemo_paced.training.environment import record_preparation, record_start
 from nemo_paced.training.exchange import BatchExchange
 from nemo_paced.training.faults import Guard, RunStopped, Watch
 from nemo_paced.training.fingerprint import check_config
@@ -200,15 +200,25 @@ class Loop:
 
     def _prepare(self, log: RunLog, resume_from: Path | None) -> None:
         """What comes before the first step of this start."""
-        self.exchange.on_rank_0("prepared", lambda driver: driver.prepare(log))
-        self.exchange.on_rank_0("servers", lambda driver: driver.check_servers())
+        spent: dict[str, float] = {}
+        with timed(spent, "references"):
+            self.exchange.on_rank_0("references", lambda driver: driver.find_references(log))
+        with timed(spent, "servers"):
+            self.exchange.on_rank_0("started", lambda driver: driver.start_servers())
+            self.exchange.on_rank_0("servers", lambda driver: driver.check_servers())
         held = self.models.step.teacher.held
         if held is not None and held.to_be_quantized:
-            self._certify_teacher()
-        self.exchange.on_rank_0(
-            "first_pass_rates", lambda driver: driver.first_pass_rates(resume_from)
-        )
-        self._fill_teacher_cache()
+            with timed(spent, "fp8_certificate"):
+                self._certify_teacher()
+        with timed(spent, "pass_rates"):
+            self.exchange.on_rank_0(
+                "first_pass_rates", lambda driver: driver.first_pass_rates(resume_from)
+            )
+        with timed(spent, "teacher_cache"):
+            self._fill_teacher_cache()
+        if self.driver is not None:
+            record_preparation(self.run_dir, spent)
+            self._sampled_s = self.driver.sampler.busy_s()
 
     def _finish_saving(self) -> None:
         if self.background is not None:
@@ -432,11 +442,15 @@ class Loop:
         self.guard.skipped = state.skipped_steps
         logger.info("resumed from %s at step %d", directory, self.step)
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        """Adds to the step's times; what is timed inside counts there alone."""
-        begin, before = time.perf_counter(), sum(self.times.values())
-        yield
-        inside = sum(self.times.values()) - before
-        passed = time.perf_counter() - begin - inside
-        self.times[name] = self.times.get(name, 0.0) + passed
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        return timed(self.times, name)
+
+
+@contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Adds to ``times``; what is timed inside counts there alone."""
+    begin, before = time.perf_counter(), sum(times.values())
+    yield
+    inside = sum(times.values()) - before
+    passed = time.perf_counter() - begin - inside
+    times[name] = times.get(name, 0.0) + passed

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_paced.config import OptimConfig, StageConfig, WeightsConfig
+from nemo_paced.config import OptimConfig, StageConfig, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
 
 
@@ -49,11 +49,15 @@ def stage_at(all_stages: Sequence[Stage], step: int) -> Stage:
 
 
 def reestimation_due(weights: WeightsConfig, stage: Stage, step: int) -> bool:
-    """Whether pass rates are sampled anew before optimizer step ``step``; step 0 has its own."""
+    """Whether pass rates are sampled anew before optimizer step ``step``; step 0 has its own.
+
+    At a stage's first step not for ``weights.scheme=unweighted``: no weight follows from hours of
+    sampling. Who wants to watch them asks for ``weights.reestimate=every_n_steps``.
+    """
     if step == 0:
         return False
     if step == stage.first_step and stage.config.reestimate_pass_rates:
-        return True
+        return weights.scheme is not WeightScheme.unweighted
     every = weights.reestimate_every_n_steps
     return every > 0 and step % every == 0
 

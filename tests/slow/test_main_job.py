@@ -53,6 +53,7 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted):
     assert tensorboard_tags(run_dir) == expected - {"stage"}
     (start,) = read_starts(run_dir)
     assert start.step == 0 and sum(start.devices.values()) == 2
+    assert start.preparation_s["pass_rates"] > 0.1 and start.preparation_s["servers"] > 1
     assert not left_running(str(run_dir))
 
 

@@ -68,6 +68,7 @@ def test_runs_of_other_lengths_are_compared_by_the_command(tmp_path, capsys):
     assert "Not evaluated: unevaluated." in page
     assert "On heldout problems b is better than base" in page
     assert "b minus a" in section(page, "Runs against each other")
+    assert "<th>s before them</th>" in page and "<td>448</td>" in section(page, "Runs")
     assert "trainer.max_steps" in section(page, "Settings that differ").replace("<wbr>", "")
     for title in ("Loss", "Gradient norm", "Validation", "Mean pass rate", "Where the time went"):
         assert "unevaluated" in section(page, title)

@@ -142,6 +142,18 @@ def test_each_timed_part_is_a_documented_metric():
     assert set(RATES.values()) <= set(METRICS)
 
 
+def test_what_came_before_the_first_step_is_told(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_starts(
+        run, start(), start(20, preparation_s={"servers": 40.0}), start(30, preparation_s={})
+    )
+    shown = section(write_report(run).read_text(), "Where the time went")
+    told = "Before the first step of 3 starts, not in the figure: "
+    assert f"{told}references 310 s, servers 82.5 s, pass rates 95.0 s. What" in shown
+    write_starts(run, start(preparation_s={}))  # an earlier release's, or it never got so far
+    assert "Before the first" not in section(write_report(run).read_text(), "Where the time went")
+
+
 def test_waits_and_throughput_are_told(tmp_path):
     page = write_report(write_run(tmp_path / "run")).read_text()
     waiting = section(page, "Waiting")

@@ -82,7 +82,7 @@ def test_a_seeds_own_figures_do_not_choose_its_rate():
 
 def test_tables_and_plot_are_written(tmp_path):
     records = [
-        record(seed, arm, rate, 0.5 + 0.01 * seed * (arm == "paced"))
+        record(seed, arm, rate, 0.5 + (0.01 + 0.001 * (seed - 1)) * (arm == "paced"))
         for seed in range(3)
         for arm, rate in (("base", 0.0), ("unweighted", 1e-4), ("paced", 1e-4))
     ]
@@ -92,7 +92,8 @@ def test_tables_and_plot_are_written(tmp_path):
     assert written["summary"]["rates"]["0.0001"]["paced"] and written["machine"]["cores"] == 2
     assert path.with_suffix(".png").stat().st_size > 1000
     page = path.with_suffix(".md").read_text()
-    assert "\n".join(lines) in page and "some 0 of these 9 would be" in page
+    assert "\n".join(lines) in page and "leaves out 0: 4 of 9 are." in page
+    assert page.count("**") == 2 * 4
     (row,) = [line for line in lines if line.startswith("| paced |")]
     assert "+0.010 ± " in row
 

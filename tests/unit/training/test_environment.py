@@ -10,7 +10,13 @@ from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.training import environment
-from nemo_paced.training.environment import commit, installed_versions, read_starts, record_start
+from nemo_paced.training.environment import (
+    commit,
+    installed_versions,
+    read_starts,
+    record_preparation,
+    record_start,
+)
 from tests.distributed.harness import run_ranks
 
 
@@ -29,6 +35,15 @@ def test_each_start_is_added_to_those_before(tmp_path):
     assert first.python == ".".join(map(str, sys.version_info[:3]))
     assert 0 < first.memory_gib < 1e5 and re.search(r", \d+ cores$", first.processor)
     assert first.time <= second.time and first.time.endswith("+00:00")
+
+
+def test_the_last_start_keeps_how_long_it_took_to_its_first_step(tmp_path):
+    record_start(tmp_path, OneRank(), 0)
+    record_start(tmp_path, OneRank(), 12)
+    record_preparation(tmp_path, {"servers": 1.234, "pass_rates": 60.0})
+    first, second = read_starts(tmp_path)
+    assert first.preparation_s == {}, "it was killed before"
+    assert second.preparation_s == {"servers": 1.23, "pass_rates": 60.0}
 
 
 def _recorded(rank, world_size, folder):

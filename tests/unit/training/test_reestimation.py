@@ -83,7 +83,8 @@ def estimate(config, run_dir, **options):
 def start(config, run_dir, resumed_from=None):
     run_dir.mkdir(exist_ok=True)
     driver = Driver(config, run_dir)
-    driver.prepare(RunLog(config, run_dir, 0, enabled=False))
+    driver.find_references(RunLog(config, run_dir, 0, enabled=False))
+    driver.start_servers()
     driver.sampler.client = client_of(driver.prompts)
     driver.first_pass_rates(resumed_from)
     return driver
@@ -281,3 +282,6 @@ def test_estimates_are_due_at_switches_and_every_n_steps():
     assert [s for s in of if reestimation_due(never, of[s], s)] == [5]
     every = WeightsConfig(reestimate=Reestimation.every_n_steps, reestimate_every_n_steps=4)
     assert [s for s in of if reestimation_due(every, of[s], s)] == [4, 5, 8]
+    never, every = (dataclasses.replace(w, scheme=WeightScheme.unweighted) for w in (never, every))
+    assert not [s for s in of if reestimation_due(never, of[s], s)], "no weight would follow"
+    assert [s for s in of if reestimation_due(every, of[s], s)] == [4, 8], "asked for by name"

@@ -180,7 +180,8 @@ def test_other_settings_remake_the_file_from_the_samples_there_are(make_config, 
 def start(config, run_dir):
     run_dir.mkdir(exist_ok=True)
     driver = Driver(config, run_dir)
-    driver.prepare(RunLog(config, run_dir, 0, enabled=False))
+    driver.find_references(RunLog(config, run_dir, 0, enabled=False))
+    driver.start_servers()
     rates = dict.fromkeys(TRUE_RATES, 0.5)
     driver.sampler.client = ScriptedClient(
         rates, driver.prompts.response("s8"), driver.prompts.response("s9")
