@@ -17,7 +17,7 @@ from nemo_paced.analysis.page import Part, write_page
 from nemo_paced.analysis.run_files import RunFiles
 from nemo_paced.analysis.run_sections import run_sections
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import Results, different_settings
+from nemo_paced.evaluation.results import Results
 
 
 def write_comparison(
@@ -65,16 +65,8 @@ def compare_runs(named: Sequence[str], out: Path | None = None) -> Path:
     """
     runs = labelled(named)
     found = EvaluatedRuns()
-    settings: dict[str, Any] = {}
     for label, directory in runs.items():
-        run = RunFiles.read(directory)
-        found.add(label, run)
-        if settings and run.settings and different_settings(settings, run.settings):
-            raise ConfigError(
-                f"{directory}/results.json was evaluated with {run.settings}, an earlier run with "
-                f"{settings}: evaluate them alike to compare them"
-            )
-        settings = settings or run.settings
+        found.add(label, RunFiles.read(directory))
     folder = Path(os.path.commonpath([directory.parent for directory in runs.values()]))
     path = out or folder / "comparison.html"
     last = ["", *found.results, *(label for label in runs if label in found.results)][-1]
@@ -84,7 +76,7 @@ def compare_runs(named: Sequence[str], out: Path | None = None) -> Path:
         runs,
         found.results,
         subject="paced" if "paced" in found.results else last,
-        settings=settings,
+        settings=found.settings,
         baselines=found.baselines,
     )
     return path

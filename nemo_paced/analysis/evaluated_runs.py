@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nemo_paced.analysis.run_files import RunFiles
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import BASE_LABELS, Results, Source
+from nemo_paced.evaluation.results import (
+    BASE_LABELS,
+    Results,
+    ResultsFile,
+    Source,
+    check_alike,
+)
 from nemo_paced.rollout.accuracy import Accuracy
 
 BASE = "base"
@@ -24,13 +30,14 @@ class EvaluatedRuns:
 
     results: Results = field(default_factory=dict)
     own: Baselines = field(default_factory=dict)
+    _files: dict[str, ResultsFile] = field(default_factory=dict)
     _sources: dict[str, Source] = field(default_factory=dict)
 
     def add(self, label: str, run: RunFiles) -> None:
         """Its trained model under the run's label, and its baseline, each model once.
 
         Raises:
-            ConfigError: the label is ``base``.
+            ConfigError: the label is ``base``, or earlier runs were not evaluated alike.
         """
         if label == BASE:
             raise ConfigError(
@@ -38,6 +45,9 @@ class EvaluatedRuns:
                 "that runs started from: give another, LABEL=RUN"
             )
         file = run.evaluated
+        for other, earlier in self._files.items():
+            check_alike(file, earlier, names=(f"{run.directory}/results.json", other))
+        self._files[label] = file
         base = next((name for name in file.models if name in BASE_LABELS), None)
         if base is not None:
             self.own[label] = self._add_base(label, file.models[base], file.sources.get(base))
@@ -53,6 +63,19 @@ class EvaluatedRuns:
         shared = dict.fromkeys(self.results, min(bases)) if len(bases) == 1 else {}
         known = shared | self.own
         return {m: known[m] for m in self.results if m in known and m not in bases}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How all were sampled; where they may differ as ``1 or 2``."""
+        found: dict[str, list[Any]] = {}
+        for file in self._files.values():
+            for name, value in file.settings.items():
+                values = found.setdefault(name, [])
+                values += [value] if value not in values else []
+        return {
+            name: values[0] if len(values) == 1 else " or ".join(map(str, values))
+            for name, values in found.items()
+        }
 
     def _add_base(self, label: str, suites: dict[str, Accuracy], source: Source | None) -> str:
         """The label of this model, which may be there already."""

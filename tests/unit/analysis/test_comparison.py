@@ -137,12 +137,39 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="accuracies on different problems cannot be compared"):
         compare_runs(named)
     ResultsFile(results(trained=0.1), {"temperature": 1.0}).write(second / "results.json")
-    with pytest.raises(ConfigError, match="evaluate them alike"):
+    told = r"/b/results.json was asked otherwise \(temperature 1.0, a 0.6\): what is compared"
+    with pytest.raises(ConfigError, match=told):
         compare_runs(named)
     with pytest.raises(ConfigError, match=r"/a is there twice"):
         compare_runs([str(first), f"again={first}"])
     with pytest.raises(ConfigError, match="two runs are labelled same"):
         compare_runs([f"same={first}", f"same={second}"])
+
+
+def test_runs_that_were_asked_other_questions_are_refused_though_their_ids_agree(tmp_path):
+    asked = {"a": {"heldout": "1f", "forgetting": "2f"}, "b": {"heldout": "1f"}}
+    for name, digests in asked.items():
+        path = write_run(tmp_path / name, steps=20) / "results.json"
+        ResultsFile(results(trained=0.1), SETTINGS, digests).write(path)
+    named = [str(tmp_path / name) for name in asked]
+    compare_runs(named)  # what one file does not tell is no difference
+    ResultsFile(results(trained=0.1), SETTINGS, {"forgetting": "3f"}).write(path)
+    told = "/b/results.json: its 'forgetting' holds other problems, or .* prompt, than a; evaluate"
+    with pytest.raises(ConfigError, match=told):
+        compare_runs(named)
+
+
+def test_runs_of_two_seeds_are_compared_and_both_seeds_are_told(tmp_path):
+    lm_eval = {"lm_eval": {"num_fewshot": 5, "limit": 2000}}
+    paths = [write_run(tmp_path / name, steps=20) / "results.json" for name in "abc"]
+    for path, seed in zip(paths, (1, 2, 1), strict=True):
+        ResultsFile(results(trained=0.1), SETTINGS | {"seed": seed} | lm_eval).write(path)
+    named = [str(path.parent) for path in paths]
+    assert "seed 1 or 2, lm_eval (num_fewshot 5, limit 2000)." in compare_runs(named).read_text()
+    other = {"seed": 1, "lm_eval": {"num_fewshot": 5, "limit": 100}}
+    ResultsFile(results(trained=0.1), SETTINGS | other).write(paths[2])
+    with pytest.raises(ConfigError, match=r"asked otherwise \(lm_eval.limit 100, a 2000\): what"):
+        compare_runs(named)
 
 
 def test_runs_are_told_apart_by_label_or_by_as_much_of_their_path_as_it_takes(tmp_path):
