@@ -22,6 +22,7 @@ def accuracy_table(
     heading += ["mean tokens", "95 % within"]
     table, ks = [heading], set[int]()
     for suite in suites:
+        samples = {model[suite].samples for model in results.values() if suite in model}
         for label, model in results.items():
             if suite in model:
                 before = results[baselines[label]].get(suite) if label in baselines else None
@@ -29,14 +30,15 @@ def accuracy_table(
                 if before is not None:
                     difference = Difference.between(model[suite], before)
                     found = [signed(difference), outcome(difference)]
-                table.append(_accuracy_row(suite, label, model[suite], found))
+                table.append(_accuracy_row(suite, label, model[suite], found, samples))
                 ks |= set() if model[suite].metric else {model[suite].samples}
     k = " or ".join(map(str, sorted(ks)))
     note = (
         f"mean@k: mean over problems of the share of right samples among k = {k}, ± its standard "
         "error over problems (the k samples of one problem are not independent draws). pass@k: "
-        "share of problems with a right sample among the k; maj@k: whose most frequent answer is "
-        "right. Of lm-eval's tasks, whose metric is named, there is one answer a question."
+        "share of problems with a right sample among the k, among the fewest where models have "
+        "several k; maj@k: whose most frequent answer is right. Of lm-eval's tasks, whose metric "
+        "is named, there is one answer a question."
     )
     if settings:
         note += f" Settings: {_listed(settings)}."
@@ -51,14 +53,18 @@ def _listed(settings: dict[str, Any]) -> str:
     )
 
 
-def _accuracy_row(suite: str, label: str, a: Accuracy, compared: list[str]) -> list[str]:
+def _accuracy_row(
+    suite: str, label: str, a: Accuracy, compared: list[str], samples: set[int]
+) -> list[str]:
+    """``samples``: of all models on this suite; where they differ each row tells its own k."""
+    own_k = f" (k = {a.samples})" if len(samples) > 1 else ""
     return [
         f"{suite} ({len(a.per_problem)})",
         label,
-        plus_minus(a) + (f" ({a.metric})" if a.metric else ""),
+        plus_minus(a) + (f" ({a.metric})" if a.metric else own_k),
         *compared,
-        "" if a.metric else f"{a.pass_at_k:.3f}",
-        "" if math.isnan(a.majority) else f"{a.majority:.3f}",
+        "" if a.metric else f"{a.pass_at(min(samples)).mean:.3f}",
+        "" if math.isnan(a.majority) else f"{a.majority:.3f}{own_k}",
         f"{a.truncated:.1%}",
         "" if math.isnan(a.mean_length) else f"{a.mean_length:.1f}",
         "" if math.isnan(a.p95_length) else f"{a.p95_length:.0f}",
