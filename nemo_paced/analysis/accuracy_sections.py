@@ -24,10 +24,14 @@ from nemo_paced.rollout.accuracy import Accuracy, Difference
 
 FORGETTING = "forgetting"
 ALL_PAIRS_OF = 4  # runs at most
+EXACT = (
+    "An outcome also takes p of at most 0.05 in the exact sign-flip test (of one answer a "
+    "problem it is McNemar's), which fewer than 6 changed problems cannot reach."
+)
 NOT_ENOUGH = (
     "Differences of mean@k ± standard error, paired over problems; within noise: not above two "
-    "standard errors. This is one seed: the error is that of the problem set alone, and the noise "
-    "of training comes on top of it."
+    "standard errors, or p above 0.05 in the exact sign-flip test. This is one seed: the error is "
+    "that of the problem set alone, and the noise of training comes on top of it."
 )
 
 
@@ -95,7 +99,7 @@ def forgetting_section(results: Results, baselines: Baselines | None = None) -> 
     note = (
         "Skills that the base model had, paired by problem: above 0 was forgotten. Lost and "
         "gained: problems whose share of right answers fell and rose. The interval is two standard "
-        "errors of the paired differences to both sides."
+        f"errors of the paired differences to both sides. {EXACT}"
     )
     return Section(title, table=table, note=note, wide=True)
 
@@ -136,6 +140,7 @@ def paired_section(results: Results, runs: list[str], subject: str) -> list[Sect
         "interval is two standard errors of the paired differences to both sides, about 95 %"
     )
     note += f": of these {count} expect one in twenty to miss by chance." if count > 5 else "."
+    note += f" {EXACT}"
     return [Section("Runs against each other", table=table, note=note, wide=True)]
 
 

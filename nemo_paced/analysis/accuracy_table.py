@@ -10,7 +10,7 @@ from nemo_paced.analysis.sections import Section
 from nemo_paced.evaluation.results import Results
 from nemo_paced.rollout.accuracy import Accuracy, Difference
 
-WITHIN_NOISE, OUTCOME = "within noise", "at two standard errors"
+WITHIN_NOISE, OUTCOME = "within noise", "outcome"
 
 
 def accuracy_table(
@@ -98,7 +98,8 @@ def plus_minus(accuracy: Accuracy) -> str:
 
 
 def signed(difference: Difference) -> str:
-    return f"{difference.mean:+.3f}{_error(difference)}"
+    known = not math.isnan(difference.interval[0])
+    return f"{difference.mean:+.3f}{_error(difference) if known else ''}"
 
 
 def interval(difference: Difference) -> str:

@@ -15,7 +15,8 @@ from nemo_paced.rollout.accuracy import Accuracy, Difference
 WIDE = 100  # columns of a terminal, for pass@k at every k
 NOTE = (
     "± is one standard error over problems (questions of lm-eval); the interval is two to both "
-    "sides, of differences paired by problem. cut: responses at the token limit (of lm-eval: "
+    "sides, of differences paired by problem; an outcome takes the exact sign-flip test too, at "
+    "p of at most 0.05. cut: responses at the token limit (of lm-eval: "
     "prompts that lost their beginning). tokens: mean length of a response, and p95. One seed: the "
     "noise of training comes on top."
 )
