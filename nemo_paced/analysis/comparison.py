@@ -12,12 +12,12 @@ from rich.table import Table
 
 from nemo_paced.analysis.accuracy_sections import accuracy_sections, paired_section, verdict
 from nemo_paced.analysis.comparison_sections import side_by_side
+from nemo_paced.analysis.evaluated_runs import Baselines, EvaluatedRuns
 from nemo_paced.analysis.page import Part, write_page
 from nemo_paced.analysis.run_files import RunFiles
 from nemo_paced.analysis.run_sections import run_sections
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import BASE_LABELS, Results, different_settings
-from nemo_paced.rollout.accuracy import Accuracy
+from nemo_paced.evaluation.results import Results
 
 
 def write_comparison(
@@ -28,6 +28,7 @@ def write_comparison(
     *,
     subject: str,
     settings: dict[str, Any],
+    baselines: Baselines | None = None,
 ) -> list[str]:
     """Write the page; returns the sentences that the numbers allow on ``subject``.
 
@@ -35,13 +36,16 @@ def write_comparison(
         runs: label -> run directory; a label is also that of its model in ``results``.
         results: accuracies by model, the reference first; may lack some runs' models.
         settings: how these were sampled.
+        baselines: of each model, the one that it is compared with; without them the first.
     """
     read = {label: RunFiles.read(directory) for label, directory in runs.items()}
-    said = verdict(results, subject) if results else ["None of these runs was evaluated."]
+    said = (
+        verdict(results, subject, baselines) if results else ["None of these runs was evaluated."]
+    )
     lead = [*said, _equal_steps(read)]
     if absent := [label for label in runs if results and label not in results]:
         lead.append(f"Not evaluated: {', '.join(absent)}.")
-    accuracy = accuracy_sections(results, settings) if results else []
+    accuracy = accuracy_sections(results, settings, baselines) if results else []
     pairs = paired_section(results, [label for label in runs if label in results], subject)
     parts = [Part([*accuracy, *pairs, *side_by_side(read)])]
     parts += [Part(run_sections(run), title=label) for label, run in read.items()]
@@ -60,22 +64,20 @@ def compare_runs(named: Sequence[str], out: Path | None = None) -> Path:
             or otherwise than alike.
     """
     runs = labelled(named)
-    results: Results = {}
-    settings: dict[str, Any] = {}
+    found = EvaluatedRuns()
     for label, directory in runs.items():
-        run = RunFiles.read(directory)
-        _add_results(results, label, run)
-        if settings and run.settings and different_settings(settings, run.settings):
-            raise ConfigError(
-                f"{directory}/results.json was evaluated with {run.settings}, an earlier run with "
-                f"{settings}: evaluate them alike to compare them"
-            )
-        settings = settings or run.settings
+        found.add(label, RunFiles.read(directory))
     folder = Path(os.path.commonpath([directory.parent for directory in runs.values()]))
     path = out or folder / "comparison.html"
-    subject = "paced" if "paced" in results else next(reversed(results or {"": {}}))
+    last = ["", *found.results, *(label for label in runs if label in found.results)][-1]
     write_comparison(
-        path, "PACED runs side by side", runs, results, subject=subject, settings=settings
+        path,
+        "PACED runs side by side",
+        runs,
+        found.results,
+        subject="paced" if "paced" in found.results else last,
+        settings=found.settings,
+        baselines=found.baselines,
     )
     return path
 
@@ -124,22 +126,6 @@ def _short_name(path: Path, others: Sequence[Path]) -> str:
         if sum(other.parts[-count:] == path.parts[-count:] for other in others) == 1:
             return name
     return str(path)
-
-
-def _add_results(results: Results, label: str, run: RunFiles) -> None:
-    """The run's trained model under the run's label, its base once for all runs."""
-    own = run.results
-    trained = [name for name in own if name not in BASE_LABELS]
-    bases = [name for name in own if name in BASE_LABELS]
-    if bases and "base" not in results:
-        first = {"base": own[bases[0]]}
-        rest = dict(results)
-        results.clear()
-        results.update(first | rest)  # the reference comes first
-    if trained:
-        names = [n for n in (label, run.directory.resolve().name) if n in trained]
-        model: dict[str, Accuracy] = own[names[0] if names else trained[-1]]
-        results[label] = model
 
 
 def _equal_steps(runs: dict[str, RunFiles]) -> str:

@@ -22,6 +22,7 @@ from nemo_paced.analysis.drawing import (
     style,
     to_svg,
 )
+from nemo_paced.weights.summary import in_bins
 
 SMOOTHED_OVER = 10  # steps of the trailing mean
 FEW_POINTS = 20  # up to so many are marked, and not smoothed
@@ -39,7 +40,7 @@ def pass_rate_histogram(tables: dict[str, Sequence[float]], num_rollouts: int) -
         figure, axes = axes_of()
         width = 0.8 * (edges[1] - edges[0]) / len(tables)
         for index, (label, rates) in enumerate(tables.items()):
-            counts, _ = np.histogram(rates, bins=edges)
+            counts = in_bins(rates, edges)
             shift = (index - (len(tables) - 1) / 2) * width
             colour = (GREY, BLUE)[index] if len(tables) == 2 else BLUE
             axes.bar(centres + shift, counts, width, label=label, color=colour)
@@ -52,10 +53,9 @@ def weights_by_pass_rate(
     pass_rates: Sequence[float], weights: Sequence[float], num_rollouts: int
 ) -> str:
     """What a problem of each pass rate weighs (line), and its share of all weight (bars)."""
-    rates, values = np.asarray(pass_rates), np.asarray(weights)
+    values = np.asarray(weights)
     centres, edges = _bins(num_rollouts)
-    held, _ = np.histogram(rates, bins=edges, weights=values)
-    counts, _ = np.histogram(rates, bins=edges)
+    held, counts = in_bins(pass_rates, edges, values), in_bins(pass_rates, edges)
     there = counts > 0
     with style():
         figure, axes = axes_of()

@@ -22,8 +22,7 @@ class RunFiles:
     config: text of ``config.yaml``; empty where there is none.
     rows: lines of ``metrics.jsonl``.
     tables: pass-rate tables (pandas) by the student's optimizer step.
-    results: accuracies of ``results.json``; empty where nothing was evaluated.
-    settings: how they were sampled.
+    evaluated: ``results.json``; empty where nothing was evaluated.
     certificate: of a teacher in FP8; ``None`` where there is none.
     starts: what the run ran on, one a start; empty for a run that never trained.
     """
@@ -32,10 +31,19 @@ class RunFiles:
     config: str
     rows: Rows
     tables: dict[int, Any]
-    results: Results
-    settings: dict[str, Any]
+    evaluated: ResultsFile
     certificate: Certificate | None
     starts: list[Start]
+
+    @property
+    def results(self) -> Results:
+        """Accuracies."""
+        return self.evaluated.models
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How they were sampled."""
+        return self.evaluated.settings
 
     @staticmethod
     def read(directory: Path) -> RunFiles:
@@ -45,14 +53,12 @@ class RunFiles:
             ConfigError: nothing of a run is there, or a file of it cannot be read.
         """
         config, path = directory / "config.yaml", directory / "results.json"
-        results = ResultsFile.read(path) if path.exists() else ResultsFile({}, {})
         run = RunFiles(
             directory=directory,
             config=config.read_text() if config.exists() else "",
             rows=read_metrics(directory / "metrics.jsonl"),
             tables=read_tables(directory),
-            results=results.models,
-            settings=results.settings,
+            evaluated=ResultsFile.read(path) if path.exists() else ResultsFile({}, {}),
             certificate=Certificate.read(directory),
             starts=read_starts(directory),
         )

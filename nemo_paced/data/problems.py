@@ -15,7 +15,7 @@ _DAPO_BEFORE = "\n\n"
 _DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 # Columns of a row, and what public data sets call them; the first that is there is taken.
 _COLUMNS = {
-    "id": ("id", "unique_id", "ID"),
+    "id": ("id", "unique_id", "ID", "problem_idx"),
     "problem": ("problem", "question", "Problem"),
     "answer": ("answer", "Answer"),
     "solution": ("solution", "Solution"),
@@ -33,8 +33,9 @@ def load_problems(path: str | Path, *, key: str = "data.problems") -> list[Probl
     - as in DAPO-Math-17k ``prompt`` (chat messages), ``reward_model.ground_truth`` and
       ``extra_info.index``;
     - as in MATH-500 ``unique_id``, ``problem``, ``answer``, ``solution``, ``subject`` (the group);
-    - as in the copies of AIME ``id`` or ``ID``, ``problem``, ``question`` or ``Problem``, and
-      ``answer`` or ``Answer``; without one, what the ``solution`` has in its last ``\\boxed{}``.
+    - as in the copies of AIME ``id``, ``ID`` or ``problem_idx``, ``problem``, ``question`` or
+      ``Problem``, and ``answer`` or ``Answer``; without one, what the ``solution`` has in its last
+      ``\\boxed{}``.
 
     Args:
         key: the setting that named the file, for messages.

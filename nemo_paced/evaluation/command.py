@@ -6,6 +6,7 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from nemo_paced.evaluation.results import (
     Results,
     ResultsFile,
     Source,
-    different_settings,
+    check_alike,
     evaluation_versions,
 )
 from nemo_paced.evaluation.run import Job
@@ -211,17 +212,9 @@ def _earlier(baseline: Path | None, job: Job) -> ResultsFile:
     suites = [*job.problems, *job.tasks]
     if missing := [suite for suite in suites if suite not in file.models[label]]:
         raise ConfigError(f"--baseline {baseline} has no suite {missing[0]!r}: evaluate it on that")
-    if others := [s for s, digest in job.asked.items() if file.asked.get(s) != digest]:
-        raise ConfigError(
-            f"--baseline {baseline}: its {others[0]!r} holds other problems, or asked them with "
-            "another prompt; evaluate both on the same"
-        )
-    if different := different_settings(file.settings, job.settings):
-        told = (f"{k} {file.settings.get(k)!r}, now {job.settings[k]!r}" for k in different)
-        raise ConfigError(
-            f"--baseline {baseline} was asked otherwise ({'; '.join(told)}): what is compared must "
-            "be asked alike"
-        )
+    asked = {suite: file.asked.get(suite, "") for suite in suites}  # what is not told is refused
+    now = ResultsFile({}, job.settings, job.asked)
+    check_alike(replace(file, asked=asked), now, names=(f"--baseline {baseline}", "now"))
     kept = {suite: file.models[label][suite] for suite in suites}
     sources = {"baseline": file.sources[label]} if label in file.sources else {}
     return ResultsFile({"baseline": kept}, {}, {}, sources)

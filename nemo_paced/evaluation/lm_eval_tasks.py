@@ -9,6 +9,8 @@ local ones (``dataset_path: json`` with ``dataset_kwargs: {data_files: ...}``).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ from nemo_paced.rollout.accuracy import Accuracy
 
 DRAW_SEED = 0  # of the questions under a limit: every model gets the same
 FEWSHOT_SEED = 1234  # lm-eval's own default
+_PUT_BY = ("description", "doc_to_text", "doc_to_target", "doc_to_choice")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,13 @@ class Suite:
         tasks: lm-eval's tasks by name.
         questions: of each task, their numbers in its data set.
         metrics: of each task, the one that is reported.
+        contents: of each task, a digest of these questions and of how they are put.
     """
 
     tasks: dict[str, Any]
     questions: dict[str, list[int]]
     metrics: dict[str, str]
+    contents: dict[str, str]
 
 
 def load_suites(settings: LmEvalConfig) -> dict[str, Suite]:
@@ -147,7 +152,19 @@ def _load(manager: Any, name: str, settings: LmEvalConfig) -> Suite:
         elif own is None:
             loaded.set_config(key="num_fewshot", value=0)
         loaded.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return Suite(tasks, questions, {task: _metric(task, tasks[task]) for task in tasks})
+    metrics = {task: _metric(task, tasks[task]) for task in tasks}
+    contents = {task: _contents(tasks[task], questions[task]) for task in tasks}
+    return Suite(tasks, questions, metrics, contents)
+
+
+def _contents(task: Any, numbers: list[int]) -> str:
+    """Task files of one name may hold other questions under the same numbers. What is no JSON,
+    images and functions, counts by its kind alone."""
+    docs = task.eval_docs
+    put = [task.get_config(name) for name in _PUT_BY]
+    content = [put, [docs[number] for number in numbers]]
+    text = json.dumps(content, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _metric(name: str, task: Any) -> str:

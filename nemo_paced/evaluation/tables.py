@@ -15,7 +15,8 @@ from nemo_paced.rollout.accuracy import Accuracy, Difference
 WIDE = 100  # columns of a terminal, for pass@k at every k
 NOTE = (
     "± is one standard error over problems (questions of lm-eval); the interval is two to both "
-    "sides, of differences paired by problem. cut: responses at the token limit (of lm-eval: "
+    "sides, of differences paired by problem; an outcome takes the exact sign-flip test too, at "
+    "p of at most 0.05. cut: responses at the token limit (of lm-eval: "
     "prompts that lost their beginning). tokens: mean length of a response, and p95. One seed: the "
     "noise of training comes on top."
 )
@@ -62,17 +63,22 @@ def forgetting_table(results: Results) -> Table:
 
 
 def _sampled_table(results: Results, suite: str, *, wide: bool) -> Table:
-    first = next(iter(results.values()))[suite]
-    ks = [k for k in first.pass_at_powers if k > 1]
+    """mean@k of any k estimates the same mean; pass@k is of a k that every model has."""
+    measured = {label: suites[suite] for label, suites in results.items()}
+    fewest = min(measured.values(), key=lambda accuracy: accuracy.samples)
+    ks = [k for k in fewest.pass_at_powers if k > 1]
     ks = ks if wide else ks[-1:]
-    k = first.samples
-    title = f"{suite}: {len(first.per_problem)} problems, {k} samples each"
+    samples = sorted({accuracy.samples for accuracy in measured.values()})
+    k = str(samples[0]) if len(samples) == 1 else "k"
+    own = ["k"] if k == "k" else []  # a column where models differ
+    each = " or ".join(map(str, samples))
+    title = f"{suite}: {len(fewest.per_problem)} problems, {each} samples each"
     heads = [*(f"pass@{k}" for k in ks), f"maj@{k}", "cut", "tokens", "p95"]
-    table = _table(title, ["model", f"mean@{k}", *heads])
-    for label, suites in results.items():
-        a = suites[suite]
+    table = _table(title, ["model", *own, f"mean@{k}", *heads])
+    for label, a in measured.items():
         table.add_row(
             label,
+            *([str(a.samples)] if own else []),
             plus_minus(a),
             *(f"{a.pass_at(k).mean:.3f}" for k in ks),
             _number(a.majority, ".3f"),

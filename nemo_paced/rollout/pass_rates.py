@@ -126,7 +126,7 @@ class PassRateTable:
         """A table for exactly these problems, in their order; without them all that it holds.
 
         Raises:
-            ConfigError: no such table, other columns, or problems that it lacks.
+            ConfigError: no such table, other columns, no row, or problems that it lacks.
         """
         import pandas
 
@@ -140,6 +140,8 @@ class PassRateTable:
             record["id"]: PassRate(**{name: record[name] for name in COLUMNS})
             for record in frame.to_dict("records")
         }
+        if not rows:
+            raise ConfigError(f"{path} holds no problem: estimate anew with `pass-rates`")
         if problems is None:
             return PassRateTable(tuple(rows.values()))
         absent = [problem.id for problem in problems if problem.id not in rows]

@@ -20,9 +20,19 @@ def weight_shares(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Problems, and share of all weight, in each of ``num_bins`` equal bins of the pass rate."""
     values = np.asarray(weights, dtype=np.float64)
-    problems, _ = np.histogram(pass_rates, bins=num_bins, range=(0, 1))
-    held, _ = np.histogram(pass_rates, bins=num_bins, range=(0, 1), weights=values)
-    return problems, held / values.sum()
+    edges = np.linspace(0, 1, num_bins + 1)
+    held = in_bins(pass_rates, edges, values)
+    return in_bins(pass_rates, edges), held / values.sum()
+
+
+def in_bins(
+    pass_rates: Sequence[float], edges: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Problems, or what they weigh, between each two edges. A rate on an edge belongs to the bin
+    above it: in floats the edge 0.30000000000000004 stands above 3/10, hence the margin."""
+    index = np.searchsorted(edges - 1e-9, pass_rates, side="right") - 1
+    num_bins = len(edges) - 1
+    return np.bincount(np.minimum(index, num_bins - 1), weights, minlength=num_bins)
 
 
 def drift_metrics(pass_rates: Sequence[float], weights: Sequence[float]) -> dict[str, float]:

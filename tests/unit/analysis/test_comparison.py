@@ -10,9 +10,10 @@ from nemo_paced.analysis.accuracy_sections import paired_section
 from nemo_paced.analysis.comparison import compare_runs, labelled, write_comparison
 from nemo_paced.analysis.comparison_sections import side_by_side
 from nemo_paced.analysis.drawing import COLOURS
+from nemo_paced.analysis.evaluated_runs import EvaluatedRuns
 from nemo_paced.analysis.run_files import RunFiles
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.results import ResultsFile
+from nemo_paced.evaluation.results import ResultsFile, Source
 from tests.runs import PROBLEMS, accuracy, results, start, write_run, write_starts
 
 SETTINGS = {"temperature": 0.6, "top_p": 0.95}
@@ -74,6 +75,60 @@ def test_runs_of_other_lengths_are_compared_by_the_command(tmp_path, capsys):
         assert "unevaluated" in section(page, title)
 
 
+def evaluated(run, measured, **fingerprints):
+    """A written run with a baseline and a model; fingerprints by label."""
+    sources = {label: Source(f"/models/{f}", f) for label, f in fingerprints.items()}
+    ResultsFile(measured, SETTINGS, sources=sources).write(
+        write_run(run, steps=20) / "results.json"
+    )
+    return run
+
+
+def measured_from(base, model):
+    """Forgetting suite at these means, of a baseline and the model trained from it."""
+    return {
+        "baseline": {"forgetting": accuracy(base, seed=1)},
+        "model": {"forgetting": accuracy(model, seed=2)},
+    }
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_each_run_is_compared_with_the_model_that_it_started_from(tmp_path, named):
+    """The second student was better before training than the first, and forgot."""
+    students = ("one", "two", "one") if named else (None,) * 3
+    for name, student, (base, model) in zip(
+        "abc", students, ((0.3, 0.35), (0.8, 0.6), (0.3, 0.32)), strict=True
+    ):
+        fingerprints = {"baseline": student, "model": name} if named else {}
+        evaluated(tmp_path / name, measured_from(base, model), **fingerprints)
+    page = compare_runs([str(tmp_path / name) for name in "abc"]).read_text()
+    forgetting = section(page, "Forgetting").split("<tr>")
+    (row,) = [row for row in forgetting if "<td>b</td>" in row]
+    assert "forgotten" in row and "its own base minus model" in forgetting[1]
+    order = [re.findall(r"<td>([^<]+)</td>", row)[1] for row in forgetting[2:]]
+    assert order == ["base", "a", "c", "base of b", "b"]
+    assert "Difference from its own base" in page
+    (row,) = [row for row in section(page, "Accuracy").split("<tr>") if "<td>b</td>" in row]
+    assert "worse" in row
+    lead = page.split("<h2>")[0]
+    assert "base of b" not in lead and "base (" in lead, "c, the subject, started from base"
+
+
+def test_a_run_evaluated_without_a_baseline_has_that_of_the_others_where_it_is_one(tmp_path):
+    one = evaluated(tmp_path / "one", measured_from(0.6, 0.5), baseline="x")
+    two = evaluated(tmp_path / "two", measured_from(0.8, 0.7), baseline="y")
+    alone = {"model": measured_from(0.6, 0.6)["model"]}
+    runs = EvaluatedRuns()
+    for path in (evaluated(tmp_path / "alone", alone), one):
+        runs.add(path.name, RunFiles.read(path))
+    assert list(runs.results) == ["base", "alone", "one"]
+    assert runs.baselines == {"alone": "base", "one": "base"}
+    runs.add("two", RunFiles.read(two))
+    assert runs.baselines == {"one": "base", "two": "base of two"}
+    with pytest.raises(ConfigError, match=r"is labelled base, .*: give another, LABEL=RUN"):
+        runs.add("base", RunFiles.read(two))
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     ResultsFile(results(trained=0.1), SETTINGS).write(first / "results.json")
@@ -83,12 +138,39 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="accuracies on different problems cannot be compared"):
         compare_runs(named)
     ResultsFile(results(trained=0.1), {"temperature": 1.0}).write(second / "results.json")
-    with pytest.raises(ConfigError, match="evaluate them alike"):
+    told = r"/b/results.json was asked otherwise \(temperature 1.0, a 0.6\): what is compared"
+    with pytest.raises(ConfigError, match=told):
         compare_runs(named)
     with pytest.raises(ConfigError, match=r"/a is there twice"):
         compare_runs([str(first), f"again={first}"])
     with pytest.raises(ConfigError, match="two runs are labelled same"):
         compare_runs([f"same={first}", f"same={second}"])
+
+
+def test_runs_that_were_asked_other_questions_are_refused_though_their_ids_agree(tmp_path):
+    asked = {"a": {"heldout": "1f", "forgetting": "2f"}, "b": {"heldout": "1f"}}
+    for name, digests in asked.items():
+        path = write_run(tmp_path / name, steps=20) / "results.json"
+        ResultsFile(results(trained=0.1), SETTINGS, digests).write(path)
+    named = [str(tmp_path / name) for name in asked]
+    compare_runs(named)  # what one file does not tell is no difference
+    ResultsFile(results(trained=0.1), SETTINGS, {"forgetting": "3f"}).write(path)
+    told = "/b/results.json: its 'forgetting' holds other problems, or .* prompt, than a; evaluate"
+    with pytest.raises(ConfigError, match=told):
+        compare_runs(named)
+
+
+def test_runs_of_two_seeds_are_compared_and_both_seeds_are_told(tmp_path):
+    lm_eval = {"lm_eval": {"num_fewshot": 5, "limit": 2000}}
+    paths = [write_run(tmp_path / name, steps=20) / "results.json" for name in "abc"]
+    for path, seed in zip(paths, (1, 2, 1), strict=True):
+        ResultsFile(results(trained=0.1), SETTINGS | {"seed": seed} | lm_eval).write(path)
+    named = [str(path.parent) for path in paths]
+    assert "seed 1 or 2, lm_eval (num_fewshot 5, limit 2000)." in compare_runs(named).read_text()
+    other = {"seed": 1, "lm_eval": {"num_fewshot": 5, "limit": 100}}
+    ResultsFile(results(trained=0.1), SETTINGS | other).write(paths[2])
+    with pytest.raises(ConfigError, match=r"asked otherwise \(lm_eval.limit 100, a 2000\): what"):
+        compare_runs(named)
 
 
 def test_runs_are_told_apart_by_label_or_by_as_much_of_their_path_as_it_takes(tmp_path):

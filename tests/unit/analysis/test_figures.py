@@ -2,24 +2,35 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from nemo_paced.analysis import accuracy_figures, figures
 from nemo_paced.analysis.drawing import BLUE, COLOURS, Line
+from nemo_paced.weights.summary import in_bins
 
 
 @pytest.mark.parametrize("num_rollouts", [1, 4, 8, 16])
 def test_each_pass_rate_of_few_rollouts_has_its_own_bar(num_rollouts):
     centres, edges = figures._bins(num_rollouts)
     rates = np.arange(num_rollouts + 1) / num_rollouts
-    counts, _ = np.histogram(rates, bins=edges)
+    counts = in_bins(rates, edges)
     assert counts.tolist() == [1] * (num_rollouts + 1)
     assert centres == pytest.approx(rates)
 
 
 def test_many_rollouts_share_ten_bars():
     centres, edges = figures._bins(64)
-    counts, _ = np.histogram(np.arange(65) / 64, bins=edges)
+    counts = in_bins(np.arange(65) / 64, edges)
     assert len(centres) == 10 and counts.sum() == 65
+
+
+def test_bars_of_the_histogram_count_a_rate_on_an_edge_above_it(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "bar", lambda axes, at, heights, *_, **__: drawn.append(heights))
+    rates = [c / 20 for c in range(21)]
+    figures.pass_rate_histogram({"step 0": rates}, 20)
+    figures.weights_by_pass_rate(rates, [1.0] * 21, 20)
+    assert drawn[0].tolist() == [2] * 9 + [3] and drawn[1] * 21 == pytest.approx(drawn[0])
 
 
 def test_the_trailing_mean_looks_back_only():

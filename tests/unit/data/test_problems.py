@@ -54,11 +54,13 @@ def test_math_500_is_read_as_published():
     assert second.group == "Number Theory" and second.answer == "9"
 
 
-@pytest.mark.parametrize("name", ["aime_problem", "aime_question", "aime_capitals", "aime_boxed"])
+@pytest.mark.parametrize(
+    "name", ["aime_problem", "aime_question", "aime_capitals", "aime_boxed", "aime_matharena"]
+)
 def test_the_copies_of_aime_are_read_as_published(name):
     (problem,) = load_problems(SAMPLES / f"{name}.jsonl")
     assert problem.problem.startswith("Every morning") and problem.answer == "204"
-    assert problem.id in ("60", "2024-I-1")
+    assert problem.id in ("60", "2024-I-1", "1")
 
 
 @pytest.mark.parametrize(

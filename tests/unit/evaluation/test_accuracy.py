@@ -4,11 +4,13 @@ import math
 import statistics
 
 import pytest
+from scipy.stats import binomtest
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile, Source
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.accuracy import Accuracy, Difference
+from nemo_paced.rollout.sign_flip import sign_flip_p_value
 
 
 def graded(verdicts):
@@ -59,17 +61,48 @@ def test_differences_are_paired_by_problem():
 
 
 @pytest.mark.parametrize(
-    ("mean", "error", "said"),
+    ("mean", "error", "p_value", "said"),
     [
-        (0.05, 0.02, "better"),
-        (-0.05, 0.02, "worse"),
-        (0.03, 0.02, "no difference can be claimed"),
-        (0.0, 0.0, "no difference can be claimed"),
-        (0.5, math.nan, "no difference can be claimed"),
+        (0.05, 0.02, 0.05, "better"),
+        (-0.05, 0.02, 0.01, "worse"),
+        (0.05, 0.02, 0.06, "no difference can be claimed"),
+        (0.03, 0.02, 0.01, "no difference can be claimed"),
+        (0.0, 0.0, 1.0, "no difference can be claimed"),
+        (0.5, math.nan, 0.01, "no difference can be claimed"),
     ],
 )
-def test_only_more_than_two_standard_errors_is_a_difference(mean, error, said):
-    assert Difference(mean, error).verdict() == said
+def test_a_difference_takes_two_standard_errors_and_the_exact_test(mean, error, p_value, said):
+    assert Difference(mean, error, p_value).verdict() == said
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (4, 0), (6, 0), (7, 1), (40, 20), (3, 3)])
+def test_of_single_answers_the_exact_test_is_mcnemars(lost, gained):
+    differences = [0.0] * 50 + [-1.0] * lost + [1.0] * gained
+    exact = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    assert sign_flip_p_value(differences) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("k", [3, 8, 32])
+def test_the_exact_test_counts_all_ways_to_swap_the_models(k):
+    differences = [step / k for step in (2, -1, 0, 3, 1, 2, 3, -1)]
+    flipped = [
+        sum(sign * value for sign, value in zip(signs, differences, strict=True))
+        for signs in itertools.product((-1, 1), repeat=len(differences))
+    ]
+    far = [abs(value) >= abs(sum(differences)) - 1e-9 for value in flipped]
+    assert sign_flip_p_value(differences) == pytest.approx(statistics.fmean(far))
+
+
+def test_few_changed_problems_show_nothing_and_have_no_interval_of_no_width():
+    def lost(changed, count):
+        right = graded({str(i): [1] for i in range(count)})
+        return Difference.between(graded({str(i): [i >= changed] for i in range(count)}), right)
+
+    four, both, ten = lost(4, 500), lost(2, 2), lost(10, 10)
+    assert four.mean < -2 * four.standard_error and four.p_value == 0.125
+    assert four.verdict() == both.verdict() == "no difference can be claimed"
+    assert math.isnan(both.interval[0]) and math.isnan(ten.interval[1])
+    assert ten.verdict() == lost(6, 500).verdict() == "worse"
 
 
 def test_accuracies_on_other_problems_are_not_compared():

@@ -154,7 +154,7 @@ class TestBaselineOfAnEarlierEvaluation:
         said = json.loads(earlier.read_text())
         said["settings"]["max_tokens_from"] = "the context of another"  # of as many tokens
         earlier.write_text(json.dumps(said))
-        run(self.model, *self.common, "--baseline", earlier, "--out", out)
+        run(self.model, *self.common, "--baseline", earlier, "--out", out, "model.seed=7")
         assert [call[0] for call in served] == ["model"]
         before, after = ResultsFile.read(earlier), ResultsFile.read(out)
         assert list(after.models) == ["baseline", "model"]
@@ -164,6 +164,9 @@ class TestBaselineOfAnEarlierEvaluation:
     def test_must_have_been_asked_alike(self, earlier, served):
         with pytest.raises(ConfigError, match=r"temperature 0\.6, now 0\.9"):
             run(self.model, *self.common, "--baseline", earlier, "evaluation.temperature=0.9")
+        with pytest.raises(ConfigError, match=r"\(temperature 0\.6, now 0\.9\)"):
+            run(self.model, *self.common, "--baseline", earlier, "evaluation.temperature=0.9",
+                "model.seed=7")  # fmt: skip
         with pytest.raises(ConfigError, match=r"'few' holds other problems, or asked them with"):
             run(self.model, *self.common, "--baseline", earlier,
                 "data.prompt_template='again {problem}'")  # fmt: skip

@@ -86,6 +86,21 @@ def test_shots_questions_and_metric_of_a_task_are_set_as_asked(folder):
 
 
 @needs_lm_eval
+def test_task_files_of_one_name_with_other_questions_are_told_apart(folder):
+    def contents(**changes):
+        write_task(folder, "own", **changes)
+        settings = LmEvalConfig(tasks=["own"], include_path=str(folder), limit=4)
+        return load_suites(settings)["own"].contents
+
+    first = contents()
+    assert first == contents(), "the same every time"
+    assert first != contents(doc_to_text="Q: {{question}}")
+    data = folder / "data.jsonl"
+    data.write_text(data.read_text().replace("solve", "guess"))
+    assert first != contents()
+
+
+@needs_lm_eval
 def test_what_cannot_be_asked_is_named(folder):
     write_task(folder, "spread", metric_list=[
         {"metric": "acc", "aggregation": "median", "higher_is_better": True}])  # fmt: skip

@@ -13,7 +13,7 @@ from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
 
 PROBLEMS = {"few": [Problem("a", "solve s1 f2 =", "s3")]}
-TASKS = {"mmlu": Suite({}, {"mmlu_a": [1, 5]}, {"mmlu_a": "acc"})}
+TASKS = {"mmlu": Suite({}, {"mmlu_a": [1, 5]}, {"mmlu_a": "acc"}, {"mmlu_a": "0f"})}
 
 
 def job(*, problems=PROBLEMS, tasks=None, response=16, template="{problem}", **changed):
@@ -60,8 +60,9 @@ def test_more_samples_go_on_from_those_that_are_there_whatever_else_is_evaluated
 def test_questions_name_what_was_asked():
     first = job(tasks=TASKS).asked
     assert first == job(tasks=TASKS, temperature=1.0).asked, "the settings are kept beside it"
-    other = replace(TASKS["mmlu"], questions={"mmlu_a": [1, 6]})
-    assert job(tasks={"mmlu": other}).asked["mmlu"] != first["mmlu"]
+    for changed in ({"questions": {"mmlu_a": [1, 6]}}, {"contents": {"mmlu_a": "1f"}}):
+        other = replace(TASKS["mmlu"], **changed)
+        assert job(tasks={"mmlu": other}).asked["mmlu"] != first["mmlu"]
     assert job(template="hint {problem}").asked["few"] != first["few"]
 
 

@@ -50,5 +50,25 @@ def test_a_long_name_gives_way_and_numbers_stay_whole():
     assert "+0.030" in text and "+0.022 +0.038" in text and "0.600 ± 0.011" in text
 
 
+@pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 4)])
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_baseline_of_other_samples_is_shown_beside_its_k(before, after, width):
+    measured = {
+        "baseline": {"math500": accuracy(0.7, samples=before)},
+        "model": {"math500": accuracy(0.8, samples=after)},
+    }
+    text = shown(width, measured)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    assert "math500: 120 problems, 4 or 8 samples each" in text
+    assert "mean@k" in text and "maj@k" in text and "pass@8" not in text
+    rows = [line.split() for line in text.splitlines()]
+    heads, *_ = (row for row in rows if row[:2] == ["model", "k"])
+    for label, samples in (("baseline", before), ("model", after)):
+        (row,) = (row for row in rows if row[:2] == [label, str(samples)])
+        a = measured[label]["math500"]
+        cells = dict(zip(heads[2:], [row[2], *row[5:]], strict=True))  # without ± and error
+        assert cells["mean@k"] == f"{a.mean:.3f}" and cells["pass@4"] == f"{a.pass_at(4).mean:.3f}"
+
+
 def test_one_model_alone_has_no_forgetting_table():
     assert "Forgetting" not in shown(80, {"model": RESULTS["model"]})

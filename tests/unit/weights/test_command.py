@@ -66,6 +66,12 @@ def test_a_table_may_be_simulated(tmp_path, capsys):
     assert capsys.readouterr().out.count("RMS error") == 1
 
 
+def test_a_table_without_rows_is_refused(tmp_path, capsys):
+    PassRateTable(()).write(tmp_path / "t.parquet")
+    assert main(["weights", "--pass-rates", str(tmp_path / "t.parquet")]) == 2
+    assert "t.parquet holds no problem: estimate anew" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

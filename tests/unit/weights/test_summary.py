@@ -15,6 +15,15 @@ def test_shares_are_of_all_weight():
     assert shares[[0, 5, 9]].tolist() == [0.25, 0.75, 0.0]
 
 
+@pytest.mark.parametrize("num_rollouts", [5, 10, 20, 30, 40, 64])
+def test_a_rate_on_an_edge_is_in_the_bin_above_it(num_rollouts):
+    counted = range(num_rollouts + 1)
+    problems, shares = weight_shares([c / num_rollouts for c in counted], [1.0] * len(counted))
+    exact = [min(10 * c // num_rollouts, 9) for c in counted]
+    assert problems.tolist() == [exact.count(index) for index in range(10)]
+    assert shares == pytest.approx(problems / len(counted))
+
+
 def test_bounds_belong_to_the_middle():
     metrics = drift_metrics([0.1, 0.2, 0.5, 0.8, 0.9], [1.0] * 5)
     assert metrics["weights/mean_pass_rate"] == pytest.approx(0.5)
