@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_paced.analysis.snr import BlockSums
+from nemo_paced.analysis.snr_identity import (
+    measurement_identity,
+    rollout_purpose,
+    sampling_settings,
+)
 from nemo_paced.analysis.snr_plan import (
     PlannedBin,
     find_pass_rates,
@@ -22,13 +25,11 @@ from nemo_paced.analysis.snr_plan import (
 )
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
-from nemo_paced.config import PacedConfig, Reduction, RefitBackend, ResponseSource, to_dict
+from nemo_paced.config import PacedConfig, Reduction, RefitBackend, ResponseSource
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Response
 from nemo_paced.rollout.pass_rates import PassRateTable
-from nemo_paced.rollout.sampling import SamplingSettings
-from nemo_paced.teacher.cache import model_identity
 from nemo_paced.training import prepare
 from nemo_paced.training.batches import Batch, build_items
 from nemo_paced.training.progress import progress_bar
@@ -150,18 +151,13 @@ class SnrDriver:
 
     def _sample(self) -> None:
         self.sampler.send_weights()  # nothing where the server has them from its files
-        rollout, wanted = self.config.rollout, list(self.problems.values())
+        wanted = list(self.problems.values())
         with prepare.bar_task(self.bar, "rollouts", len(wanted)) as advance:
             found = self.sampler.sample(
                 wanted,
-                purpose="snr",
+                purpose=rollout_purpose(self.config, self.model, wanted, self.prompts),
                 step=self.step,
-                settings=SamplingSettings(
-                    num_samples=1,
-                    temperature=rollout.temperature,
-                    top_p=rollout.top_p,
-                    max_tokens=self.config.data.max_response_length,
-                ),
+                settings=sampling_settings(self.config),
                 progress=advance,
             )
         self.responses = {rollout.problem_id: rollout for rollout in found}
@@ -185,7 +181,8 @@ class SnrDriver:
 
     def _record(self, table: PassRateTable) -> SnrRecord:
         """What an earlier start has left of the same measurement, else a new one."""
-        identity = self._identity(table)
+        measured = list(self.problems.values())
+        identity = measurement_identity(self.config, self.model, measured, self.prompts, table.rows)
         if self.out.exists():
             found = SnrRecord.read(self.out)
             if found.identity == identity:  # the kernel it is compared with may be another
@@ -206,25 +203,6 @@ class SnrDriver:
             bins=[_empty(planned) for planned in self.bins],
         )
 
-    def _identity(self, table: PassRateTable) -> dict[str, Any]:
-        config, (kind, responses) = self.config, what_is_measured(self.config)
-        counts = [
-            (r.id, float(r.effective_correct), float(r.effective_rollouts)) for r in table.rows
-        ]
-        settings = {k: v for k, v in to_dict(config.snr).items() if k != "pass_rates"}
-        return {
-            **settings,
-            "divergence": kind.value,
-            "responses": responses.value,
-            "loss": to_dict(replace(config.loss, chunk_size=None)),
-            "model": model_identity(self.model) if is_hf(self.model) else str(self.model),
-            "teacher": model_identity(Path(config.teacher_hf_path)),
-            "references": {k: to_dict(v) for k, v in vars(config.references).items()},
-            "problems": _digest([asdict(problem) for problem in self.problems.values()]),
-            "pass_rates": _digest(counts),
-            "precision": config.trainer.compute_precision.value,
-        }
-
 
 def _empty(planned: PlannedBin) -> BinRecord:
     return BinRecord(
@@ -235,7 +213,3 @@ def _empty(planned: PlannedBin) -> BinRecord:
         planned.expected_pass_rate,
         None,
     )
-
-
-def _digest(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
