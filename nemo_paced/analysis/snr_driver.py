@@ -25,6 +25,7 @@ from nemo_paced.analysis.snr_plan import (
 )
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
+from nemo_paced.analysis.snr_text import doubt
 from nemo_paced.config import PacedConfig, Reduction, RefitBackend, ResponseSource
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
@@ -62,7 +63,7 @@ class SnrDriver:
     """Rank 0's part; checks all inputs when made, starts what it needs in :meth:`prepare`."""
 
     def __init__(
-        self, config: PacedConfig, run_dir: Path, model: Path, step: int, out: Path
+        self, config: PacedConfig, run_dir: Path, model: Path, step: int | None, out: Path
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.model, self.step, self.out = model, step, out
@@ -75,6 +76,8 @@ class SnrDriver:
         self.problems = {p.id: p for p in problems if p.id in measured}
         prepare.check_prompts(list(self.problems.values()), self.prompts)
         self.record = self._record(table)
+        if told := doubt(self.record):
+            logger.warning("snr: %s; --pass-rates FILE gives a table of this very model", told)
         self._stack = ExitStack()
 
     def __enter__(self) -> SnrDriver:
@@ -156,7 +159,7 @@ class SnrDriver:
             found = self.sampler.sample(
                 wanted,
                 purpose=rollout_purpose(self.config, self.model, wanted, self.prompts),
-                step=self.step,
+                step=self.step or 0,
                 settings=sampling_settings(self.config),
                 progress=advance,
             )
@@ -187,7 +190,10 @@ class SnrDriver:
             found = SnrRecord.read(self.out)
             if found.identity == identity:  # the kernel it is compared with may be another
                 return replace(
-                    found, alpha=self.config.weights.alpha, beta=self.config.weights.beta
+                    found,
+                    alpha=self.config.weights.alpha,
+                    beta=self.config.weights.beta,
+                    pass_rates_step=self._pass_rates_step(table),
                 )
             logger.info("%s is of other settings: it is measured anew", self.out)
         kind, responses = what_is_measured(self.config)
@@ -195,13 +201,16 @@ class SnrDriver:
             identity=identity,
             model=str(self.model),
             step=self.step,
-            pass_rates_step=int(table.rows[0].student_step),
+            pass_rates_step=self._pass_rates_step(table),
             divergence=kind.value,
             responses=responses.value,
             alpha=self.config.weights.alpha,
             beta=self.config.weights.beta,
             bins=[_empty(planned) for planned in self.bins],
         )
+
+    def _pass_rates_step(self, table: PassRateTable) -> int | None:
+        return None if self.config.snr.pass_rates else int(table.rows[0].student_step)
 
 
 def _empty(planned: PlannedBin) -> BinRecord:

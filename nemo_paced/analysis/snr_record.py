@@ -4,8 +4,8 @@ With ``snr.last_layers`` N the name ends in ``_last_layers_N``.
 
     {"complete": true,
      "identity": {...},              what decides the figures; another one is measured anew
-     "model": "...", "step": 40,     of the student; 0: as training began
-     "pass_rates_step": 20,          optimizer steps of the student that the pass rates are of
+     "model": "...", "step": 40,     of the student; 0: as training began; null: an exported model
+     "pass_rates_step": 20,          of the student that the pass rates are of; null: --pass-rates
      "divergence": "forward_kl", "responses": "references",
      "alpha": 1.0, "beta": 1.0,      of the run's kernel
      "bins": [{"low": 0.0, "high": 0.1, "available": 80,
@@ -54,8 +54,8 @@ class SnrRecord:
 
     identity: dict[str, Any]
     model: str
-    step: int
-    pass_rates_step: int
+    step: int | None
+    pass_rates_step: int | None
     divergence: str
     responses: str
     alpha: float

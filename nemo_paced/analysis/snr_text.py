@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from nemo_paced.analysis.snr import Estimate
 from nemo_paced.analysis.snr_record import SnrRecord
@@ -51,9 +52,31 @@ def measured_weights(record: SnrRecord) -> str:
 def lead(record: SnrRecord) -> str:
     """What was measured."""
     text = f"{record.divergence} along {record.responses}, gradient of the "
-    text += f"{measured_weights(record)}, step "
-    text += f"{record.step}, pass rates of step {record.pass_rates_step}"
+    text += f"{measured_weights(record)}, {which_model(record)}, pass rates of "
+    given = record.pass_rates_step is None
+    text += "a table that was given" if given else f"step {record.pass_rates_step}"
+    if told := doubt(record):
+        text += f" ({told})"
     return text if record.complete else f"{text}; not complete yet"
+
+
+def which_model(record: SnrRecord) -> str:
+    """A checkpoint's step; of an exported model, which has none, the name."""
+    return f"model {Path(record.model).name}" if record.step is None else f"step {record.step}"
+
+
+def doubt(record: SnrRecord) -> str | None:
+    """Why the pass rates may not be those of the model that is measured."""
+    if record.pass_rates_step is None:  # whoever gave the table knows whose it is
+        return None
+    if record.step is None:
+        return (
+            f"{Path(record.model).name} does not say which step it is of, and the table is the "
+            f"run's newest, of step {record.pass_rates_step}"
+        )
+    if record.pass_rates_step < record.step:
+        return f"the student has moved since step {record.pass_rates_step}"
+    return None
 
 
 def sentences(record: SnrRecord, summary: Summary) -> list[str]:

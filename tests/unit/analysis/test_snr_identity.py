@@ -35,7 +35,7 @@ def run_dir(tmp_path):
     return tmp_path
 
 
-def driver(run_dir, responses="references", model="student", **changed):
+def driver(run_dir, responses="references", model="student", step=0, **changed):
     """Of a configuration with ``changed`` settings, by dotted name with ``__`` for each dot."""
     tree = {
         "trainer": {"devices": 1, "accelerator": "cpu", "precision": "fp32"},
@@ -58,7 +58,7 @@ def driver(run_dir, responses="references", model="student", **changed):
         for part in path:
             block = block.setdefault(part, {})
         block[key] = value
-    return SnrDriver(to_config(tree), run_dir, run_dir / model, 0, run_dir / "snr" / "a.json")
+    return SnrDriver(to_config(tree), run_dir, run_dir / model, step, run_dir / "snr" / "a.json")
 
 
 def measure(one):
@@ -117,6 +117,16 @@ def test_a_model_that_changed_is_measured_anew_and_a_checkpoint_is_its_path(run_
     assert not kept(driver(run_dir))
     measure(driver(run_dir, model=CHECKPOINT))
     assert kept(driver(run_dir, model=CHECKPOINT))
+
+
+def test_pass_rates_of_an_older_student_are_warned_of(run_dir, caplog):
+    assert driver(run_dir).record.pass_rates_step == 0 and not caplog.messages
+    driver(run_dir, step=200)
+    assert "the student has moved since step 0; --pass-rates FILE" in caplog.messages[-1]
+    caplog.clear()
+    given = str(run_dir / "pass_rates.parquet")
+    assert driver(run_dir, step=200, snr__pass_rates=given).record.pass_rates_step is None
+    assert not caplog.messages, "whoever gives a table knows whose it is"
 
 
 class Store:

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nemo_paced.analysis.snr_plan import find_pass_rates, plan_bins, what_is_measured
+from nemo_paced.analysis.snr_plan import find_pass_rates, plan_bins, step_of, what_is_measured
 from nemo_paced.analysis.snr_record import SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
-from nemo_paced.analysis.snr_text import sentences, table_rows
+from nemo_paced.analysis.snr_text import lead, sentences, table_rows
 from nemo_paced.config import (
     DivergenceKind,
     PacedConfig,
@@ -130,8 +130,33 @@ def test_pass_rates_are_those_of_the_step_or_the_latest_before(tmp_path):
     config = settings()
     assert find_pass_rates(config, tmp_path, model, 40).name == "step_00000000.parquet"
     assert find_pass_rates(config, tmp_path, model, 50).name == "step_00000050.parquet"
+    assert find_pass_rates(config, tmp_path, model, None).name == "step_00000050.parquet"
     given = replace(config, snr=replace(config.snr, pass_rates="mine.parquet"))
     assert find_pass_rates(given, tmp_path, model, 50).name == "mine.parquet"
+
+
+def test_an_exported_model_has_no_step_and_a_file_by_its_name(tmp_path):
+    start, exported = tmp_path / "start", tmp_path / "hf"
+    config = replace(settings(), student=StudentConfig(hf_path=str(start)))
+    assert step_of(config, start) == 0 and step_of(config, exported) is None
+    assert default_out(config, start, tmp_path).name == "step_00000000_forward_kl.json"
+    assert default_out(config, exported, tmp_path).name == "hf_forward_kl.json"
+
+
+@pytest.mark.parametrize(
+    ("step", "pass_rates_step", "told"),
+    [
+        (200, 200, "step 200, pass rates of step 200"),
+        (200, 0, "step 200, pass rates of step 0 (the student has moved since step 0)"),
+        (None, 300, "model hf, pass rates of step 300 (hf does not say which step it is of, and "
+                    "the table is the run's newest, of step 300)"),
+        (None, None, "model hf, pass rates of a table that was given"),
+    ],
+)  # fmt: skip
+def test_the_first_line_says_whose_pass_rates_they_are(step, pass_rates_step, told):
+    found = snr_record(lambda p: 0.3, lambda p: 1.0, problems=40)
+    found = replace(found, model="RUN/hf", step=step, pass_rates_step=pass_rates_step)
+    assert lead(found).endswith(f"gradient of the LM head, {told}")
 
 
 def test_a_profile_as_the_theory_has_it_is_said_to_vanish():
