@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nemo_paced.analysis.snr import BinEstimate, estimate_bin
+from nemo_paced.analysis.snr_ends import End, compare_end
 from nemo_paced.analysis.snr_profile import (
     Deviation,
     PowerLaw,
@@ -16,11 +17,9 @@ from nemo_paced.analysis.snr_profile import (
     fit_power_law,
 )
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
+from nemo_paced.config import to_dict
 from nemo_paced.errors import ConfigError
-from nemo_paced.weights.beta_kernel import beta_weight
-from nemo_paced.weights.theory import optimal_weight, variance_ratio
-
-MIDDLE = 0.75  # of the kernel's peak
+from nemo_paced.weights.theory import variance_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,30 +28,6 @@ class Row:
 
     bin: BinRecord
     found: BinEstimate | None
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """How an end of the profile compares with its middle, in w* = SNR^2 / (1 + SNR^2).
-
-    The middle is the bins where the kernel has at least 3/4 of its peak, weighted by problems.
-
-    Attributes:
-        pass_rate: mean of the outermost measured bin.
-        ratio: its w* over that of the middle.
-        standard_error: of ``ratio``.
-        kernel: the same ratio of the kernel.
-        vanishes: ``False`` where the end's w* is at least twice ``kernel`` times the middle's, and
-            above that product by more than two standard errors of the difference.
-        norm_ratio: mean gradient norm at the end over that in the middle.
-    """
-
-    pass_rate: float
-    ratio: float
-    standard_error: float
-    kernel: float
-    vanishes: bool
-    norm_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +54,7 @@ class Summary:
         return {
             "bins": [None if row.found is None else _figures(row.found) for row in self.rows],
             **{
-                name: None if (value := getattr(self, name)) is None else asdict(value)
+                name: to_dict(getattr(self, name))
                 for name in ("snr_law", "signal_law", "deviation", "low_end", "high_end")
             },
             "efficiency": self.deviation and self.deviation.efficiency,
@@ -99,7 +74,7 @@ def summarise(record: SnrRecord) -> Summary:
     snr_law = fit_power_law(profile, lambda b: (b.snr_squared, b.without_B))
     signal_law = fit_power_law(profile, lambda b: (b.signal, b.signal_without_B))
     found = deviation(profile, record.alpha, record.beta) if measured else None
-    ends = [_end(profile, at, record) if len(measured) > 2 else None for at in (0, -1)]
+    ends = [compare_end(profile, at, record.alpha, record.beta) for at in (0, -1)]
     return Summary(
         rows=rows,
         snr_law=snr_law,
@@ -127,28 +102,3 @@ def _variance_ratio(
         return variance_ratio(record.alpha, record.beta, a_s, b_s, snr_law.a.value, snr_law.b.value)
     except ConfigError:  # the fitted noise has no mean over uniform pass rates
         return None
-
-
-def _end(profile: Profile, at: int, record: SnrRecord) -> End | None:
-    kernel = beta_weight(profile.pass_rate_J, record.alpha, record.beta)
-    share = np.array([float(b.problems) for b in profile.bins])
-    share[kernel < MIDDLE * kernel.max()] = 0.0
-    share[at] = 0.0
-    weight = optimal_weight(profile.snr_squared_J)
-    error = profile.error_J / (1 + profile.snr_squared_J) ** 2  # d w* / d SNR^2
-    if not share.any() or share @ weight <= 0:
-        return None
-    share /= share.sum()
-    middle, middle_error = float(share @ weight), float(np.linalg.norm(share * error))
-    ratio, expected = float(weight[at]) / middle, float(kernel[at] / (share @ kernel))
-    excess = float(weight[at]) - expected * middle
-    spread = np.hypot(error[at], expected * middle_error)
-    norms = np.array([b.gradient_norm.value for b in profile.bins])
-    return End(
-        pass_rate=float(profile.pass_rate_J[at]),
-        ratio=ratio,
-        standard_error=float(np.hypot(error[at], ratio * middle_error)) / middle,
-        kernel=expected,
-        vanishes=bool(excess <= 2 * spread or ratio < 2 * expected),
-        norm_ratio=float(norms[at] / (share @ norms)),
-    )

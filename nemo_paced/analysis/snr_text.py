@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 from nemo_paced.analysis.snr import Estimate
+from nemo_paced.analysis.snr_ends import End, Verdict
 from nemo_paced.analysis.snr_record import SnrRecord
-from nemo_paced.analysis.snr_summary import End, Summary
+from nemo_paced.analysis.snr_summary import Summary
 
 LARGER = 1.5  # times the middle's gradient norm, from which on it is worth a sentence
 HEADINGS = ("pass rate", "mean p", "problems", "plain SNR", "SNR", "95 %", "mean ||g||")
@@ -131,13 +132,23 @@ def _deviation_lines(record: SnrRecord, summary: Summary) -> list[str]:
 
 def _end_lines(name: str, end: End) -> list[str]:
     at = f"at pass rate {end.pass_rate:.3f}"
-    measured = f"w* is {end.ratio:.2f} ± {end.standard_error:.2f} times the middle's"
-    if end.vanishes:
-        return [f"towards pass rate {name}: {at} {measured}, the kernel {end.kernel:.2f} times"]
-    lines = [
-        f"SNR does NOT vanish towards pass rate {name} as the kernel assumes: {at} {measured}, "
-        f"the kernel {end.kernel:.2f} times"
-    ]
+    measured = (
+        f"{at} w* is {end.ratio:.2f} ± {end.standard_error:.2f} times the middle's, the kernel "
+        f"{end.kernel:.2f} times"
+    )
+    if end.verdict is Verdict.falls:
+        return [f"SNR falls towards pass rate {name}: {measured}"]
+    if end.is_level:
+        return [
+            f"whether SNR falls towards pass rate {name} is not shown, since the kernel itself "
+            f"hardly falls up to the outermost bin: {measured}"
+        ]
+    if end.verdict is Verdict.not_shown:
+        return [
+            f"whether SNR falls towards pass rate {name} cannot be told from so many problems "
+            f"(snr.max_problems_per_bin): {measured}"
+        ]
+    lines = [f"SNR does NOT fall towards pass rate {name} as the kernel does: {measured}"]
     if end.norm_ratio > LARGER:
         hopeless = "hopeless" if name == "0" else "mastered"
         lines.append(
