@@ -7,19 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from nemo_paced.analysis.snr import BinEstimate, estimate_bin
+from nemo_paced.analysis.snr import BinEstimate, Estimate, estimate_bin
 from nemo_paced.analysis.snr_ends import End, compare_end
-from nemo_paced.analysis.snr_profile import (
-    Deviation,
-    PowerLaw,
-    Profile,
-    deviation,
-    fit_power_law,
-)
+from nemo_paced.analysis.snr_power_law import PowerLaw, fit_power_law, measured_ratio
+from nemo_paced.analysis.snr_profile import Deviation, Profile, deviation
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
 from nemo_paced.config import to_dict
-from nemo_paced.errors import ConfigError
-from nemo_paced.weights.theory import variance_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +30,8 @@ class Summary:
     snr_law: SNR^2 = c p^a' (1-p)^b'.
     signal_law: ||E g||^2 likewise, with exponents 2 a_s and 2 b_s.
     deviation: from the run's kernel.
-    variance_ratio: R of the run's kernel with the measured a_s, b_s, a', b'.
+    variance_ratio: R of the run's kernel with the measured a_s, b_s, a', b'; ``None`` where it
+        has no interval.
     low_end, high_end: of the profile.
     """
 
@@ -45,7 +39,7 @@ class Summary:
     snr_law: PowerLaw | None
     signal_law: PowerLaw | None
     deviation: Deviation | None
-    variance_ratio: float | None
+    variance_ratio: Estimate | None
     low_end: End | None
     high_end: End | None
 
@@ -55,11 +49,12 @@ class Summary:
             "bins": [None if row.found is None else _figures(row.found) for row in self.rows],
             **{
                 name: to_dict(getattr(self, name))
-                for name in ("snr_law", "signal_law", "deviation", "low_end", "high_end")
+                for name in ("deviation", "variance_ratio", "low_end", "high_end")
             },
+            "snr_law": _law(self.snr_law),
+            "signal_law": _law(self.signal_law),
             "efficiency": self.deviation and self.deviation.efficiency,
             "guaranteed_efficiency": self.deviation and self.deviation.guaranteed_efficiency,
-            "variance_ratio": self.variance_ratio,
         }
 
 
@@ -73,6 +68,9 @@ def summarise(record: SnrRecord) -> Summary:
     )
     snr_law = fit_power_law(profile, lambda b: (b.snr_squared, b.without_B))
     signal_law = fit_power_law(profile, lambda b: (b.signal, b.signal_without_B))
+    ratio = None
+    if snr_law is not None and signal_law is not None:
+        ratio = measured_ratio(record.alpha, record.beta, snr_law, signal_law)
     found = deviation(profile, record.alpha, record.beta) if measured else None
     ends = [compare_end(profile, at, record.alpha, record.beta) for at in (0, -1)]
     return Summary(
@@ -80,7 +78,7 @@ def summarise(record: SnrRecord) -> Summary:
         snr_law=snr_law,
         signal_law=signal_law,
         deviation=found,
-        variance_ratio=_variance_ratio(record, snr_law, signal_law),
+        variance_ratio=ratio,
         low_end=ends[0],
         high_end=ends[1],
     )
@@ -92,13 +90,5 @@ def _figures(found: BinEstimate) -> dict[str, Any]:
     return {"problems": found.problems, "snr": found.snr, **figures}
 
 
-def _variance_ratio(
-    record: SnrRecord, snr_law: PowerLaw | None, signal_law: PowerLaw | None
-) -> float | None:
-    if snr_law is None or signal_law is None:
-        return None
-    a_s, b_s = signal_law.a.value / 2, signal_law.b.value / 2
-    try:
-        return variance_ratio(record.alpha, record.beta, a_s, b_s, snr_law.a.value, snr_law.b.value)
-    except ConfigError:  # the fitted noise has no mean over uniform pass rates
-        return None
+def _law(law: PowerLaw | None) -> dict[str, Any] | None:
+    return None if law is None else {"a": asdict(law.a), "b": asdict(law.b), "scale": law.scale}

@@ -92,17 +92,21 @@ def sentences(record: SnrRecord, summary: Summary) -> list[str]:
 def _law_lines(record: SnrRecord, summary: Summary) -> list[str]:
     law, signal = summary.snr_law, summary.signal_law
     if law is None:
-        return ["SNR^2 ~ p^a' (1-p)^b': too few bins with a signal to fit"]
+        return ["SNR^2 ~ p^a' (1-p)^b': too few bins with a SNR^2 above two standard errors to fit"]
     lines = [f"SNR^2 ~ p^a' (1-p)^b': a' = {_with_interval(law.a)}, b' = {_with_interval(law.b)}"]
-    if signal is not None and summary.variance_ratio is not None:
+    ratio = summary.variance_ratio
+    if signal is not None and ratio is not None:
         lines.append(
-            f"variance of the weighted over the unweighted gradient: R = "
-            f"{summary.variance_ratio:.3f} (uniform pass rates; alpha {record.alpha:g}, beta "
-            f"{record.beta:g}; measured a_s = {signal.a.value / 2:.2f}, b_s = "
-            f"{signal.b.value / 2:.2f}, a' = {law.a.value:.2f}, b' = {law.b.value:.2f})"
+            f"variance of the weighted over the unweighted gradient: R = {_with_interval(ratio)} "
+            f"(uniform pass rates; alpha {record.alpha:g}, beta {record.beta:g}; measured a_s = "
+            f"{signal.a.value / 2:.2f}, b_s = {signal.b.value / 2:.2f}, a' = {law.a.value:.2f}, "
+            f"b' = {law.b.value:.2f})"
         )
     elif signal is not None:
-        lines.append("variance ratio R: none, the fitted noise has no mean over pass rates")
+        lines.append(
+            "variance ratio R: none, these problems leave open whether the fitted noise has a mean "
+            "over pass rates"
+        )
     return lines
 
 
@@ -165,4 +169,6 @@ def _end_lines(name: str, end: End) -> list[str]:
 
 
 def _with_interval(estimate: Estimate) -> str:
+    if not math.isfinite(estimate.standard_error):
+        return f"unbounded (the fit ends at {estimate.value:.0f})"
     return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

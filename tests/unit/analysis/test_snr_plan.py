@@ -166,7 +166,8 @@ def test_a_profile_as_the_theory_has_it_is_said_to_fall():
     assert summary.low_end.verdict is summary.high_end.verdict is Verdict.falls
     assert summary.snr_law.a.value == pytest.approx(1, abs=0.25)
     assert summary.signal_law.b.value == pytest.approx(1, abs=0.25)
-    assert summary.variance_ratio == pytest.approx(1.2, abs=0.05)  # a_s = b_s = 1/2
+    assert summary.variance_ratio.value == pytest.approx(1.2, abs=0.05)  # a_s = b_s = 1/2
+    assert summary.variance_ratio.low < 1.2 < summary.variance_ratio.high
     # w* is SNR^2 / (1 + SNR^2): at this SNR not quite the kernel any more
     off = np.log((1 + 0.25) / (1 + 0.05 * 0.95)) / 2
     assert summary.deviation.low <= off <= summary.deviation.high
@@ -186,6 +187,14 @@ def test_a_profile_that_does_not_fall_is_said_so_and_what_the_kernel_does_then()
     assert "gives up gradients with a signal" in text  # at 1, where they are small
     assert summary.deviation.low > 0.3
     assert table_rows(summary)[1][0] == "0.00-0.10"
+
+
+def test_an_unbounded_exponent_is_said_so_and_there_is_no_variance_ratio():
+    found = snr_record(lambda p: 0.5 * p**9, lambda p: 1.0)
+    summary = summarise(found)
+    assert summary.variance_ratio is None
+    text = "\n".join(sentences(found, summary))
+    assert "a' = unbounded (the fit ends at 10)" in text and "variance ratio R: none" in text
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
