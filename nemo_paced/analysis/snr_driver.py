@@ -26,7 +26,13 @@ from nemo_paced.analysis.snr_plan import (
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
 from nemo_paced.analysis.snr_text import doubt
-from nemo_paced.config import PacedConfig, Reduction, RefitBackend, ResponseSource
+from nemo_paced.config import (
+    PacedConfig,
+    Reduction,
+    RefitBackend,
+    ResponseSource,
+    WeightScheme,
+)
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Response
@@ -189,28 +195,30 @@ class SnrDriver:
         if self.out.exists():
             found = SnrRecord.read(self.out)
             if found.identity == identity:  # the kernel it is compared with may be another
-                return replace(
-                    found,
-                    alpha=self.config.weights.alpha,
-                    beta=self.config.weights.beta,
-                    pass_rates_step=self._pass_rates_step(table),
-                )
+                return replace(found, **self._compared_with(table))
             logger.info("%s is of other settings: it is measured anew", self.out)
         kind, responses = what_is_measured(self.config)
         return SnrRecord(
             identity=identity,
             model=str(self.model),
             step=self.step,
-            pass_rates_step=self._pass_rates_step(table),
             divergence=kind.value,
             responses=responses.value,
-            alpha=self.config.weights.alpha,
-            beta=self.config.weights.beta,
             bins=[_empty(planned) for planned in self.bins],
+            **self._compared_with(table),
         )
 
-    def _pass_rates_step(self, table: PassRateTable) -> int | None:
-        return None if self.config.snr.pass_rates else int(table.rows[0].student_step)
+    def _compared_with(self, table: PassRateTable) -> dict[str, Any]:
+        """What no figure depends on."""
+        weights = self.config.weights
+        kernel = weights.scheme is WeightScheme.beta_kernel
+        given = self.config.snr.pass_rates is not None
+        return {
+            "alpha": weights.alpha,
+            "beta": weights.beta,
+            "estimator": weights.estimator.value if kernel else None,
+            "pass_rates_step": None if given else int(table.rows[0].student_step),
+        }
 
 
 def _empty(planned: PlannedBin) -> BinRecord:

@@ -8,6 +8,7 @@ With ``snr.last_layers`` N the name ends in ``_last_layers_N``.
      "pass_rates_step": 20,          of the student that the pass rates are of; null: --pass-rates
      "divergence": "forward_kl", "responses": "references",
      "alpha": 1.0, "beta": 1.0,      of the run's kernel
+     "estimator": "plug_in",         what the run takes the kernel of; null: it has another scheme
      "bins": [{"low": 0.0, "high": 0.1, "available": 80,
                "pass_rate": 0.0,     mean c / K of the measured problems
                "expected_pass_rate": 0.03,     posterior mean under the prior of the table
@@ -62,6 +63,7 @@ class SnrRecord:
     beta: float
     bins: list[BinRecord]
     complete: bool = False
+    estimator: str | None = None
 
     def write(self, path: Path, estimates: dict[str, Any] | None = None) -> None:
         """In place of an earlier file only when whole."""

@@ -9,6 +9,7 @@ from nemo_paced.analysis.snr import Estimate
 from nemo_paced.analysis.snr_ends import End, Verdict
 from nemo_paced.analysis.snr_record import SnrRecord
 from nemo_paced.analysis.snr_summary import Summary
+from nemo_paced.config import Estimator
 
 LARGER = 1.5  # times the middle's gradient norm, from which on it is worth a sentence
 HEADINGS = ("pass rate", "mean p", "problems", "plain SNR", "SNR", "95 %", "mean ||g||")
@@ -120,8 +121,10 @@ def _deviation_lines(record: SnrRecord, summary: Summary) -> list[str]:
         f"delta of {kernel} (half the range of log w*/kernel): {found.corrected:.2f}, 95 % "
         f"interval {found.low:.2f} to {high}; {found.delta:.2f} before the correction for noise, "
         f"which alone would show {found.noise:.2f}",
-        f"efficiency sech^2(delta): {found.efficiency:.2f}; guaranteed with 95 % confidence, over "
-        f"the pass rates measured: {found.guaranteed_efficiency:.2f}",
+        f"efficiency sech^2(delta), for the best scale of the weights: {found.efficiency:.2f}; "
+        "guaranteed with 95 % confidence, over the pass rates measured: "
+        f"{found.guaranteed_efficiency:.2f}",
+        *_plug_in_lines(record),
     ]
     measured = sum(row.found is not None for row in summary.rows)
     if found.bins < measured:
@@ -132,6 +135,18 @@ def _deviation_lines(record: SnrRecord, summary: Summary) -> list[str]:
     if not math.isfinite(found.high):
         lines.append("delta is unbounded: in some bin SNR may be 0; more problems would bound it")
     return lines
+
+
+def _plug_in_lines(record: SnrRecord) -> list[str]:
+    """The kernel of ``delta`` is taken at posterior means, which are never 0 or 1."""
+    none, every = record.alpha > 0, record.beta > 0
+    if record.estimator != Estimator.plug_in.value or not (none or every):
+        return []
+    solved = " or ".join(["no rollout"] * none + ["every rollout"] * every)
+    return [
+        f"that is not for problems that {solved} solved: with weights.estimator=plug_in their "
+        "weight, and so its efficiency, is exactly 0; posterior gives each a weight"
+    ]
 
 
 def _end_lines(name: str, end: End) -> list[str]:

@@ -257,3 +257,20 @@ def test_where_the_kernel_does_not_fall_nothing_can_be_told():
     assert summary.low_end.verdict is Verdict.not_shown
     assert summary.high_end.verdict is Verdict.does_not_fall
     assert "the kernel itself hardly falls up to" in "\n".join(sentences(found, summary))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "alpha", "told"),
+    [
+        ("plug_in", 1.0, "that is not for problems that no rollout or every rollout solved"),
+        ("plug_in", 0.0, "that is not for problems that every rollout solved"),
+        ("posterior", 1.0, None),
+        (None, 1.0, None),
+    ],
+)
+def test_an_efficiency_does_not_cover_weights_of_exactly_0(estimator, alpha, told):
+    found = snr_record(lambda p: 0.5, lambda p: 1.0)
+    found = replace(found, estimator=estimator, alpha=alpha)
+    text = "\n".join(sentences(found, summarise(found)))
+    assert "for the best scale of the weights" in text
+    assert told in text if told else "plug_in" not in text
