@@ -273,9 +273,10 @@ beside it. Interrupted, it goes on with the bins that are missing; finished, the
 them again.
 
 RUN means its newest checkpoint (--step N: that one; --step 0: the model that training began with),
-with the run's own configuration and the pass rates of that step. snr.divergence (default: the
-first stage's) decides along whose responses: the run's references, or rollouts, which are sampled
-afresh. Ranks are started as for train; the layout may be another than the run's.
+with the run's own configuration and the pass rates of that step, or the latest before it. A HF_DIR
+says no step: the run's newest are taken, unless --pass-rates gives its own. snr.divergence
+(default: the first stage's) decides along whose responses: the run's references, or rollouts, which
+are sampled afresh. Ranks are started as for train; the layout may be another than the run's.
 
 examples:
   nemo-paced snr RUN

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_paced.analysis.snr import BlockSums
+from nemo_paced.analysis.snr_identity import (
+    measurement_identity,
+    rollout_purpose,
+    sampling_settings,
+)
 from nemo_paced.analysis.snr_plan import (
     PlannedBin,
     find_pass_rates,
@@ -22,13 +25,18 @@ from nemo_paced.analysis.snr_plan import (
 )
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
-from nemo_paced.config import PacedConfig, Reduction, RefitBackend, ResponseSource, to_dict
+from nemo_paced.analysis.snr_text import doubt
+from nemo_paced.config import (
+    PacedConfig,
+    Reduction,
+    RefitBackend,
+    ResponseSource,
+    WeightScheme,
+)
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Response
 from nemo_paced.rollout.pass_rates import PassRateTable
-from nemo_paced.rollout.sampling import SamplingSettings
-from nemo_paced.teacher.cache import model_identity
 from nemo_paced.training import prepare
 from nemo_paced.training.batches import Batch, build_items
 from nemo_paced.training.progress import progress_bar
@@ -61,7 +69,7 @@ class SnrDriver:
     """Rank 0's part; checks all inputs when made, starts what it needs in :meth:`prepare`."""
 
     def __init__(
-        self, config: PacedConfig, run_dir: Path, model: Path, step: int, out: Path
+        self, config: PacedConfig, run_dir: Path, model: Path, step: int | None, out: Path
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.model, self.step, self.out = model, step, out
@@ -74,6 +82,8 @@ class SnrDriver:
         self.problems = {p.id: p for p in problems if p.id in measured}
         prepare.check_prompts(list(self.problems.values()), self.prompts)
         self.record = self._record(table)
+        if told := doubt(self.record):
+            logger.warning("snr: %s; --pass-rates FILE gives a table of this very model", told)
         self._stack = ExitStack()
 
     def __enter__(self) -> SnrDriver:
@@ -150,18 +160,13 @@ class SnrDriver:
 
     def _sample(self) -> None:
         self.sampler.send_weights()  # nothing where the server has them from its files
-        rollout, wanted = self.config.rollout, list(self.problems.values())
+        wanted = list(self.problems.values())
         with prepare.bar_task(self.bar, "rollouts", len(wanted)) as advance:
             found = self.sampler.sample(
                 wanted,
-                purpose="snr",
-                step=self.step,
-                settings=SamplingSettings(
-                    num_samples=1,
-                    temperature=rollout.temperature,
-                    top_p=rollout.top_p,
-                    max_tokens=self.config.data.max_response_length,
-                ),
+                purpose=rollout_purpose(self.config, self.model, wanted, self.prompts),
+                step=self.step or 0,
+                settings=sampling_settings(self.config),
                 progress=advance,
             )
         self.responses = {rollout.problem_id: rollout for rollout in found}
@@ -185,44 +190,34 @@ class SnrDriver:
 
     def _record(self, table: PassRateTable) -> SnrRecord:
         """What an earlier start has left of the same measurement, else a new one."""
-        identity = self._identity(table)
+        measured = list(self.problems.values())
+        identity = measurement_identity(self.config, self.model, measured, self.prompts, table.rows)
         if self.out.exists():
             found = SnrRecord.read(self.out)
             if found.identity == identity:  # the kernel it is compared with may be another
-                return replace(
-                    found, alpha=self.config.weights.alpha, beta=self.config.weights.beta
-                )
+                return replace(found, **self._compared_with(table))
             logger.info("%s is of other settings: it is measured anew", self.out)
         kind, responses = what_is_measured(self.config)
         return SnrRecord(
             identity=identity,
             model=str(self.model),
             step=self.step,
-            pass_rates_step=int(table.rows[0].student_step),
             divergence=kind.value,
             responses=responses.value,
-            alpha=self.config.weights.alpha,
-            beta=self.config.weights.beta,
             bins=[_empty(planned) for planned in self.bins],
+            **self._compared_with(table),
         )
 
-    def _identity(self, table: PassRateTable) -> dict[str, Any]:
-        config, (kind, responses) = self.config, what_is_measured(self.config)
-        counts = [
-            (r.id, float(r.effective_correct), float(r.effective_rollouts)) for r in table.rows
-        ]
-        settings = {k: v for k, v in to_dict(config.snr).items() if k != "pass_rates"}
+    def _compared_with(self, table: PassRateTable) -> dict[str, Any]:
+        """What no figure depends on."""
+        weights = self.config.weights
+        kernel = weights.scheme is WeightScheme.beta_kernel
+        given = self.config.snr.pass_rates is not None
         return {
-            **settings,
-            "divergence": kind.value,
-            "responses": responses.value,
-            "loss": to_dict(replace(config.loss, chunk_size=None)),
-            "model": model_identity(self.model) if is_hf(self.model) else str(self.model),
-            "teacher": model_identity(Path(config.teacher_hf_path)),
-            "references": {k: to_dict(v) for k, v in vars(config.references).items()},
-            "problems": _digest([asdict(problem) for problem in self.problems.values()]),
-            "pass_rates": _digest(counts),
-            "precision": config.trainer.compute_precision.value,
+            "alpha": weights.alpha,
+            "beta": weights.beta,
+            "estimator": weights.estimator.value if kernel else None,
+            "pass_rates_step": None if given else int(table.rows[0].student_step),
         }
 
 
@@ -235,7 +230,3 @@ def _empty(planned: PlannedBin) -> BinRecord:
         planned.expected_pass_rate,
         None,
     )
-
-
-def _digest(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]

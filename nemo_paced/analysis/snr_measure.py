@@ -51,7 +51,9 @@ def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:
         with ExitStack() as stack:
             driver = None
             if parallel.rank == 0:
-                driver = stack.enter_context(SnrDriver(config, run_dir, model, step_of(model), out))
+                driver = stack.enter_context(
+                    SnrDriver(config, run_dir, model, step_of(config, model), out)
+                )
             if not _everywhere("snr/done", parallel, driver, lambda d: d.is_done):
                 _measure(config, parallel, model, driver)
             elif driver is not None:
@@ -89,7 +91,9 @@ def _measure(
     if responses is ResponseSource.rollouts and not is_hf(model):
         _everywhere("snr/served", parallel, driver, lambda d: True)
         folder = driver.sampler.weights.folder if driver is not None else None
-        write_weights(MegatronWeightSource([gpt], parallel), folder, version=step_of(model))
+        write_weights(
+            MegatronWeightSource([gpt], parallel), folder, version=step_of(config, model) or 0
+        )
     blocks = driver.blocks() if driver is not None else iter(())
     given: list[str] = []
     while True:

@@ -87,9 +87,12 @@ def is_hf(model: Path) -> bool:
     return (model / "config.json").exists()
 
 
-def step_of(model: Path) -> int:
-    """Optimizer steps behind a run's checkpoint; 0 of any other model."""
-    return read_state(model).step if (model / STATE_FILE).exists() else 0
+def step_of(config: PacedConfig, model: Path) -> int | None:
+    """Optimizer steps behind a run's checkpoint, 0 of the model that training begins with; ``None``
+    of any other: an exported model does not say."""
+    if (model / STATE_FILE).exists():
+        return read_state(model).step
+    return 0 if model.resolve() == Path(config.student.hf_path).resolve() else None
 
 
 def what_is_measured(config: PacedConfig) -> tuple[DivergenceKind, ResponseSource]:
@@ -103,8 +106,9 @@ def what_is_measured(config: PacedConfig) -> tuple[DivergenceKind, ResponseSourc
     return kind, ResponseSource.rollouts if kind in SAMPLED else ResponseSource.references
 
 
-def find_pass_rates(config: PacedConfig, run_dir: Path, model: Path, step: int) -> Path:
-    """The table of the student as it was at ``step``, or the latest one before.
+def find_pass_rates(config: PacedConfig, run_dir: Path, model: Path, step: int | None) -> Path:
+    """The table of the student as it was at ``step``, or the latest one before; the run's newest
+    for a model of no known step.
 
     Raises:
         ConfigError: there is none.
@@ -114,7 +118,7 @@ def find_pass_rates(config: PacedConfig, run_dir: Path, model: Path, step: int) 
     earlier = [
         path
         for path in sorted((run_dir / "pass_rates").glob("step_????????.parquet"))
-        if int(path.stem.removeprefix("step_")) <= step
+        if step is None or int(path.stem.removeprefix("step_")) <= step
     ]
     found = [model / PASS_RATES_FILE, *reversed(earlier), run_dir / PASS_RATES_FILE]
     if config.weights.pass_rates is not None:

@@ -4,10 +4,11 @@ With ``snr.last_layers`` N the name ends in ``_last_layers_N``.
 
     {"complete": true,
      "identity": {...},              what decides the figures; another one is measured anew
-     "model": "...", "step": 40,     of the student; 0: as training began
-     "pass_rates_step": 20,          optimizer steps of the student that the pass rates are of
+     "model": "...", "step": 40,     of the student; 0: as training began; null: an exported model
+     "pass_rates_step": 20,          of the student that the pass rates are of; null: --pass-rates
      "divergence": "forward_kl", "responses": "references",
      "alpha": 1.0, "beta": 1.0,      of the run's kernel
+     "estimator": "plug_in",         what the run takes the kernel of; null: it has another scheme
      "bins": [{"low": 0.0, "high": 0.1, "available": 80,
                "pass_rate": 0.0,     mean c / K of the measured problems
                "expected_pass_rate": 0.03,     posterior mean under the prior of the table
@@ -54,14 +55,15 @@ class SnrRecord:
 
     identity: dict[str, Any]
     model: str
-    step: int
-    pass_rates_step: int
+    step: int | None
+    pass_rates_step: int | None
     divergence: str
     responses: str
     alpha: float
     beta: float
     bins: list[BinRecord]
     complete: bool = False
+    estimator: str | None = None
 
     def write(self, path: Path, estimates: dict[str, Any] | None = None) -> None:
         """In place of an earlier file only when whole."""

@@ -8,7 +8,13 @@ from nemo_paced.analysis.sections import Section
 from nemo_paced.analysis.snr_figure import snr_svg
 from nemo_paced.analysis.snr_record import FOLDER, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
-from nemo_paced.analysis.snr_text import lead, measured_weights, sentences, table_rows
+from nemo_paced.analysis.snr_text import (
+    lead,
+    measured_weights,
+    sentences,
+    table_rows,
+    which_model,
+)
 
 TITLE = "Gradient signal-to-noise ratio"
 
@@ -26,7 +32,7 @@ def snr_sections(run_dir: Path) -> list[Section]:
         sections.append(
             Section(
                 f"{TITLE} of the {measured_weights(record)}, "
-                f"{record.divergence} along {record.responses} at step {record.step}",
+                f"{record.divergence} along {record.responses}, {which_model(record)}",
                 svg=snr_svg(record, summary),
                 table=table_rows(summary),
                 note=f"{lead(record)}.",

@@ -7,20 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from nemo_paced.analysis.snr import BinEstimate, estimate_bin
-from nemo_paced.analysis.snr_profile import (
-    Deviation,
-    PowerLaw,
-    Profile,
-    deviation,
-    fit_power_law,
-)
+from nemo_paced.analysis.snr import BinEstimate, Estimate, estimate_bin
+from nemo_paced.analysis.snr_ends import End, compare_end
+from nemo_paced.analysis.snr_power_law import PowerLaw, fit_power_law, measured_ratio
+from nemo_paced.analysis.snr_profile import Deviation, Profile, deviation
 from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
-from nemo_paced.errors import ConfigError
-from nemo_paced.weights.beta_kernel import beta_weight
-from nemo_paced.weights.theory import optimal_weight, variance_ratio
-
-MIDDLE = 0.75  # of the kernel's peak
+from nemo_paced.config import to_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,37 +24,14 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """How an end of the profile compares with its middle, in w* = SNR^2 / (1 + SNR^2).
-
-    The middle is the bins where the kernel has at least 3/4 of its peak, weighted by problems.
-
-    Attributes:
-        pass_rate: mean of the outermost measured bin.
-        ratio: its w* over that of the middle.
-        standard_error: of ``ratio``.
-        kernel: the same ratio of the kernel.
-        vanishes: ``False`` where the end's w* is at least twice ``kernel`` times the middle's, and
-            above that product by more than two standard errors of the difference.
-        norm_ratio: mean gradient norm at the end over that in the middle.
-    """
-
-    pass_rate: float
-    ratio: float
-    standard_error: float
-    kernel: float
-    vanishes: bool
-    norm_ratio: float
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
     """Attributes:
     rows: every bin.
     snr_law: SNR^2 = c p^a' (1-p)^b'.
     signal_law: ||E g||^2 likewise, with exponents 2 a_s and 2 b_s.
     deviation: from the run's kernel.
-    variance_ratio: R of the run's kernel with the measured a_s, b_s, a', b'.
+    variance_ratio: R of the run's kernel with the measured a_s, b_s, a', b'; ``None`` where it
+        has no interval.
     low_end, high_end: of the profile.
     """
 
@@ -70,7 +39,7 @@ class Summary:
     snr_law: PowerLaw | None
     signal_law: PowerLaw | None
     deviation: Deviation | None
-    variance_ratio: float | None
+    variance_ratio: Estimate | None
     low_end: End | None
     high_end: End | None
 
@@ -79,12 +48,13 @@ class Summary:
         return {
             "bins": [None if row.found is None else _figures(row.found) for row in self.rows],
             **{
-                name: None if (value := getattr(self, name)) is None else asdict(value)
-                for name in ("snr_law", "signal_law", "deviation", "low_end", "high_end")
+                name: to_dict(getattr(self, name))
+                for name in ("deviation", "variance_ratio", "low_end", "high_end")
             },
+            "snr_law": _law(self.snr_law),
+            "signal_law": _law(self.signal_law),
             "efficiency": self.deviation and self.deviation.efficiency,
             "guaranteed_efficiency": self.deviation and self.deviation.guaranteed_efficiency,
-            "variance_ratio": self.variance_ratio,
         }
 
 
@@ -98,14 +68,17 @@ def summarise(record: SnrRecord) -> Summary:
     )
     snr_law = fit_power_law(profile, lambda b: (b.snr_squared, b.without_B))
     signal_law = fit_power_law(profile, lambda b: (b.signal, b.signal_without_B))
+    ratio = None
+    if snr_law is not None and signal_law is not None:
+        ratio = measured_ratio(record.alpha, record.beta, snr_law, signal_law)
     found = deviation(profile, record.alpha, record.beta) if measured else None
-    ends = [_end(profile, at, record) if len(measured) > 2 else None for at in (0, -1)]
+    ends = [compare_end(profile, at, record.alpha, record.beta) for at in (0, -1)]
     return Summary(
         rows=rows,
         snr_law=snr_law,
         signal_law=signal_law,
         deviation=found,
-        variance_ratio=_variance_ratio(record, snr_law, signal_law),
+        variance_ratio=ratio,
         low_end=ends[0],
         high_end=ends[1],
     )
@@ -117,38 +90,5 @@ def _figures(found: BinEstimate) -> dict[str, Any]:
     return {"problems": found.problems, "snr": found.snr, **figures}
 
 
-def _variance_ratio(
-    record: SnrRecord, snr_law: PowerLaw | None, signal_law: PowerLaw | None
-) -> float | None:
-    if snr_law is None or signal_law is None:
-        return None
-    a_s, b_s = signal_law.a.value / 2, signal_law.b.value / 2
-    try:
-        return variance_ratio(record.alpha, record.beta, a_s, b_s, snr_law.a.value, snr_law.b.value)
-    except ConfigError:  # the fitted noise has no mean over uniform pass rates
-        return None
-
-
-def _end(profile: Profile, at: int, record: SnrRecord) -> End | None:
-    kernel = beta_weight(profile.pass_rate_J, record.alpha, record.beta)
-    share = np.array([float(b.problems) for b in profile.bins])
-    share[kernel < MIDDLE * kernel.max()] = 0.0
-    share[at] = 0.0
-    weight = optimal_weight(profile.snr_squared_J)
-    error = profile.error_J / (1 + profile.snr_squared_J) ** 2  # d w* / d SNR^2
-    if not share.any() or share @ weight <= 0:
-        return None
-    share /= share.sum()
-    middle, middle_error = float(share @ weight), float(np.linalg.norm(share * error))
-    ratio, expected = float(weight[at]) / middle, float(kernel[at] / (share @ kernel))
-    excess = float(weight[at]) - expected * middle
-    spread = np.hypot(error[at], expected * middle_error)
-    norms = np.array([b.gradient_norm.value for b in profile.bins])
-    return End(
-        pass_rate=float(profile.pass_rate_J[at]),
-        ratio=ratio,
-        standard_error=float(np.hypot(error[at], ratio * middle_error)) / middle,
-        kernel=expected,
-        vanishes=bool(excess <= 2 * spread or ratio < 2 * expected),
-        norm_ratio=float(norms[at] / (share @ norms)),
-    )
+def _law(law: PowerLaw | None) -> dict[str, Any] | None:
+    return None if law is None else {"a": asdict(law.a), "b": asdict(law.b), "scale": law.scale}

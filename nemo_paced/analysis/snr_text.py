@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from nemo_paced.analysis.snr import Estimate
+from nemo_paced.analysis.snr_ends import End, Verdict
 from nemo_paced.analysis.snr_record import SnrRecord
-from nemo_paced.analysis.snr_summary import End, Summary
+from nemo_paced.analysis.snr_summary import Summary
+from nemo_paced.config import Estimator
 
 LARGER = 1.5  # times the middle's gradient norm, from which on it is worth a sentence
 HEADINGS = ("pass rate", "mean p", "problems", "plain SNR", "SNR", "95 %", "mean ||g||")
@@ -51,9 +54,31 @@ def measured_weights(record: SnrRecord) -> str:
 def lead(record: SnrRecord) -> str:
     """What was measured."""
     text = f"{record.divergence} along {record.responses}, gradient of the "
-    text += f"{measured_weights(record)}, step "
-    text += f"{record.step}, pass rates of step {record.pass_rates_step}"
+    text += f"{measured_weights(record)}, {which_model(record)}, pass rates of "
+    given = record.pass_rates_step is None
+    text += "a table that was given" if given else f"step {record.pass_rates_step}"
+    if told := doubt(record):
+        text += f" ({told})"
     return text if record.complete else f"{text}; not complete yet"
+
+
+def which_model(record: SnrRecord) -> str:
+    """A checkpoint's step; of an exported model, which has none, the name."""
+    return f"model {Path(record.model).name}" if record.step is None else f"step {record.step}"
+
+
+def doubt(record: SnrRecord) -> str | None:
+    """Why the pass rates may not be those of the model that is measured."""
+    if record.pass_rates_step is None:  # whoever gave the table knows whose it is
+        return None
+    if record.step is None:
+        return (
+            f"{Path(record.model).name} does not say which step it is of, and the table is the "
+            f"run's newest, of step {record.pass_rates_step}"
+        )
+    if record.pass_rates_step < record.step:
+        return f"the student has moved since step {record.pass_rates_step}"
+    return None
 
 
 def sentences(record: SnrRecord, summary: Summary) -> list[str]:
@@ -68,17 +93,21 @@ def sentences(record: SnrRecord, summary: Summary) -> list[str]:
 def _law_lines(record: SnrRecord, summary: Summary) -> list[str]:
     law, signal = summary.snr_law, summary.signal_law
     if law is None:
-        return ["SNR^2 ~ p^a' (1-p)^b': too few bins with a signal to fit"]
+        return ["SNR^2 ~ p^a' (1-p)^b': too few bins with a SNR^2 above two standard errors to fit"]
     lines = [f"SNR^2 ~ p^a' (1-p)^b': a' = {_with_interval(law.a)}, b' = {_with_interval(law.b)}"]
-    if signal is not None and summary.variance_ratio is not None:
+    ratio = summary.variance_ratio
+    if signal is not None and ratio is not None:
         lines.append(
-            f"variance of the weighted over the unweighted gradient: R = "
-            f"{summary.variance_ratio:.3f} (uniform pass rates; alpha {record.alpha:g}, beta "
-            f"{record.beta:g}; measured a_s = {signal.a.value / 2:.2f}, b_s = "
-            f"{signal.b.value / 2:.2f}, a' = {law.a.value:.2f}, b' = {law.b.value:.2f})"
+            f"variance of the weighted over the unweighted gradient: R = {_with_interval(ratio)} "
+            f"(uniform pass rates; alpha {record.alpha:g}, beta {record.beta:g}; measured a_s = "
+            f"{signal.a.value / 2:.2f}, b_s = {signal.b.value / 2:.2f}, a' = {law.a.value:.2f}, "
+            f"b' = {law.b.value:.2f})"
         )
     elif signal is not None:
-        lines.append("variance ratio R: none, the fitted noise has no mean over pass rates")
+        lines.append(
+            "variance ratio R: none, these problems leave open whether the fitted noise has a mean "
+            "over pass rates"
+        )
     return lines
 
 
@@ -92,8 +121,10 @@ def _deviation_lines(record: SnrRecord, summary: Summary) -> list[str]:
         f"delta of {kernel} (half the range of log w*/kernel): {found.corrected:.2f}, 95 % "
         f"interval {found.low:.2f} to {high}; {found.delta:.2f} before the correction for noise, "
         f"which alone would show {found.noise:.2f}",
-        f"efficiency sech^2(delta): {found.efficiency:.2f}; guaranteed with 95 % confidence, over "
-        f"the pass rates measured: {found.guaranteed_efficiency:.2f}",
+        f"efficiency sech^2(delta), for the best scale of the weights: {found.efficiency:.2f}; "
+        "guaranteed with 95 % confidence, over the pass rates measured: "
+        f"{found.guaranteed_efficiency:.2f}",
+        *_plug_in_lines(record),
     ]
     measured = sum(row.found is not None for row in summary.rows)
     if found.bins < measured:
@@ -106,15 +137,37 @@ def _deviation_lines(record: SnrRecord, summary: Summary) -> list[str]:
     return lines
 
 
+def _plug_in_lines(record: SnrRecord) -> list[str]:
+    """The kernel of ``delta`` is taken at posterior means, which are never 0 or 1."""
+    none, every = record.alpha > 0, record.beta > 0
+    if record.estimator != Estimator.plug_in.value or not (none or every):
+        return []
+    solved = " or ".join(["no rollout"] * none + ["every rollout"] * every)
+    return [
+        f"that is not for problems that {solved} solved: with weights.estimator=plug_in their "
+        "weight, and so its efficiency, is exactly 0; posterior gives each a weight"
+    ]
+
+
 def _end_lines(name: str, end: End) -> list[str]:
     at = f"at pass rate {end.pass_rate:.3f}"
-    measured = f"w* is {end.ratio:.2f} ± {end.standard_error:.2f} times the middle's"
-    if end.vanishes:
-        return [f"towards pass rate {name}: {at} {measured}, the kernel {end.kernel:.2f} times"]
-    lines = [
-        f"SNR does NOT vanish towards pass rate {name} as the kernel assumes: {at} {measured}, "
-        f"the kernel {end.kernel:.2f} times"
-    ]
+    measured = (
+        f"{at} w* is {end.ratio:.2f} ± {end.standard_error:.2f} times the middle's, the kernel "
+        f"{end.kernel:.2f} times"
+    )
+    if end.verdict is Verdict.falls:
+        return [f"SNR falls towards pass rate {name}: {measured}"]
+    if end.is_level:
+        return [
+            f"whether SNR falls towards pass rate {name} is not shown, since the kernel itself "
+            f"hardly falls up to the outermost bin: {measured}"
+        ]
+    if end.verdict is Verdict.not_shown:
+        return [
+            f"whether SNR falls towards pass rate {name} cannot be told from so many problems "
+            f"(snr.max_problems_per_bin): {measured}"
+        ]
+    lines = [f"SNR does NOT fall towards pass rate {name} as the kernel does: {measured}"]
     if end.norm_ratio > LARGER:
         hopeless = "hopeless" if name == "0" else "mastered"
         lines.append(
@@ -131,4 +184,6 @@ def _end_lines(name: str, end: End) -> list[str]:
 
 
 def _with_interval(estimate: Estimate) -> str:
+    if not math.isfinite(estimate.standard_error):
+        return f"unbounded (the fit ends at {estimate.value:.0f})"
     return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

@@ -80,7 +80,7 @@ def _snr(
     join_launcher()
     if launcher_rank() == 0:
         check_settings(config)
-        find_pass_rates(config, run_dir, model, step_of(model))
+        find_pass_rates(config, run_dir, model, step_of(config, model))
         checks = (model_checks.layouts, model_checks.vocabularies, model_checks.sequence_limits)
         refuse(check_inputs(config, run_dir, checks))
     with tempfile.TemporaryDirectory(prefix="nemo-paced-") as folder:
@@ -150,7 +150,8 @@ def default_out(config: PacedConfig, model: Path, run_dir: Path) -> Path:
 
     start = Path(config.student.hf_path).absolute()
     is_of_run = model == start or model.parent == run_dir / "checkpoints"
-    name = f"step_{step_of(model):08d}" if is_of_run else model.name
+    step = step_of(config, model) if is_of_run else None
+    name = model.name if step is None else f"step_{step:08d}"
     kind, responses = what_is_measured(config)
     usual = what_is_measured(replace(config, snr=replace(config.snr, responses=None)))
     name += f"_{kind.value}"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_paced.analysis import weight_errors
+from nemo_paced.analysis.snr_power_law import PowerLaw, measured_ratio
 from nemo_paced.analysis.snr_record import SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
 from nemo_paced.compose import with_config
@@ -28,32 +29,32 @@ ASSUMED_SIGNALS = (0.25, 0.34, 0.5)  # the paper's a_s = b_s
 
 
 @dataclass(frozen=True, slots=True)
-class GradientExponents:
-    """||E g|| ~ p^a_s (1-p)^b_s and SNR^2 ~ p^a' (1-p)^b'."""
+class MeasuredLaws:
+    """SNR^2 and ||E g||^2 against pass rate, as ``nemo-paced snr`` has fitted them."""
 
-    a_s: float
-    b_s: float
-    a_prime: float
-    b_prime: float
+    snr: PowerLaw
+    signal: PowerLaw
 
 
-def measured_exponents(path: Path) -> GradientExponents:
-    """Those that ``nemo-paced snr`` has fitted.
+def measured_laws(path: Path) -> MeasuredLaws:
+    """The laws in a file of ``nemo-paced snr``.
 
     Raises:
-        ConfigError: no such file, or too few bins had a signal to fit.
+        ConfigError: no such file, or exponents that it does not bound.
     """
     summary = summarise(SnrRecord.read(path))
-    if summary.snr_law is None or summary.signal_law is None:
+    snr, signal = summary.snr_law, summary.signal_law
+    if snr is None or signal is None:
         raise ConfigError(
-            f"{path} has too few bins with a signal to fit exponents to: leave --snr out"
+            f"{path} has too few bins with a signal to fit exponents to: measure more problems a "
+            "bin (snr.max_problems_per_bin), or leave --snr out"
         )
-    return GradientExponents(
-        summary.signal_law.a.value / 2,
-        summary.signal_law.b.value / 2,
-        summary.snr_law.a.value,
-        summary.snr_law.b.value,
-    )
+    if not (snr.is_bounded and signal.is_bounded):
+        raise ConfigError(
+            f"{path} leaves an exponent unbounded: measure more problems a bin "
+            "(snr.max_problems_per_bin), or leave --snr out"
+        )
+    return MeasuredLaws(snr, signal)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +69,7 @@ def weights(arguments: list[str]) -> None:
     parser.add_argument("--snr", type=Path)
     options, rest = parser.parse_known_args(arguments)
     table = PassRateTable.read(options.pass_rates)
-    measured = None if options.snr is None else measured_exponents(options.snr)
+    measured = None if options.snr is None else measured_laws(options.snr)
     _with_weights(rest, lambda config: show(config, table, options.pass_rates, Console(), measured))
 
 
@@ -77,12 +78,12 @@ def show(
     table: PassRateTable,
     path: Path,
     console: Console,
-    measured: GradientExponents | None = None,
+    measured: MeasuredLaws | None = None,
 ) -> None:
     """Print a table's weights under ``config``.
 
     Args:
-        measured: exponents of this run's gradients, for the variance ratio.
+        measured: of this run's gradients, for the variance ratio.
 
     Raises:
         ConfigError: unequal numbers of rollouts under the plug-in estimate, or all weights 0.
@@ -179,28 +180,44 @@ def _exponents_line(rates: list[float], num_rollouts: list[float]) -> str:
     )
 
 
-def _variance_lines(config: WeightsConfig, measured: GradientExponents | None) -> list[str]:
+def _variance_lines(config: WeightsConfig, measured: MeasuredLaws | None) -> list[str]:
     """The ratio R under the measured exponents, else under the paper's three assumptions."""
     head = (
         f"variance of the weighted over the unweighted gradient, R (uniform pass rates, alpha "
         f"{config.alpha:g}, beta {config.beta:g}):"
     )
     if measured is not None:
-        return [head, _variance_line(config, measured, "measured")]
-    assumed = [GradientExponents(half, half, config.alpha, config.beta) for half in ASSUMED_SIGNALS]
-    return [head, *(_variance_line(config, one, "assumed") for one in assumed)]
+        return [head, _measured_line(config, measured)]
+    return [head, *(_assumed_line(config, half) for half in ASSUMED_SIGNALS)]
 
 
-def _variance_line(config: WeightsConfig, of: GradientExponents, how: str) -> str:
-    given = (
-        f"{how} a_s = {of.a_s:.3g}, b_s = {of.b_s:.3g} (signal), a' = {of.a_prime:.3g}, "
-        f"b' = {of.b_prime:.3g} (SNR^2)"
-    )
+def _measured_line(config: WeightsConfig, of: MeasuredLaws) -> str:
+    exponents = of.signal.a.value / 2, of.signal.b.value / 2, of.snr.a.value, of.snr.b.value
+    given = _exponents("measured", *exponents)
+    ratio = measured_ratio(config.alpha, config.beta, of.snr, of.signal)
+    if ratio is None:
+        return (
+            f"  none with {given}: the problems measured leave open whether the unweighted "
+            "gradient has a finite variance (2 a_s - a' and 2 b_s - b' must be above -1)"
+        )
+    return f"  R = {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] with {given}"
+
+
+def _assumed_line(config: WeightsConfig, half: float) -> str:
+    given = _exponents("assumed", half, half, config.alpha, config.beta)
     try:
-        ratio = variance_ratio(config.alpha, config.beta, of.a_s, of.b_s, of.a_prime, of.b_prime)
+        ratio = variance_ratio(config.alpha, config.beta, half, half, config.alpha, config.beta)
     except ConfigError as error:
         return f"  none with {given}: {error}"
     return f"  R = {ratio:.3f} with {given}"
+
+
+def _exponents(how: str, a_s: float, b_s: float, a_prime: float, b_prime: float) -> str:
+    """||E g|| ~ p^a_s (1-p)^b_s and SNR^2 ~ p^a' (1-p)^b'."""
+    return (
+        f"{how} a_s = {a_s:.3g}, b_s = {b_s:.3g} (signal), a' = {a_prime:.3g}, "
+        f"b' = {b_prime:.3g} (SNR^2)"
+    )
 
 
 def _share_table(rates: list[float], values: list[float]) -> Table:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from nemo_paced.analysis.snr import estimate_bin
-from nemo_paced.analysis.snr_profile import Profile, deviation, fit_power_law
-from nemo_paced.weights.theory import minimax_efficiency
+from nemo_paced.analysis.snr_power_law import fit_power_law, measured_ratio
+from nemo_paced.analysis.snr_profile import Profile, deviation
+from nemo_paced.weights.theory import minimax_efficiency, variance_ratio
 from tests.block_sums import block_sums
 
 WIDTH = 400
@@ -95,6 +96,35 @@ def test_exponents_of_too_few_bins_are_none():
     few = profile(np.full(10, 0.1))
     few = Profile(few.pass_rate_J[:3], few.bins[:3])
     assert fit_power_law(few, lambda b: (b.snr_squared, b.without_B)) is None
+
+
+def test_noise_has_no_exponents():
+    for seed in range(30):
+        nothing = profile(np.zeros(10), 100, seed)
+        assert fit_power_law(nothing, lambda b: (b.snr_squared, b.without_B)) is None
+
+
+def test_an_exponent_at_the_end_of_the_fit_is_unbounded():
+    steep = profile(0.5 * RATES**12, 400)
+    found = fit_power_law(steep, lambda b: (b.snr_squared, b.without_B))
+    assert found.a.value == pytest.approx(10, abs=0.01) and not found.is_bounded
+    assert (found.a.low, found.a.high) == (-np.inf, np.inf)
+    assert measured_ratio(1.0, 1.0, found, found) is None
+
+
+def test_the_interval_of_the_variance_ratio_covers():
+    """Trace 1 everywhere: the signal is SNR^2, so that g1 = g2 = 0."""
+    truth = 2.0 * RATES * (1 - RATES)
+    found = []
+    for seed in range(20):
+        one = profile(truth, 200, seed)
+        snr = fit_power_law(one, lambda b: (b.snr_squared, b.without_B))
+        signal = fit_power_law(one, lambda b: (b.signal, b.signal_without_B))
+        found.append(measured_ratio(1.0, 1.0, snr, signal))
+    expected = variance_ratio(1.0, 1.0, 0.5, 0.5, 1.0, 1.0)
+    assert np.mean([r.low <= expected <= r.high for r in found]) >= 0.85  # of 20 at 95 %
+    spread = np.std([r.value for r in found])
+    assert np.mean([r.standard_error for r in found]) == pytest.approx(spread, rel=0.5)
 
 
 def optimal_to_snr_squared(weight):

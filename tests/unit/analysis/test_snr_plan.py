@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nemo_paced.analysis.snr_plan import find_pass_rates, plan_bins, what_is_measured
-from nemo_paced.analysis.snr_record import SnrRecord
+from nemo_paced.analysis.snr_ends import Verdict
+from nemo_paced.analysis.snr_plan import find_pass_rates, plan_bins, step_of, what_is_measured
+from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
 from nemo_paced.analysis.snr_summary import summarise
-from nemo_paced.analysis.snr_text import sentences, table_rows
+from nemo_paced.analysis.snr_text import lead, sentences, table_rows
 from nemo_paced.config import (
     DivergenceKind,
     PacedConfig,
@@ -20,7 +21,7 @@ from nemo_paced.config import (
 )
 from nemo_paced.entry.snr import default_out
 from nemo_paced.records import PassRate
-from tests.block_sums import snr_record
+from tests.block_sums import block_sums, snr_record
 
 
 def row(name, correct, rollouts=10):
@@ -130,35 +131,70 @@ def test_pass_rates_are_those_of_the_step_or_the_latest_before(tmp_path):
     config = settings()
     assert find_pass_rates(config, tmp_path, model, 40).name == "step_00000000.parquet"
     assert find_pass_rates(config, tmp_path, model, 50).name == "step_00000050.parquet"
+    assert find_pass_rates(config, tmp_path, model, None).name == "step_00000050.parquet"
     given = replace(config, snr=replace(config.snr, pass_rates="mine.parquet"))
     assert find_pass_rates(given, tmp_path, model, 50).name == "mine.parquet"
 
 
-def test_a_profile_as_the_theory_has_it_is_said_to_vanish():
+def test_an_exported_model_has_no_step_and_a_file_by_its_name(tmp_path):
+    start, exported = tmp_path / "start", tmp_path / "hf"
+    config = replace(settings(), student=StudentConfig(hf_path=str(start)))
+    assert step_of(config, start) == 0 and step_of(config, exported) is None
+    assert default_out(config, start, tmp_path).name == "step_00000000_forward_kl.json"
+    assert default_out(config, exported, tmp_path).name == "hf_forward_kl.json"
+
+
+@pytest.mark.parametrize(
+    ("step", "pass_rates_step", "told"),
+    [
+        (200, 200, "step 200, pass rates of step 200"),
+        (200, 0, "step 200, pass rates of step 0 (the student has moved since step 0)"),
+        (None, 300, "model hf, pass rates of step 300 (hf does not say which step it is of, and "
+                    "the table is the run's newest, of step 300)"),
+        (None, None, "model hf, pass rates of a table that was given"),
+    ],
+)  # fmt: skip
+def test_the_first_line_says_whose_pass_rates_they_are(step, pass_rates_step, told):
+    found = snr_record(lambda p: 0.3, lambda p: 1.0, problems=40)
+    found = replace(found, model="RUN/hf", step=step, pass_rates_step=pass_rates_step)
+    assert lead(found).endswith(f"gradient of the LM head, {told}")
+
+
+def test_a_profile_as_the_theory_has_it_is_said_to_fall():
     found = snr_record(lambda p: (p * (1 - p)) ** 0.5, lambda p: 1.0)
     summary = summarise(found)
-    assert summary.low_end.vanishes and summary.high_end.vanishes
+    assert summary.low_end.verdict is summary.high_end.verdict is Verdict.falls
     assert summary.snr_law.a.value == pytest.approx(1, abs=0.25)
     assert summary.signal_law.b.value == pytest.approx(1, abs=0.25)
-    assert summary.variance_ratio == pytest.approx(1.2, abs=0.05)  # a_s = b_s = 1/2
+    assert summary.variance_ratio.value == pytest.approx(1.2, abs=0.05)  # a_s = b_s = 1/2
+    assert summary.variance_ratio.low < 1.2 < summary.variance_ratio.high
     # w* is SNR^2 / (1 + SNR^2): at this SNR not quite the kernel any more
     off = np.log((1 + 0.25) / (1 + 0.05 * 0.95)) / 2
     assert summary.deviation.low <= off <= summary.deviation.high
     assert summary.deviation.guaranteed_efficiency > 0.9
     text = "\n".join(sentences(found, summary))
-    assert "NOT" not in text and "towards pass rate 0" in text
+    assert "NOT" not in text and "SNR falls towards pass rate 0" in text
 
 
-def test_a_profile_that_does_not_vanish_is_said_so_and_what_the_kernel_does_then():
+def test_a_profile_that_does_not_fall_is_said_so_and_what_the_kernel_does_then():
     found = snr_record(lambda p: 0.5, lambda p: 10 * (1.05 - p))
     summary = summarise(found)
-    assert not summary.low_end.vanishes and not summary.high_end.vanishes
+    assert summary.low_end.verdict is summary.high_end.verdict is Verdict.does_not_fall
+    assert summary.to_dict()["low_end"]["verdict"] == "does_not_fall"
     text = "\n".join(sentences(found, summary))
-    assert "SNR does NOT vanish towards pass rate 0" in text
+    assert "SNR does NOT fall towards pass rate 0 as the kernel does" in text
     assert "holds down the gradients of hopeless problems" in text
     assert "gives up gradients with a signal" in text  # at 1, where they are small
     assert summary.deviation.low > 0.3
     assert table_rows(summary)[1][0] == "0.00-0.10"
+
+
+def test_an_unbounded_exponent_is_said_so_and_there_is_no_variance_ratio():
+    found = snr_record(lambda p: 0.5 * p**9, lambda p: 1.0)
+    summary = summarise(found)
+    assert summary.variance_ratio is None
+    text = "\n".join(sentences(found, summary))
+    assert "a' = unbounded (the fit ends at 10)" in text and "variance ratio R: none" in text
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
@@ -168,3 +204,73 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     again = SnrRecord.read(tmp_path / "a.json")
     again.write(tmp_path / "b.json", summarise(again).to_dict())
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+
+
+def planned_record(snr_of, rollouts, problems, seed=0):
+    """Gradients of problems whose uniform pass rates are known by ``rollouts`` draws alone."""
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform(size=problems)
+    rows = [row(str(i), int(c), rollouts) for i, c in enumerate(rng.binomial(rollouts, truth))]
+    made = snr_record(lambda p: 0.0, lambda p: 1.0, problems=20)
+    made.bins = []
+    for b in plan_bins(rows, SnrConfig(max_problems_per_bin=10**6)):
+        sums = None
+        if b.blocks:
+            rate = truth[[int(name) for block in b.blocks for name in block]]
+            gradients = rng.normal(0, 200**-0.5, size=(len(rate), 200))
+            gradients[:, 0] += snr_of(rate)
+            sums = block_sums(gradients, np.repeat(range(len(b.blocks)), [*map(len, b.blocks)]))
+        made.bins.append(
+            BinRecord(b.low, b.high, b.available, b.pass_rate, b.expected_pass_rate, sums)
+        )
+    return made
+
+
+def as_kernel(p):
+    weight = 0.4 * p * (1 - p)
+    return (weight / (1 - weight)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("snr_of", "rollouts", "problems", "verdict", "told"),
+    [
+        # the outermost bin of 4 rollouts holds pass rates of all kinds: the kernel there is .6
+        (lambda p: 0.5, 4, 4000, Verdict.does_not_fall, "does NOT fall towards pass rate 0"),
+        (as_kernel, 4, 4000, Verdict.falls, "SNR falls towards pass rate 0"),
+        (lambda p: 0.1, 8, 300, Verdict.not_shown, "0 cannot be told from so many problems"),
+        (as_kernel, 1, 4000, None, None),
+    ],
+)
+def test_an_end_is_read_as_what_its_problems_can_show(snr_of, rollouts, problems, verdict, told):
+    found = planned_record(snr_of, rollouts, problems)
+    summary = summarise(found)
+    if verdict is None:  # two bins have no middle
+        assert summary.low_end is None
+        return
+    assert summary.low_end.verdict is verdict
+    assert told in "\n".join(sentences(found, summary))
+
+
+def test_where_the_kernel_does_not_fall_nothing_can_be_told():
+    found = replace(snr_record(lambda p: 0.5, lambda p: 1.0), alpha=0.0)  # the kernel is 1 - p
+    summary = summarise(found)
+    assert summary.low_end.verdict is Verdict.not_shown
+    assert summary.high_end.verdict is Verdict.does_not_fall
+    assert "the kernel itself hardly falls up to" in "\n".join(sentences(found, summary))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "alpha", "told"),
+    [
+        ("plug_in", 1.0, "that is not for problems that no rollout or every rollout solved"),
+        ("plug_in", 0.0, "that is not for problems that every rollout solved"),
+        ("posterior", 1.0, None),
+        (None, 1.0, None),
+    ],
+)
+def test_an_efficiency_does_not_cover_weights_of_exactly_0(estimator, alpha, told):
+    found = snr_record(lambda p: 0.5, lambda p: 1.0)
+    found = replace(found, estimator=estimator, alpha=alpha)
+    text = "\n".join(sentences(found, summarise(found)))
+    assert "for the best scale of the weights" in text
+    assert told in text if told else "plug_in" not in text

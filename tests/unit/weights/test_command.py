@@ -46,8 +46,24 @@ def test_the_variance_ratio_may_be_of_what_was_measured(tmp_path, capsys):
     assert printed.count("R = ") == 1 and "measured a_s = 0.5" in printed
     ratio = float(printed.split("R = ")[1].split()[0])
     assert ratio == pytest.approx(1.2, abs=0.05)
+    low, high = printed.split("R = ")[1].split("[")[1].split("]")[0].split(", ")
+    assert float(low) < 1.2 < float(high) < 1.5
     assert main([*arguments, "weights.scheme=unweighted"]) == 0
     assert "R = " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("snr_of", "told"),
+    [
+        (lambda p: 0.0, "too few bins with a signal to fit exponents to: measure more problems"),
+        (lambda p: 0.5 * p**9, "leaves an exponent unbounded: measure more problems"),
+    ],
+)
+def test_a_measurement_that_bounds_no_exponents_is_refused(snr_of, told, tmp_path, capsys):
+    table = write_table(tmp_path / "t.parquet", [8] * 200)
+    snr_record(snr_of, lambda p: 1.0).write(tmp_path / "snr.json")
+    assert main(["weights", "--pass-rates", str(table), "--snr", str(tmp_path / "snr.json")]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_an_estimator_that_the_table_does_not_fit_is_refused(tmp_path, capsys):
