@@ -25,6 +25,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 MIN_BLOCKS = 4  # an interval from fewer would be made of nothing
+ROUNDING = 1e-14  # of the sum of squares
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,8 @@ class BinEstimate:
 
 
 def estimate_bin(sums: BlockSums) -> BinEstimate | None:
-    """All figures of a bin; ``None`` with fewer than ``MIN_BLOCKS`` blocks."""
+    """All figures of a bin; ``None`` with fewer than ``MIN_BLOCKS`` blocks, or where its gradients
+    do not differ (all are 0, say): a ratio to no noise is none."""
     if len(sums.count_B) < MIN_BLOCKS:
         return None
     total = float(sums.dot_B.sum())
@@ -99,6 +101,8 @@ def estimate_bin(sums: BlockSums) -> BinEstimate | None:
     sum_E = np.append(total, total - 2 * sums.dot_B + sums.block_B)
     signal_E = (sum_E - square_E) / (count_E * (count_E - 1))
     noise_E = (square_E - sum_E / count_E) / (count_E - 1)
+    if not (noise_E > ROUNDING * square_E.max()).all():
+        return None
     plain_E = np.sqrt(sum_E / count_E / (square_E - sum_E / count_E))
     ratio_E = signal_E / noise_E
     return BinEstimate(

@@ -18,6 +18,7 @@ from nemo_paced.analysis.snr_identity import (
 )
 from nemo_paced.analysis.snr_plan import (
     PlannedBin,
+    check_bins,
     find_pass_rates,
     is_hf,
     plan_bins,
@@ -75,8 +76,10 @@ class SnrDriver:
         self.model, self.step, self.out = model, step, out
         problems = load_problems(config.data.problems)
         self.prompts = prepare.make_prompts(config)
-        table = PassRateTable.read(find_pass_rates(config, run_dir, model, step), problems)
+        path = find_pass_rates(config, run_dir, model, step)
+        table = PassRateTable.read(path, problems)
         self.bins = plan_bins(table.rows, config.snr)
+        check_bins(self.bins, path)
         measured = {name for one in self.bins for block in one.blocks for name in block}
         self.all_problems = problems
         self.problems = {p.id: p for p in problems if p.id in measured}
@@ -148,6 +151,7 @@ class SnrDriver:
         self.write()
 
     def write(self) -> None:
+        self.record.write(self.out)  # a bin takes long: it is kept whatever its figures say
         self.record.write(self.out, summarise(self.record).to_dict())
 
     @property

@@ -82,6 +82,18 @@ def plan_bins(rows: Sequence[PassRate], settings: SnrConfig) -> list[PlannedBin]
     return bins
 
 
+def check_bins(bins: Sequence[PlannedBin], table: Path) -> None:
+    """Raises:
+    ConfigError: none of them can be measured.
+    """
+    if not any(one.blocks for one in bins):
+        raise ConfigError(
+            f"snr.bins is {len(bins)} and none of them holds {MIN_BLOCKS} problems of {table}, "
+            f"which an interval needs (the fullest has {max(b.available for b in bins)}): lower "
+            "snr.bins, or give a table of more problems"
+        )
+
+
 def is_hf(model: Path) -> bool:
     """Whether it is a Hugging Face directory, and not a checkpoint."""
     return (model / "config.json").exists()

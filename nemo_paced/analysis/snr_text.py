@@ -26,7 +26,8 @@ def table_rows(summary: Summary) -> list[list[str]]:
         place = f"{row.bin.low:.2f}-{row.bin.high:.2f}"
         found = row.found
         if found is None:
-            rows.append([place, "-", f"0/{row.bin.available}", "-", "-", "-", "-"])
+            measured = 0 if row.bin.sums is None else int(row.bin.sums.count_B.sum())
+            rows.append([place, "-", f"{measured}/{row.bin.available}", "-", "-", "-", "-"])
             continue
         low, high = (max(x, 0) ** 0.5 for x in (found.snr_squared.low, found.snr_squared.high))
         rows.append(
@@ -84,6 +85,10 @@ def doubt(record: SnrRecord) -> str | None:
 def sentences(record: SnrRecord, summary: Summary) -> list[str]:
     """Exponents, delta, variance ratio, ends: one a line."""
     lines = [*_law_lines(record, summary), *_deviation_lines(record, summary)]
+    alike = [r.bin for r in summary.rows if r.bin.sums is not None and r.found is None]
+    if alike:
+        places = ", ".join(f"{b.low:.2f}-{b.high:.2f}" for b in alike)
+        lines.append(f"no SNR in {places}: the gradients there do not differ (all 0, say)")
     for name, end in (("0", summary.low_end), ("1", summary.high_end)):
         if end is not None:
             lines += _end_lines(name, end)

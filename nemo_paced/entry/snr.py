@@ -67,11 +67,18 @@ def _config_arguments(known: argparse.Namespace, run_dir: Path | None) -> list[s
 def _snr(
     config: PacedConfig, known: argparse.Namespace, model: Path | None, run_dir: Path | None
 ) -> None:
-    from nemo_paced.analysis.snr_plan import check_settings, find_pass_rates, step_of
+    from nemo_paced.analysis.snr_plan import (
+        check_bins,
+        check_settings,
+        find_pass_rates,
+        plan_bins,
+        step_of,
+    )
     from nemo_paced.entry.launch import join_launcher, launch
     from nemo_paced.preflight import models as model_checks
     from nemo_paced.preflight.checks import check_inputs
     from nemo_paced.preflight.findings import refuse
+    from nemo_paced.rollout.pass_rates import PassRateTable
     from nemo_paced.training.prepare import save_config
 
     run_dir = run_dir or run_directory(config)
@@ -80,7 +87,8 @@ def _snr(
     join_launcher()
     if launcher_rank() == 0:
         check_settings(config)
-        find_pass_rates(config, run_dir, model, step_of(config, model))
+        table = find_pass_rates(config, run_dir, model, step_of(config, model))
+        check_bins(plan_bins(PassRateTable.read(table).rows, config.snr), table)
         checks = (model_checks.layouts, model_checks.vocabularies, model_checks.sequence_limits)
         refuse(check_inputs(config, run_dir, checks))
     with tempfile.TemporaryDirectory(prefix="nemo-paced-") as folder:

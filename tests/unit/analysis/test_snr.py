@@ -69,6 +69,13 @@ def test_too_few_blocks_for_an_interval_give_no_estimate():
     assert estimate(*draw(rng, 3, 0.3, blocks=3)) is None
 
 
+def test_gradients_that_do_not_differ_give_no_estimate():
+    gradients, block = draw(np.random.default_rng(0), 40, 0.3, blocks=4)
+    gradients[block != 2] = 0.0  # without one block nothing differs
+    assert estimate(gradients, block) is None
+    assert estimate(0 * gradients, block) is None
+
+
 RATES = np.linspace(0.05, 0.95, 10)
 
 

@@ -7,11 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
+from nemo_paced.analysis import snr_driver
 from nemo_paced.analysis.snr import BlockSums
 from nemo_paced.analysis.snr_driver import SnrDriver
 from nemo_paced.compose import ASSETS, to_config
 from nemo_paced.config import WeightsConfig
 from nemo_paced.data.problems import load_problems
+from nemo_paced.errors import ConfigError
 from nemo_paced.records import Response, Rollout
 from nemo_paced.rollout.pass_rates import PassRateTable
 
@@ -127,6 +129,27 @@ def test_pass_rates_of_an_older_student_are_warned_of(run_dir, caplog):
     given = str(run_dir / "pass_rates.parquet")
     assert driver(run_dir, step=200, snr__pass_rates=given).record.pass_rates_step is None
     assert not caplog.messages, "whoever gives a table knows whose it is"
+
+
+def test_a_bin_is_kept_whatever_its_figures_say(run_dir, monkeypatch):
+    def fails(record):
+        raise ValueError("no figures")
+
+    monkeypatch.setattr(snr_driver, "summarise", fails)
+    with pytest.raises(ValueError, match="no figures"):
+        measure(driver(run_dir))
+    assert [b.sums is None for b in driver(run_dir).record.bins] == [False, True]
+
+
+def test_a_table_that_fills_no_bin_is_refused_when_made(run_dir):
+    assert driver(run_dir, snr__bins=50).bins
+    rows = PassRateTable.read(run_dir / "pass_rates.parquet").rows
+    lines = (run_dir / "problems.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "problems.jsonl").write_text("".join(lines[:10]))
+    PassRateTable(rows[:10]).write(run_dir / "pass_rates.parquet")
+    told = r"snr.bins is 50 and none of them holds 4 problems of .*pass_rates.parquet.* has 2\)"
+    with pytest.raises(ConfigError, match=told):
+        driver(run_dir, snr__bins=50)
 
 
 class Store:

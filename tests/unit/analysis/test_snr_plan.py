@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from nemo_paced.analysis.snr_ends import Verdict
 from nemo_paced.analysis.snr_plan import find_pass_rates, plan_bins, step_of, what_is_measured
@@ -19,7 +20,7 @@ from nemo_paced.config import (
     StudentConfig,
     TeacherConfig,
 )
-from nemo_paced.entry.snr import default_out
+from nemo_paced.entry.snr import default_out, show
 from nemo_paced.records import PassRate
 from tests.block_sums import block_sums, snr_record
 
@@ -274,3 +275,26 @@ def test_an_efficiency_does_not_cover_weights_of_exactly_0(estimator, alpha, tol
     text = "\n".join(sentences(found, summarise(found)))
     assert "for the best scale of the weights" in text
     assert told in text if told else "plug_in" not in text
+
+
+def silenced(found, names):
+    """The record with gradients of 0 in these bins."""
+    for index in names:
+        sums = block_sums(np.zeros((40, 5)), np.arange(40) % 20)
+        found.bins[index] = replace(found.bins[index], sums=sums)
+    return found
+
+
+def test_bins_whose_gradients_are_all_0_have_no_ratio(tmp_path):
+    found = silenced(snr_record(lambda p: 0.5, lambda p: 1.0), [9])
+    summary = summarise(found)
+    assert summary.rows[9].found is None and summary.high_end.pass_rate == 0.85
+    assert table_rows(summary)[10][2] == "40/400"
+    assert "no SNR in 0.90-1.00: the gradients" in "\n".join(sentences(found, summary))
+    found = silenced(found, range(10))
+    summary = summarise(found)
+    assert summary.low_end is summary.high_end is summary.deviation is summary.snr_law is None
+    text = "\n".join(sentences(found, summary))
+    assert "nan" not in text and "NOT" not in text
+    found.write(tmp_path / "snr.json", summary.to_dict())
+    show(tmp_path / "snr.json", Console())
