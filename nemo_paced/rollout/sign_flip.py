@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-STEPS = 960  # that differences are counted in: exact for k up to 6, and for 8, 10, 12, 16, 32, 64
+# That differences are counted in: exact for k up to 6, and for 8, 10, 12, 16, 32, 64. A metric of
+# lm-eval whose values are above 1 gets as many for its largest difference: memory follows them.
+STEPS = 960
 
 
 def sign_flip_p_value(differences: Sequence[float]) -> float:
@@ -17,7 +19,9 @@ def sign_flip_p_value(differences: Sequence[float]) -> float:
     Of one answer a problem this is McNemar's exact test. Fewer than 6 changed problems never reach
     0.05.
     """
-    steps = [step for value in differences if (step := round(value * STEPS))]
+    largest = max((abs(value) for value in differences), default=0.0)
+    scale = STEPS / max(1.0, largest)
+    steps = [step for value in differences if (step := round(value * scale))]
     unit = math.gcd(*steps)  # of k = 1 all steps are one size
     sizes = [abs(step) // unit for step in steps]
     total, observed = sum(sizes), abs(sum(steps)) // (unit or 1)

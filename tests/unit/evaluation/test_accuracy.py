@@ -93,6 +93,14 @@ def test_the_exact_test_counts_all_ways_to_swap_the_models(k):
     assert sign_flip_p_value(differences) == pytest.approx(statistics.fmean(far))
 
 
+def test_the_exact_test_of_large_values_takes_no_more_memory():
+    """A score of lm-eval may be of any size; this one would have asked for terabytes."""
+    differences = [0.25, -0.5, 1.0, 0.75, 0.5, 1.0, 0.25]
+    large = [1e12 * value + 1 for value in differences]  # without a large common divisor
+    assert sign_flip_p_value(large) == sign_flip_p_value(differences) < 0.1
+    assert sign_flip_p_value([]) == sign_flip_p_value([0.0, 0.0]) == 1
+
+
 def test_few_changed_problems_show_nothing_and_have_no_interval_of_no_width():
     def lost(changed, count):
         right = graded({str(i): [1] for i in range(count)})
