@@ -17,13 +17,17 @@ from nemo_paced.analysis.gradients import GradientMeter
 from nemo_paced.analysis.snr_driver import Block, SnrDriver
 from nemo_paced.analysis.snr_plan import is_hf, step_of, what_is_measured
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import PacedGPTModel, build_chunks, load_hf_config
+from nemo_paced.hf.model import (
+    PacedGPTModel,
+    build_chunks,
+)
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.link import MESSAGE_TIMEOUT_S
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
-from nemo_paced.rollout.refit import write_weights
+from nemo_paced.rollout.weight_files import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.training import checkpoint
 from nemo_paced.training.loop import with_cache_folder

@@ -18,7 +18,7 @@ from nemo_paced.config import (
 )
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.model import load_hf_config
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.records import PassRate
 from nemo_paced.training.checkpoint import PASS_RATES_FILE
 from nemo_paced.training.checkpoint_files import STATE_FILE, read_state

@@ -151,7 +151,7 @@ def import_hf(arguments: list[str]) -> None:
 
 def export_hf(arguments: list[str]) -> None:
     (source, out_dir), overrides = _two_paths(arguments, "export-hf CHECKPOINT_DIR HF_DIR")
-    from nemo_paced.training.convert import find_checkpoint
+    from nemo_paced.training.checkpoint_files import find_checkpoint
 
     checkpoint = find_checkpoint(source)
     if not overrides:  # composing would import NeMo

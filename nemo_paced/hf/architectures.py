@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf import rows
 from nemo_paced.hf.rows import Row
@@ -278,3 +279,9 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
         )
     _require(parameters, _LLAMA3, f"{where}: rope scaling llama3")
     return float(base), parameters
+
+
+def padded_vocab_size(rows: int, model: ModelConfig) -> int:
+    """Rows of the embedding after padding: the same number on every tensor-parallel rank."""
+    multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
+    return -(-rows // multiple) * multiple

@@ -1,13 +1,31 @@
-"""What a Hugging Face directory holds, without loading it: its context and which model it is."""
+"""What a Hugging Face directory holds, without loading weights: configuration and identity."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
+
+from nemo_paced.errors import ConfigError
 
 _BLOCK = 1 << 20
 _BLOCKS = 64
+
+
+def load_hf_config(hf_dir: str | Path) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face directory.
+
+    Raises:
+        ConfigError: it is missing or no JSON.
+    """
+    path = Path(hf_dir) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: give a Hugging Face model directory") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
 
 
 def context_length(hf_dir: str | Path) -> int | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nemo_paced.config import ModelConfig, Precision, Recompute
-from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.architectures import Architecture, padded_vocab_size
 from nemo_paced.hf.attention import CoreAttention
 from nemo_paced.hf.experts import experts_config
 from nemo_paced.hf.rows import Layout, Row
@@ -80,27 +77,6 @@ class PacedGPTModel(GPTModel):
     def expert_owner(self, expert: int) -> int:
         """The rank of the expert-parallel group that holds an expert."""
         return expert // self.experts_per_rank
-
-
-def load_hf_config(hf_dir: str | Path) -> dict[str, Any]:
-    """``config.json`` of a Hugging Face directory.
-
-    Raises:
-        ConfigError: it is missing or no JSON.
-    """
-    path = Path(hf_dir) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: give a Hugging Face model directory") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-
-
-def padded_vocab_size(rows: int, model: ModelConfig) -> int:
-    """Rows of the embedding after padding: the same number on every tensor-parallel rank."""
-    multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
-    return -(-rows // multiple) * multiple
 
 
 def build_chunks(

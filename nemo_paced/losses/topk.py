@@ -48,13 +48,6 @@ class TopKTeacher:
     def __getitem__(self, rows: slice | torch.Tensor) -> TopKTeacher:
         return TopKTeacher(self.log_probs[rows], self.ids[rows], self.tail_log_prob[rows])
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Memory or disk of one token's signal."""
-        parts = (self.log_probs, self.ids)
-        k = self.ids.shape[-1]
-        return k * sum(p.element_size() for p in parts) + self.tail_log_prob.element_size()
-
     @staticmethod
     def cat(parts: Sequence[TopKTeacher]) -> TopKTeacher:
         """Along the first axis."""

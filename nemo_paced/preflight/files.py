@@ -9,16 +9,15 @@ from pathlib import Path
 
 from nemo_paced.config import Precision, PrivilegedContext, ReferenceSource, TeacherPlacement
 from nemo_paced.errors import ConfigError, PacedError
-from nemo_paced.hf.model import DTYPES
 from nemo_paced.preflight.findings import Finding, error, warning
 from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.sizing.shapes import ModelShape
-from nemo_paced.teacher.signal import SignalKind
+from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.training import checkpoint_files, schedule
+from nemo_paced.training.checkpoint_files import newest_checkpoint
 from nemo_paced.training.fingerprint import DATA_FILE, check_data
-from nemo_paced.training.loop import newest_checkpoint
 
 GIB = 2**30
 
@@ -135,8 +134,8 @@ def disk(inputs: Inputs) -> Iterator[Finding]:
     folder = config.teacher.cache_dir or (str(run_dir) if cached else None)
     if folder is not None and problems is not None and inputs.teacher is not None:
         kind = SignalKind(config.teacher.top_k, config.loss.temperature, inputs.tokenizer_rows or 0)
-        dtype = DTYPES[config.trainer.compute_precision]
-        token = kind.bytes_per_token(inputs.teacher.hidden_size, dtype)
+        itemsize = config.trainer.compute_precision.itemsize
+        token = kind.bytes_per_token(inputs.teacher.hidden_size, itemsize)
         needed = len(problems) * config.data.max_response_length * token
         if (free := _free(Path(folder))) < needed:
             yield warning(

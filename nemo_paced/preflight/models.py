@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
+from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.model import padded_vocab_size
+from nemo_paced.hf.architectures import Architecture, padded_vocab_size
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.preflight.findings import Finding, error, note, warning
 from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.sizing.flops import Server
 from nemo_paced.sizing.memory import stages_memory
 from nemo_paced.sizing.search import divides
 from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, work_of
-from nemo_paced.training.setup import check_layouts
 
 
 def layouts(inputs: Inputs) -> Iterator[Finding]:
@@ -54,6 +52,47 @@ def layouts(inputs: Inputs) -> Iterator[Finding]:
             check_layouts(config)
         except ConfigError as told:
             yield error("layout", str(told))
+
+
+def check_layouts(config: PacedConfig) -> None:
+    """Whether both models can be cut as asked; from their ``config.json`` alone.
+
+    Raises:
+        ConfigError: a size that does not divide a model, or a key for experts where there are none.
+    """
+    student, teacher = (
+        Architecture.from_config(load_hf_config(path), f"{path}/config.json")
+        for path in (config.student.hf_path, config.teacher_hf_path)
+    )
+    model, teacher_prefix = config.model, "teacher"
+    if config.teacher_model == model:
+        teacher_prefix = "model"
+    for architecture, layout, prefix in (
+        (student, model, "model"),
+        (teacher, config.teacher_model, teacher_prefix),
+    ):
+        architecture.check_layout(
+            layout.tensor_model_parallel_size,
+            layout.pipeline_model_parallel_size,
+            virtual=layout.virtual_pipeline_model_parallel_size,
+            expert=layout.expert_model_parallel_size,
+            sequence_parallel=layout.sequence_parallel,
+            prefix=prefix,
+        )
+    for architecture, size, key in (
+        (student, model.expert_model_parallel_size, "model"),
+        (teacher, config.teacher.expert_model_parallel_size, "teacher"),
+    ):
+        if size > 1 and not architecture.experts:
+            raise ConfigError(
+                f"{key}.expert_model_parallel_size is {size}, and this {architecture.name} has no "
+                "experts: set it to 1 (student and teacher have a key each)"
+            )
+    if model.moe_aux_loss_coeff and not student.experts:
+        raise ConfigError(
+            f"model.moe_aux_loss_coeff is {model.moe_aux_loss_coeff}, and the student "
+            f"({student.name}) has no experts: set it to 0"
+        )
 
 
 def vocabularies(inputs: Inputs) -> Iterator[Finding]:
@@ -185,4 +224,6 @@ def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _gpu_bytes() -> int | None:
+    import torch
+
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None

@@ -1,8 +1,9 @@
 """``rollout.refit=file``: new weights into running servers by way of safetensors files.
 
-Every trainer rank iterates the ``WeightSource`` (a collective); rank 0 writes files to node-local
-memory or disk and drives the servers: pause, start, update with each file, finish, resume. The
-files stay until the next refit, so that a restarted server can get them again.
+Every trainer rank iterates the ``WeightSource`` (a collective) and rank 0 writes files to memory or
+disk of its node (``weight_files.py``); here it drives the servers: pause, start, update with each
+file, finish, resume. The files stay until the next refit, so that a restarted server can get them
+again.
 """
 
 from __future__ import annotations
@@ -11,16 +12,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from nemo_paced.config import RefitBackend
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.rollout.weight_sync import WeightSync
 
-FILE_BYTES = 2**30
 ROUTE_TIMEOUT_S = 30.0
 VERSION_FILE = "version"
 
@@ -34,17 +30,8 @@ def transfer_folder(model_bytes: int) -> tempfile.TemporaryDirectory[str]:
     )
 
 
-def write_weights(source: MegatronWeightSource, folder: Path | None, *, version: int) -> None:
-    """Write the source's weights as safetensors; collective. Only rank 0 has a folder."""
-    if folder is None:
-        for _ in source:  # take part in the gathers
-            pass
-    else:
-        _write(source, folder, version)
-
-
 def written_version(folder: Path) -> str | None:
-    """The version that :func:`write_weights` last wrote; ``None`` before the first."""
+    """The version that :func:`weight_files.write_weights` last wrote; ``None`` before the first."""
     path = folder / VERSION_FILE
     return path.read_text() if path.exists() else None
 
@@ -84,25 +71,3 @@ def send_files(sync: WeightSync, files: list[Path], version: str) -> None:
         sync.update_weights({"path": str(path)})
     sync.finish_weight_update()
     sync.resume()
-
-
-def _write(source: MegatronWeightSource, folder: Path, version: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    pending: dict[str, torch.Tensor] = {}
-    size = count = 0
-
-    def flush() -> None:
-        nonlocal pending, size, count
-        save_file(pending, folder / f"{count:05d}.safetensors")
-        pending, size, count = {}, 0, count + 1
-
-    for name, tensor in source:
-        assert tensor is not None, "rank 0 gets every tensor"
-        pending[name] = tensor.cpu().contiguous()
-        size += tensor.numel() * tensor.element_size()
-        if size >= FILE_BYTES:
-            flush()
-    if pending:
-        flush()
-    (folder / VERSION_FILE).write_text(str(version))

@@ -82,8 +82,15 @@ class Replicas:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def start(self, progress: Callable[[str], None] | None = None) -> None:
+    def start(
+        self,
+        progress: Callable[[str], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Start all servers at once and wait until each is healthy.
+
+        Args:
+            meanwhile: what this thread does before it waits.
 
         Raises:
             RolloutError: one did not start, with the end of its log; the others are stopped.
@@ -91,6 +98,8 @@ class Replicas:
         with ThreadPoolExecutor(len(self.sidecars)) as pool:
             try:
                 started = [pool.submit(s.start, progress) for s in self.sidecars.values()]
+                if meanwhile:
+                    meanwhile()
                 for future in as_completed(started):
                     future.result()
             except BaseException:

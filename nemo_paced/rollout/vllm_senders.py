@@ -23,7 +23,8 @@ from nemo_paced.config import RefitBackend
 from nemo_paced.hf.local_shards import iter_local_shards, shard_dim
 from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel import Parallel
-from nemo_paced.rollout.transfer import Meeting, Sender
+from nemo_paced.rollout.meeting import Meeting
+from nemo_paced.rollout.transfer import Sender
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.rollout.weight_sync import WeightSync
 

@@ -11,6 +11,11 @@ class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return 2 if self is Precision.bf16 else 4
+
 
 class DivergenceKind(Enum):
     """``stages[].divergence``: what is minimised between teacher T and student S.

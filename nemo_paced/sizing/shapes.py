@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nemo_paced.config import ModelConfig, PacedConfig, Precision, Recompute, ResponseSource
+from nemo_paced.config import ModelConfig, PacedConfig, Recompute, ResponseSource
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, Experts
 
@@ -269,7 +269,7 @@ def work_of(
         response=data.max_response_length,
         mean_prompt=mean_prompt,
         mean_response=mean_response,
-        precision_bytes=2 if config.trainer.compute_precision is Precision.bf16 else 4,
+        precision_bytes=config.trainer.compute_precision.itemsize,
         top_k=config.teacher.top_k,
         vocab_multiple=model.make_vocab_size_divisible_by,
         packed=model.packed_sequence_size,

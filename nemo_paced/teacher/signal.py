@@ -15,40 +15,10 @@ import torch
 from nemo_paced.data.packing import MicroBatch
 from nemo_paced.losses.linear_divergence import HiddenTeacher, TopKChunks, default_chunk
 from nemo_paced.losses.topk import TopKTeacher
+from nemo_paced.teacher.kind import SignalKind
 
 # Of one response: hidden states [tokens, h] in the model's dtype, or its top-k.
 ResponseSignal = torch.Tensor | TopKTeacher
-
-
-@dataclass(frozen=True, slots=True)
-class SignalKind:
-    """What crosses from teacher to loss.
-
-    Attributes:
-        top_k: tokens of the top-k; 0: final hidden states, from which the loss is exact.
-        temperature: of the distribution that a top-k is cut from.
-        vocab_size: the true vocabulary.
-    """
-
-    top_k: int
-    temperature: float
-    vocab_size: int
-
-    def identity(self) -> dict[str, float]:
-        """What decides a signal beyond the model: hidden states depend on nothing else."""
-        if not self.top_k:
-            return {"top_k": 0}
-        return {
-            "top_k": self.top_k,
-            "temperature": self.temperature,
-            "vocab_size": self.vocab_size,
-        }
-
-    def bytes_per_token(self, hidden_size: int, dtype: torch.dtype) -> int:
-        """Of the signal of one response token."""
-        if self.top_k:
-            return TopKTeacher.empty(self.top_k, torch.device("cpu")).bytes_per_token
-        return hidden_size * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

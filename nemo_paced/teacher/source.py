@@ -16,10 +16,15 @@ from nemo_paced.data.packing import Cut, TrainItem, cut_batch, rank_items
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.teacher.fp8 import Fp8Choice
+from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.teacher.placement import HeldTeacher
 from nemo_paced.teacher.remote import RemoteTeacher
 from nemo_paced.teacher.reshard import OneWorld, exchange, routes
-from nemo_paced.teacher.signal import ResponseSignal, SignalKind, TeacherSignal, cut_top_k
+from nemo_paced.teacher.signal import (
+    ResponseSignal,
+    TeacherSignal,
+    cut_top_k,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class TeacherSource:
     @property
     def bytes_per_token(self) -> int:
         """Of the signal of one response token."""
-        return self.kind.bytes_per_token(self.hidden_size, self.dtype)
+        return self.kind.bytes_per_token(self.hidden_size, self.dtype.itemsize)
 
     def signal(self, items: Sequence[TrainItem], *, stored: bool) -> tuple[TeacherSignal, int]:
         """The signal of a global batch, and of how many responses it came from the cache.

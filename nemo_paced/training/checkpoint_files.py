@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_paced.config import CheckpointCallbackParams
-from nemo_paced.errors import CheckpointError
+from nemo_paced.config import CheckpointCallbackParams, PacedConfig
+from nemo_paced.errors import CheckpointError, PacedError
+from nemo_paced.training.fingerprint import check_config
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,38 @@ def newest_whole(run_dir: Path) -> Path | None:
             return directory
         logger.warning("checkpoint %s is damaged (%s): trying the one before", directory, found)
     return None
+
+
+def find_checkpoint(source: Path) -> Path:
+    """``source`` itself if it is a checkpoint, else the newest whole one of the run directory."""
+    if (source / "metadata.json").exists():  # Megatron's; a run directory may hold an export hf/
+        return source
+    found = newest_whole(source)
+    if found is None:
+        raise CheckpointError(
+            f"{source} is no checkpoint and holds no whole one: give RUN/checkpoints/step_... or a "
+            "run directory"
+        )
+    return found
+
+
+def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
+    """The checkpoint to resume from, after checking that its run was configured alike."""
+    if not checkpoints(run_dir):
+        return None
+    if not config.exp_manager.resume_if_exists:
+        raise PacedError(
+            f"{run_dir} holds checkpoints and exp_manager.resume_if_exists is false: choose "
+            "another exp_manager.name, or let it resume"
+        )
+    found = newest_whole(run_dir)
+    if found is None:
+        raise CheckpointError(
+            f"none of the checkpoints of {run_dir} is whole: remove them to start anew, or choose "
+            "another exp_manager.name"
+        )
+    check_config(read_state(found).config, config, found)
+    return found
 
 
 def prune(run_dir: Path, keep: CheckpointCallbackParams) -> None:

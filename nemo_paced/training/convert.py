@@ -14,13 +14,17 @@ from pathlib import Path
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, PacedConfig, Precision
-from nemo_paced.errors import CheckpointError, ConfigError
+from nemo_paced.errors import ConfigError
 from nemo_paced.hf import export_weights
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import PacedGPTModel, build_chunks, load_hf_config
+from nemo_paced.hf.model import (
+    PacedGPTModel,
+    build_chunks,
+)
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint
-from nemo_paced.training.checkpoint_files import newest_whole
+from nemo_paced.training.checkpoint_files import find_checkpoint
 from nemo_paced.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -133,19 +137,6 @@ def _progress(what: str, parallel: Parallel) -> Iterator[Callable[[int, int], No
 
     with bar:
         yield advance
-
-
-def find_checkpoint(source: Path) -> Path:
-    """``source`` itself if it is a checkpoint, else the newest whole one of the run directory."""
-    if (source / "metadata.json").exists():  # Megatron's; a run directory may hold an export hf/
-        return source
-    found = newest_whole(source)
-    if found is None:
-        raise CheckpointError(
-            f"{source} is no checkpoint and holds no whole one: give RUN/checkpoints/step_... or a "
-            "run directory"
-        )
-    return found
 
 
 def _dtype(directory: Path) -> Precision:

@@ -64,10 +64,10 @@ class Driver:
 
     def find_references(self, log: RunLog) -> None:
         """Stored responses, sampled from the teacher where they are needed and missing."""
-        self.bar = log.bar
+        self.log = log
         if self.config.needs_references:
             self.references = load_references(
-                self.config, self.problems, self.prompts, self.run_dir, self.bar
+                self.config, self.problems, self.prompts, self.run_dir, log.bar, log.open_loggers
             )
 
     def start_servers(self) -> None:
@@ -77,8 +77,9 @@ class Driver:
                 self.config,
                 self.run_dir,
                 self.prompts,
-                prepare.server_notes(self.bar),
+                prepare.server_notes(self.log.bar),
                 beside_trainer=True,
+                meanwhile=self.log.open_loggers,
             )
         )
 
@@ -104,7 +105,7 @@ class Driver:
     def estimate_pass_rates(self, step: int) -> None:
         """Pass rates and weights anew with the student as it is served."""
         self.table = prepare.estimate_pass_rates(
-            self.config, self.problems, self.sampler, self.run_dir, step=step, bar=self.bar
+            self.config, self.problems, self.sampler, self.run_dir, step=step, bar=self.log.bar
         )
 
     def batch(self, step: int, consumed: int, stage: StageConfig) -> Batch:
@@ -168,7 +169,7 @@ class Driver:
         missing = [item for item in items if not cache.has(item)]
         logger.info("teacher cache: %d of %d responses to compute", len(missing), len(items))
         size = self.config.model.global_batch_size
-        with prepare.bar_task(self.bar, "teacher signals", len(missing)) as advance:
+        with prepare.bar_task(self.log.bar, "teacher signals", len(missing)) as advance:
             for begin in range(0, len(missing), size):
                 yield Batch(missing[begin : begin + size], {})
                 advance(min(begin + size, len(missing)), len(missing))
@@ -196,7 +197,9 @@ class Driver:
 
     def validate(self, step: int) -> dict[str, float]:
         """mean@k of the served student on the held-out problems."""
-        with prepare.bar_task(self.bar, f"validation at step {step}", len(self.validation)) as on:
+        with prepare.bar_task(
+            self.log.bar, f"validation at step {step}", len(self.validation)
+        ) as on:
             rollouts = self.sampler.sample(
                 self.validation,
                 purpose="validation",
@@ -220,7 +223,7 @@ class Driver:
             table = found.reweighted(self.config.weights)
         else:
             return prepare.estimate_pass_rates(
-                self.config, self.problems, self.sampler, self.run_dir, step=0, bar=self.bar
+                self.config, self.problems, self.sampler, self.run_dir, step=0, bar=self.log.bar
             )
         prepare.save_table(table, self.run_dir, table.rows[0].student_step)
         return table

@@ -34,9 +34,10 @@ from nemo_paced.config import Fp8Config, OptimBackend, PacedConfig, TeacherPlace
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.model import PacedGPTModel, load_hf_config
+from nemo_paced.hf.directory import load_hf_config
+from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel import Parallel
-from nemo_paced.rollout.refit import write_weights
+from nemo_paced.rollout.weight_files import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.training.setup import Models, build_models
 from nemo_paced.training.teacher_setup import WeightReader

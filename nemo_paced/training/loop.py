@@ -20,19 +20,18 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement, WeightSwap
-from nemo_paced.errors import CheckpointError, PacedError, Stopped, WeightsLost
+from nemo_paced.errors import PacedError, Stopped, WeightsLost
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import Parallel
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.training import checkpoint, schedule, stop
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
-from nemo_paced.training.checkpoint_files import checkpoints, newest_whole, read_state
+from nemo_paced.training.checkpoint_files import newest_checkpoint
 from nemo_paced.training.driver import Driver
 from nemo_paced.training.environment import record_preparation, record_start
 from nemo_paced.training.exchange import BatchExchange
 from nemo_paced.training.faults import Guard, RunStopped, Watch
-from nemo_paced.training.fingerprint import check_config
 from nemo_paced.training.progress import RunLog
 from nemo_paced.training.refit import Refit
 from nemo_paced.training.schedule import Stage
@@ -96,25 +95,6 @@ def with_cache_folder(config: PacedConfig, run_dir: Path) -> PacedConfig:
     if teacher.placement is not TeacherPlacement.cached or teacher.cache_dir is not None:
         return config
     return replace(config, teacher=replace(teacher, cache_dir=str(run_dir / "teacher_cache")))
-
-
-def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
-    """The checkpoint to resume from, after checking that its run was configured alike."""
-    if not checkpoints(run_dir):
-        return None
-    if not config.exp_manager.resume_if_exists:
-        raise PacedError(
-            f"{run_dir} holds checkpoints and exp_manager.resume_if_exists is false: choose "
-            "another exp_manager.name, or let it resume"
-        )
-    found = newest_whole(run_dir)
-    if found is None:
-        raise CheckpointError(
-            f"none of the checkpoints of {run_dir} is whole: remove them to start anew, or choose "
-            "another exp_manager.name"
-        )
-    check_config(read_state(found).config, config, found)
-    return found
 
 
 def agreed_checkpoint(config: PacedConfig, run_dir: Path, parallel: Parallel) -> Path | None:

@@ -53,6 +53,7 @@ def student_sampler(
     *,
     beside_trainer: bool = False,
     max_model_len: int | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Sampler:
     return Sampler(
         config,
@@ -63,6 +64,7 @@ def student_sampler(
         prompt_limit=config.data.max_prompt_length,
         max_model_len=max_model_len,
         notify=notify,
+        meanwhile=meanwhile,
         trainer_gpus=config.trainer.devices if beside_trainer else 0,
     )
 

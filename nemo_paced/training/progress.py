@@ -56,6 +56,7 @@ class RunLog:
         self.first_step = first_step
         self.enabled = enabled
         self.bar = progress_bar(enabled=enabled)
+        self._loggers: Loggers | None = None
         self._train_task: TaskID | None = None
         self._began = 0.0
 
@@ -65,14 +66,22 @@ class RunLog:
             self._metrics = MetricsFile(
                 self.run_dir / "metrics.jsonl", next_step=self.first_step + 1
             )
-            self._loggers: Loggers = open_loggers(self.config, self.run_dir)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
         if self.enabled:
             self._metrics.close()
-            self._loggers.close()
+            if self._loggers is not None:
+                self._loggers.close()
+
+    def open_loggers(self) -> None:
+        """What importing NeMo takes seconds for: rank 0 does it while servers start.
+
+        Nothing where they are open.
+        """
+        if self.enabled and self._loggers is None:
+            self._loggers = open_loggers(self.config, self.run_dir)
 
     def step(self, line: dict[str, Any]) -> None:
         """Record one step everywhere; the loggers get every n-th and each one with a validation."""
@@ -82,6 +91,8 @@ class RunLog:
         step, every = line["step"], self.config.trainer.log_every_n_steps
         if step % every == 0 or "validation/accuracy" in line:
             numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float))}
+            self.open_loggers()
+            assert self._loggers is not None, "opened just now"
             self._loggers.log_metrics(numbers, step)
         self._advance(line)
 

@@ -47,7 +47,12 @@ Sample = Callable[[Sequence[Problem], Mapping[str, int]], list[Rollout]]
 
 
 def load_references(
-    config: PacedConfig, problems: Sequence[Problem], prompts: Prompts, run_dir: Path, bar: Progress
+    config: PacedConfig,
+    problems: Sequence[Problem],
+    prompts: Prompts,
+    run_dir: Path,
+    bar: Progress,
+    meanwhile: Callable[[], None] | None = None,
 ) -> dict[str, Response]:
     """The stored response of every problem but the dropped ones, made first where it is missing.
 
@@ -61,7 +66,7 @@ def load_references(
     if source is ReferenceSource.file:
         path = Path(config.references.path or "")
     elif not _is_made(config, run_dir):
-        sample_references(config, problems, prompts, run_dir, bar)
+        sample_references(config, problems, prompts, run_dir, bar, meanwhile)
     found = read_references(path, problems, prompts)
     if dropped := sum(problem.id not in found for problem in problems):
         logger.info(
@@ -83,9 +88,18 @@ def to_be_sampled(config: PacedConfig, run_dir: Path) -> bool:
 
 
 def sample_references(
-    config: PacedConfig, problems: Sequence[Problem], prompts: Prompts, run_dir: Path, bar: Progress
+    config: PacedConfig,
+    problems: Sequence[Problem],
+    prompts: Prompts,
+    run_dir: Path,
+    bar: Progress,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Path:
-    """Ask the teacher, which sees the privileged context, and write references.jsonl."""
+    """Ask the teacher, which sees the privileged context, and write references.jsonl.
+
+    Args:
+        meanwhile: what is done while the teacher's servers start.
+    """
     settings = config.references
     sampling = SamplingSettings(
         num_samples=1,
@@ -108,7 +122,7 @@ def sample_references(
                 progress=advance,
             )
 
-    with _teacher_sampler(config, run_dir, prompts, bar) as sampler:
+    with _teacher_sampler(config, run_dir, prompts, bar, meanwhile) as sampler:
         found = list(_choose(problems, sample, settings))
     path = run_dir / REFERENCES_FILE
     write_references(path, found)
@@ -210,7 +224,11 @@ def _from_solution(problem: Problem, prompts: Prompts) -> Response:
 
 
 def _teacher_sampler(
-    config: PacedConfig, run_dir: Path, prompts: Prompts, bar: Progress
+    config: PacedConfig,
+    run_dir: Path,
+    prompts: Prompts,
+    bar: Progress,
+    meanwhile: Callable[[], None] | None,
 ) -> Sampler:
     """Served by ``references.endpoints``, else by servers of our own while they are needed."""
     endpoints = list(config.references.endpoints)
@@ -231,4 +249,5 @@ def _teacher_sampler(
         log_path=run_dir / "logs" / "teacher_server.log",
         prompt_limit=config.data.max_teacher_prompt_length,
         notify=server_notes(bar),
+        meanwhile=meanwhile,
     )

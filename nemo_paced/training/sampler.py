@@ -25,13 +25,13 @@ from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.backends import choose_backend
 from nemo_paced.rollout.client import RolloutClient
 from nemo_paced.rollout.grading import Grader
+from nemo_paced.rollout.meeting import Meeting
 from nemo_paced.rollout.refit import check_weight_routes, transfer_folder
 from nemo_paced.rollout.replicas import Replicas
 from nemo_paced.rollout.sampling import SamplingSettings, sample_rollouts
 from nemo_paced.rollout.server_weights import ServerWeights
 from nemo_paced.rollout.sidecar import gpu_count
 from nemo_paced.rollout.store import RolloutStore
-from nemo_paced.rollout.transfer import Meeting
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Sampler:
         prompt_limit: longest prompt in tokens; with the response limit the server's context.
         trainer_gpus: of this node, which a trainer uses meanwhile.
         max_model_len: the server's context, instead.
+        meanwhile: what is done while servers of ours start, or at once where others run.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Sampler:
         prompt_limit: int,
         max_model_len: int | None = None,
         notify: Callable[[str], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
         trainer_gpus: int = 0,
     ) -> None:
         self.config = config
@@ -73,6 +75,7 @@ class Sampler:
         self.prompt_limit = prompt_limit
         self.max_model_len = max_model_len
         self.notify = notify
+        self.meanwhile = meanwhile
         self.trainer_gpus = trainer_gpus
         self.replicas: Replicas | None = None
         self._stack = ExitStack()
@@ -84,6 +87,8 @@ class Sampler:
             self.grader = stack.enter_context(Grader(self.config.grading))
             folder = Path(stack.enter_context(transfer_folder(_size(self.model_dir))))
             if self.config.rollout.endpoints:
+                if self.meanwhile:
+                    self.meanwhile()
                 endpoints, self.api_key = list(self.config.rollout.endpoints), given_key()
                 hosts = [urlsplit(endpoint).hostname or "" for endpoint in endpoints]
                 backend = choose_backend(self.config.rollout, gpu_count(), hosts)
@@ -98,7 +103,7 @@ class Sampler:
                         max_model_len=self.max_model_len,
                     )
                 )
-                self.replicas.start(progress=self.notify)
+                self.replicas.start(progress=self.notify, meanwhile=self.meanwhile)
                 endpoints, self.api_key = self.replicas.endpoints, self.replicas.api_key
                 backend = self.replicas.backend
             self.client = self._new_client(endpoints)

@@ -9,9 +9,8 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nemo_paced.config import PacedConfig, to_dict
-from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.model import build_chunks, load_hf_config
+from nemo_paced.hf.directory import load_hf_config
+from nemo_paced.hf.model import build_chunks
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint
@@ -70,47 +69,6 @@ class Models:
             hf_dir=Path(self.config.student.hf_path),
             keep=self.config.exp_manager.checkpoint_callback_params,
             background=background,
-        )
-
-
-def check_layouts(config: PacedConfig) -> None:
-    """Whether both models can be cut as asked; from their ``config.json`` alone.
-
-    Raises:
-        ConfigError: a size that does not divide a model, or a key for experts where there are none.
-    """
-    student, teacher = (
-        Architecture.from_config(load_hf_config(path), f"{path}/config.json")
-        for path in (config.student.hf_path, config.teacher_hf_path)
-    )
-    model, teacher_prefix = config.model, "teacher"
-    if config.teacher_model == model:
-        teacher_prefix = "model"
-    for architecture, layout, prefix in (
-        (student, model, "model"),
-        (teacher, config.teacher_model, teacher_prefix),
-    ):
-        architecture.check_layout(
-            layout.tensor_model_parallel_size,
-            layout.pipeline_model_parallel_size,
-            virtual=layout.virtual_pipeline_model_parallel_size,
-            expert=layout.expert_model_parallel_size,
-            sequence_parallel=layout.sequence_parallel,
-            prefix=prefix,
-        )
-    for architecture, size, key in (
-        (student, model.expert_model_parallel_size, "model"),
-        (teacher, config.teacher.expert_model_parallel_size, "teacher"),
-    ):
-        if size > 1 and not architecture.experts:
-            raise ConfigError(
-                f"{key}.expert_model_parallel_size is {size}, and this {architecture.name} has no "
-                "experts: set it to 1 (student and teacher have a key each)"
-            )
-    if model.moe_aux_loss_coeff and not student.experts:
-        raise ConfigError(
-            f"model.moe_aux_loss_coeff is {model.moe_aux_loss_coeff}, and the student "
-            f"({student.name}) has no experts: set it to 0"
         )
 
 

@@ -14,22 +14,21 @@ import torch
 from nemo_paced.config import ModelConfig, PacedConfig, TeacherPlacement, to_dict
 from nemo_paced.data.packing import Cut
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture
+from nemo_paced.hf.architectures import Architecture, padded_vocab_size
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_head, load_hf_weights
 from nemo_paced.hf.model import (
     DTYPES,
     PacedGPTModel,
     build_chunks,
-    load_hf_config,
-    padded_vocab_size,
 )
 from nemo_paced.parallel import Parallel, RankGrid, beside
 from nemo_paced.teacher.cache import SignalCache, model_identity
 from nemo_paced.teacher.fp8 import Fp8Choice, choose_fp8, load_teacher_gpt, sequence_multiple
+from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.teacher.model import HiddenStates, Teacher
 from nemo_paced.teacher.placement import HeldTeacher
 from nemo_paced.teacher.remote import RemoteTeacher, serve
-from nemo_paced.teacher.signal import SignalKind
 from nemo_paced.teacher.source import TeacherSource
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,10 @@ largest near 0.15 and 0.85. Decisions only: nothing here samples.
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import betaln, gammaln
 
 from nemo_paced.config import WeightsConfig
 from nemo_paced.weights.posterior import (
-    log_beta,
-    log_gamma,
     posterior_variance,
     posterior_weights,
 )
@@ -66,10 +65,8 @@ def variance_reduction(
     right = num_correct[:, None] + more
     total = np.broadcast_to(num_rollouts[:, None] + num_more, right.shape)
     a, b = num_correct[:, None] + prior[0], (num_rollouts - num_correct)[:, None] + prior[1]
-    choose = (
-        log_gamma(np.array(num_more + 1.0)) - log_gamma(more + 1) - log_gamma(num_more - more + 1)
-    )
-    probability = np.exp(choose + log_beta(a + more, b + num_more - more) - log_beta(a, b))
+    choose = gammaln(num_more + 1) - gammaln(more + 1) - gammaln(num_more - more + 1)
+    probability = np.exp(choose + betaln(a + more, b + num_more - more) - betaln(a, b))
     after = posterior_weights(right, total, alpha, beta, prior)
     now = posterior_weights(num_correct, num_rollouts, alpha, beta, prior)
     return (probability * after**2).sum(1) - now**2

@@ -6,10 +6,10 @@ the kernel at the estimate then drops it for good. Its posterior mean has no har
 
 from __future__ import annotations
 
-from math import exp, lgamma
+from math import exp
 
 import numpy as np
-import torch
+from scipy.special import betaln
 
 
 def posterior_weight(
@@ -28,11 +28,7 @@ def posterior_weight(
         prior: a0, b0, both above 0.
     """
     a, b = num_correct + prior[0], num_rollouts - num_correct + prior[1]
-    return exp(_log_beta(a + alpha, b + beta) - _log_beta(a, b))
-
-
-def _log_beta(a: float, b: float) -> float:
-    return lgamma(a) + lgamma(b) - lgamma(a + b)
+    return float(exp(betaln(a + alpha, b + beta) - betaln(a, b)))
 
 
 def posterior_weights(
@@ -44,7 +40,7 @@ def posterior_weights(
 ) -> np.ndarray:
     """:func:`posterior_weight` of many problems at once: float64 arrays of one shape."""
     a, b = num_correct + prior[0], num_rollouts - num_correct + prior[1]
-    return np.exp(log_beta(a + alpha, b + beta) - log_beta(a, b))
+    return np.exp(betaln(a + alpha, b + beta) - betaln(a, b))
 
 
 def posterior_variance(
@@ -57,12 +53,3 @@ def posterior_variance(
     """Var[p^alpha (1-p)^beta | c of K correct]: the square of a weight has twice the exponents."""
     second = posterior_weights(num_correct, num_rollouts, 2 * alpha, 2 * beta, prior)
     return second - posterior_weights(num_correct, num_rollouts, alpha, beta, prior) ** 2
-
-
-def log_beta(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """log B(a, b), elementwise in float64."""
-    return log_gamma(a) + log_gamma(b) - log_gamma(a + b)
-
-
-def log_gamma(x: np.ndarray) -> np.ndarray:
-    return torch.special.gammaln(torch.as_tensor(x, dtype=torch.float64)).numpy()

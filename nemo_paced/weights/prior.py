@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+from scipy.special import digamma
 
 # Where all problems are alike the likelihood has its maximum at infinity, where none is in the
 # middle at 0: a prior of a thousand rollouts, or of a hundredth of one, is as far as counts go.
@@ -28,7 +28,7 @@ def fit_prior(num_correct: np.ndarray, num_rollouts: np.ndarray) -> tuple[float,
     right, wrong = counts[:, 0], counts[:, 1] - counts[:, 0]
 
     def excess(seen: np.ndarray, start: float) -> float:
-        return float(repeats @ (_digamma(seen + start) - _digamma(np.array(start))))
+        return float(repeats @ (digamma(seen + start) - digamma(start)))
 
     a, b = 1.0, 1.0
     for _ in range(MAX_STEPS):
@@ -40,7 +40,3 @@ def fit_prior(num_correct: np.ndarray, num_rollouts: np.ndarray) -> tuple[float,
         if moved < TOLERANCE:
             break
     return a, b
-
-
-def _digamma(x: np.ndarray) -> np.ndarray:
-    return torch.special.digamma(torch.as_tensor(x, dtype=torch.float64)).numpy()

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from scipy.special import betaln
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.weights.beta_kernel import beta_weight
-from nemo_paced.weights.posterior import log_beta
 
 Values = TypeVar("Values", float, np.ndarray)
 
@@ -141,7 +141,7 @@ def variance_ratio(
                 f"variance ratio: {name} is {value:g}: unweighted, the gradient would have "
                 "infinite variance; it must be above -1"
             )
-    weighted, mean, unweighted = log_beta(
+    weighted, mean, unweighted = betaln(
         np.array([2 * alpha + g1 + 1, alpha + 1, g1 + 1]),
         np.array([2 * beta + g2 + 1, beta + 1, g2 + 1]),
     )

@@ -14,9 +14,11 @@ from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, PacedConfig, Precision, TrainerConfig
 from nemo_paced.entry import commands
 from nemo_paced.errors import CheckpointError, ConfigError
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_chunks, load_hf_config
+from nemo_paced.hf.model import build_chunks
 from nemo_paced.training import checkpoint, convert
+from nemo_paced.training.checkpoint_files import find_checkpoint
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 
@@ -214,4 +216,4 @@ def test_an_interrupted_export_leaves_a_temporary_folder_that_the_next_replaces(
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is no checkpoint and holds no whole one: give RUN"):
-        convert.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)

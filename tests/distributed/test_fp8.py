@@ -10,8 +10,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import Fp8Config, Fp8Recipe, ModelConfig, Precision
 from nemo_paced.errors import ConfigError
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_chunks, load_hf_config
+from nemo_paced.hf.model import build_chunks
 from nemo_paced.pipeline import run_schedule
 from nemo_paced.teacher import fp8 as fp8_module
 from nemo_paced.teacher.fp8 import choose_fp8, load_teacher_gpt

@@ -8,8 +8,9 @@ import torch
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.analysis.gradients import GradientMeter
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_chunks, load_hf_config
+from nemo_paced.hf.model import build_chunks
 from nemo_paced.losses.options import Divergence
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training.teacher_setup import build_teacher, common_rows

@@ -6,9 +6,10 @@ import torch
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import ConfigError
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.export_weights import export_hf
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_chunks, load_hf_config
+from nemo_paced.hf.model import build_chunks
 from nemo_paced.pipeline import run_schedule
 from tests.distributed.harness import run_ranks
 from tests.tiny import FAMILIES, MOE_FAMILIES, hf_logits, make_hf_model

@@ -12,9 +12,10 @@ from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf import export_weights
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.export_weights import export_hf
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_chunks, load_hf_config
+from nemo_paced.hf.model import build_chunks
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from nemo_paced.config import ModelConfig, OptimConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.model import load_hf_config
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training import checkpoint, convert
 from tests.distributed.harness import assert_same_steps, run_ranks

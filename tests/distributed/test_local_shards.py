@@ -6,9 +6,10 @@ from safetensors.torch import load_file
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision, RefitBackend
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_chunks, load_hf_config
-from nemo_paced.rollout.transfer import Meeting
+from nemo_paced.hf.model import build_chunks
+from nemo_paced.rollout.meeting import Meeting
 from nemo_paced.rollout.vllm_senders import EverywhereSource, ShardSource, init_info
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model

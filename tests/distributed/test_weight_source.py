@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import build_chunks, load_hf_config
+from nemo_paced.hf.model import build_chunks
 from nemo_paced.rollout.weight_source import MegatronWeightSource, ParamMeta
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model

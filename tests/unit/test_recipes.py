@@ -38,7 +38,7 @@ def test_a_recipe_fits_its_gpus_by_plan(name, capsys):
 
 
 def test_shapes_are_those_that_the_models_are_published_with():
-    from nemo_paced.hf.model import load_hf_config
+    from nemo_paced.hf.directory import load_hf_config
     from nemo_paced.sizing.shapes import ModelShape
     from tests.unit.sizing import shapes
 

@@ -3,7 +3,7 @@ from safetensors import safe_open
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.model import load_hf_config
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.rows import Layout
 from tests.tiny import make_hf_model
 

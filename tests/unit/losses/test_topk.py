@@ -101,13 +101,6 @@ def test_minus_infinity_and_a_whole_vocabulary_on_top_are_no_tail():
         assert student.grad.isfinite().all()
 
 
-def test_bytes_per_token_are_those_of_its_tensors():
-    top = TopKTeacher.from_logits(torch.randn(5, 100), 64)
-    held = [top.log_probs, top.ids, top.tail_log_prob]
-    assert top.bytes_per_token * 5 == sum(x.numel() * x.element_size() for x in held)
-    assert top.bytes_per_token == 64 * 8 + 4
-
-
 @pytest.mark.parametrize("k", [0, 56])
 def test_an_impossible_k_is_named(k):
     with pytest.raises(ValueError, match=f"k is {k}"):

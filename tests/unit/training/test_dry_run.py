@@ -71,9 +71,9 @@ def test_a_recipe_of_16_ranks_runs_dry_in_less_than_a_minute(models, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 60
-    assert "rank 0 of 16 (stage 0): 2 layers" in done.stdout
-    assert "rank 8 of 16 (stage 1): 2 layers" in done.stdout
-    assert "12 problems" in done.stdout and "went through" in done.stdout
+    assert "rank 0 of 16 (stage 0): 2 layers" in done.stderr
+    assert "rank 8 of 16 (stage 1): 2 layers" in done.stderr
+    assert "12 problems" in done.stderr and "went through" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

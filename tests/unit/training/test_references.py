@@ -3,6 +3,7 @@ the teacher behind the client is scripted, since its verdicts have to be known."
 
 import dataclasses
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def load(config, run_dir):
     return found, {row["id"]: row for row in map(json.loads, lines)}
 
 
-def test_wrong_references_are_kept_unless_told_otherwise(make_config, tmp_path, teacher, capsys):
+def test_wrong_references_are_kept_unless_told_otherwise(make_config, tmp_path, teacher, caplog):
+    caplog.set_level(logging.INFO, "nemo_paced")
     found, rows = load(make_config(), tmp_path / "run")
     assert set(found) == set(rows) == set(TRUE_RATES)
     right = sum(row["correct"] for row in rows.values())
@@ -113,13 +115,14 @@ def test_wrong_references_are_kept_unless_told_otherwise(make_config, tmp_path, 
     assert teacher[1][0].samples_asked == 24
     assert (
         f"{right} of 24 teacher responses are right, 0 of them at a later attempt; {24 - right} "
-        "wrong ones are kept; 0 truncated; 24 sampled" in capsys.readouterr().out
+        "wrong ones are kept; 0 truncated; 24 sampled" in caplog.text
     )
 
 
 def test_resampling_stops_at_the_first_right_one_and_keeps_what_stays_wrong(
-    make_config, tmp_path, teacher, capsys
+    make_config, tmp_path, teacher, caplog
 ):
+    caplog.set_level(logging.INFO, "nemo_paced")
     kept, first = load(make_config(), tmp_path / "kept")
     found, rows = load(make_config(RESAMPLE, 6), tmp_path / "run")
     assert set(found) == set(TRUE_RATES)
@@ -131,10 +134,7 @@ def test_resampling_stops_at_the_first_right_one_and_keeps_what_stays_wrong(
     attempts = [row["attempts"] for row in rows.values()]
     assert teacher[1][1].samples_asked == sum(attempts) and len(set(attempts)) > 2
     later = sum(row["correct"] and row["attempts"] > 1 for row in rows.values())
-    assert (
-        f"{later} of them at a later attempt; {len(wrong)} wrong ones are kept"
-        in capsys.readouterr().out
-    )
+    assert f"{later} of them at a later attempt; {len(wrong)} wrong ones are kept" in caplog.text
 
 
 @pytest.mark.parametrize("break_after", [0, 10, 24, 30, 45])

@@ -1,0 +1,41 @@
+"""The group that trainer and servers form to move weights: where it meets and how large it is."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from nemo_paced.config import RefitBackend
+from nemo_paced.rollout.backends import LOOPBACK, is_loopback
+from nemo_paced.rollout.sidecar import free_ports
+from nemo_paced.rollout.weight_sync import WeightSync
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where trainer and servers form a group, and how large the servers are.
+
+    Attributes:
+        workers: ranks of each server.
+    """
+
+    backend: RefitBackend
+    address: str
+    port: int
+    workers: tuple[int, ...]
+
+
+def meeting(backend: RefitBackend, sync: WeightSync) -> Meeting:
+    """A free port of this process's machine, at the address that the servers reach it by."""
+    host = urlsplit(sync.client.endpoints[0]).hostname or LOOPBACK
+    address = LOOPBACK if is_loopback(host) else _address_towards(host)
+    (port,) = free_ports(address, 1)
+    return Meeting(backend, address, port, tuple(sync.num_workers()))
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the network that leads to a host; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
