@@ -4,17 +4,21 @@ QUICKSTART_ARGS ?=
 WORKERS ?= 2
 FAST = $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not slurm"
 
-.PHONY: docs setup quickstart test test-fast slurm-test gpu-test lint real
+.PHONY: docs lock setup quickstart test test-fast slurm-test gpu-test lint real
 
 setup:
 	@VENV=$(VENV) bash scripts/setup.sh
+
+# The newest versions of everything, into constraints/*.txt.
+lock:
+	@bash scripts/lock.sh
 
 quickstart: setup
 	@$(VENV)/bin/nemo-paced quickstart $(QUICKSTART_ARGS)
 
 test: setup
-	$(FAST)
-	$(VENV)/bin/python -m pytest -q -m slow
+	$(FAST) --durations=40
+	$(VENV)/bin/python -m pytest -q -m slow --durations=40
 
 test-fast: setup
 	$(FAST)

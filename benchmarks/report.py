@@ -7,7 +7,7 @@ import contextlib
 import os
 import platform
 import statistics
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def make_report(
         (row.contender.form, row.contender.kind): row for row in rows if row.contender.name == OURS
     }
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "hardware": hardware(args.device, load_before),
         "versions": versions(),

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
+from pathlib import Path
 
-EXACT = {
-    "megatron-core": "0.16.1",
-    "nemo_toolkit": "3.0.0",
-    "math-verify": "0.9.0",
-    "lm_eval": "0.4.13",
-}
 IMPORTABLE = (
     "torch",
     "vllm",
@@ -33,6 +29,20 @@ IMPORTABLE = (
     "nemo_paced",
 )
 
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+# what setup.sh installs
+CPU_EXTRAS, GPU_EXTRAS = ("cpu", "real", "eval", "dev"), ("gpu", "eval", "dev")
+
+
+def exact() -> dict[str, str]:
+    """Release of each package that pyproject.toml pins, for the torch that is installed."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in CPU_EXTRAS if _is_cpu_torch() else GPU_EXTRAS:
+        wanted += project["optional-dependencies"][extra]
+    pinned = (line.partition("==") for line in wanted if "==" in line)
+    return {name.partition("[")[0]: release for name, _, release in pinned}
+
 
 def problems() -> list[str]:
     """One line a fault."""
@@ -43,7 +53,7 @@ def problems() -> list[str]:
                 found.append(f"module {name} is missing")
         except ImportError as error:
             found.append(f"module {name} cannot be found: {error}")
-    for name, wanted in EXACT.items():
+    for name, wanted in exact().items():
         try:
             if version(name) != wanted:
                 found.append(f"{name} is {version(name)}, {wanted} is needed")
@@ -51,9 +61,9 @@ def problems() -> list[str]:
             found.append(f"package {name} is missing")
     if find_spec("torchvision") is not None and _is_cpu_torch():
         found.append("torchvision of another torch build is installed: it breaks transformers")
-    plugins = {point.name for point in entry_points(group="vllm.general_plugins")}
-    if "nemo_paced" not in plugins:
-        found.append("nemo_paced is not installed as a vLLM plugin")
+    for group in ("vllm.general_plugins",):
+        if "nemo_paced" not in {point.name for point in entry_points(group=group)}:
+            found.append(f"nemo_paced is not installed under {group}: run make setup")
     return found
 
 

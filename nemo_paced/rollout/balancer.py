@@ -79,7 +79,7 @@ class Balancer:
         self._changed.clear()
         try:
             await asyncio.wait_for(self._changed.wait(), self._patience_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             told = "; ".join(f"{e}: {error}" for e, error in self._last_error.items())
             raise RolloutError(
                 f"no rollout server has answered for {self._patience_s:g} s ({told})"

@@ -181,7 +181,7 @@ class RolloutClient:
             except aiohttp.ClientError as error:
                 failed = repr(error)
                 balancer.down(endpoint, failed)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 failed = f"no answer within {self.request_timeout_s:g} s"
                 balancer.down(endpoint, failed)
             except _TryAgain as error:
