@@ -61,7 +61,7 @@ def problems() -> list[str]:
             found.append(f"package {name} is missing")
     if find_spec("torchvision") is not None and _is_cpu_torch():
         found.append("torchvision of another torch build is installed: it breaks transformers")
-    for group in ("vllm.general_plugins",):
+    for group in ("vllm.general_plugins", "vllm.platform_plugins"):
         if "nemo_paced" not in {point.name for point in entry_points(group=group)}:
             found.append(f"nemo_paced is not installed under {group}: run make setup")
     return found

@@ -119,7 +119,7 @@ class SnrDriver:
                 self.model if is_hf(self.model) else Path(self.config.student.hf_path),
                 prompts=self.prompts,
                 store_dir=folder / "rollouts",
-                log_path=folder / "logs" / "sidecar.log",
+                log_path=folder / "servers" / "student" / "server.log",
                 prompt_limit=self.config.data.max_prompt_length,
                 notify=prepare.server_notes(self.bar),
                 trainer_gpus=self.config.trainer.devices,

@@ -19,6 +19,7 @@ from nemo_paced.config import RefitBackend, RolloutConfig
 from nemo_paced.errors import RolloutError
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
 from nemo_paced.rollout.completions import SERVED_NAME
+from nemo_paced.rollout.vllm_platform import FORK_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,11 @@ class Sidecar:
         special = {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
         if self.refit is RefitBackend.ipc:  # handles travel pickled, on a route that our key guards
             special["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        if not gpu_count():
+            special[FORK_VARIABLE] = "1"
+            # a core for HTTP, as vLLM reserves it
+            threads = str(max(1, len(os.sched_getaffinity(0)) - 1))
+            special["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
         return {
             **_without_torchrun(os.environ),
             **special,

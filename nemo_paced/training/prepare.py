@@ -60,7 +60,7 @@ def student_sampler(
         Path(config.student.hf_path),
         prompts=prompts,
         store_dir=run_dir / "rollouts",
-        log_path=run_dir / "logs" / "sidecar.log",
+        log_path=run_dir / "servers" / "student" / "server.log",
         prompt_limit=config.data.max_prompt_length,
         max_model_len=max_model_len,
         notify=notify,

@@ -246,7 +246,7 @@ def _teacher_sampler(
         Path(config.teacher_hf_path),
         prompts=prompts,
         store_dir=run_dir / "references",
-        log_path=run_dir / "logs" / "teacher_server.log",
+        log_path=run_dir / "servers" / "teacher" / "server.log",
         prompt_limit=config.data.max_teacher_prompt_length,
         notify=server_notes(bar),
         meanwhile=meanwhile,

@@ -54,6 +54,7 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted):
     (start,) = read_starts(run_dir)
     assert start.step == 0 and sum(start.devices.values()) == 2
     assert start.preparation_s["pass_rates"] > 0.1 and start.preparation_s["servers"] > 1
+    assert "Application startup complete" in (run_dir / "servers/student/server.log").read_text()
     assert not left_running(str(run_dir))
 
 

@@ -113,7 +113,9 @@ def test_a_job_with_a_node_of_servers_is_warned_queued_again_and_completes(slurm
     assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
     assert keys[0].read_text() != keys[1].read_text()
     assert not list(run_dir.rglob("endpoints.json")), "the servers ended in order"
-    assert not (run_dir / "logs" / "sidecar.log").exists(), "the trainers started none"
+    assert not (run_dir / "servers" / "student" / "server.log").exists(), (
+        "the trainers started none"
+    )
     slurm.wait(lambda: not processes_of(job, run_dir), "the last process's end", 15)
 
 
