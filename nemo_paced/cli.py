@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from dataclasses import dataclass
 
-from nemo_paced.errors import PacedError, Stopped
-from nemo_paced.logs import launcher_rank, set_up_logging
+from nemo_paced.errors import Interrupted, PacedError, Stopped
+from nemo_paced.logs import PART_VARIABLE, launcher_rank, set_up_logging
 
 RUN_HELP = """\
 Configuration:
@@ -303,7 +305,7 @@ differences, the settings that differ, curves. Runs of other lengths may be comp
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 the user can mend it, 75 stopped on request, 130 interrupted."""
+    """Exit status: 0 done, 2 the user can mend it, 75 stopped on request, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -324,13 +326,15 @@ def main(arguments: list[str] | None = None) -> int:
         if str(stopped):
             print(f"nemo-paced: {stopped}", file=sys.stderr)
         return Stopped.EXIT_STATUS
+    except (KeyboardInterrupt, Interrupted) as interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to end
+        if PART_VARIABLE not in os.environ:
+            print("nemo-paced: interrupted", file=sys.stderr)
+        return getattr(interrupted, "exit_status", 128 + signal.SIGINT)
     except PacedError as error:
         if str(error):
             print(f"nemo-paced: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("nemo-paced: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

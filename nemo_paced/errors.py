@@ -30,5 +30,17 @@ class Stopped(PacedError):
     EXIT_STATUS = 75  # EX_TEMPFAIL: a launcher may queue the job again
 
 
+class Interrupted(PacedError):
+    """Not an error: a signal ended the command, and nothing of it runs any more.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted")
+        self.exit_status = 128 + number  # as a shell says it
+
+
 class GradingError(PacedError):
     """A verifier that cannot be loaded or that broke its contract (a wrong answer is no error)."""

@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TextIO
 
+PART_VARIABLE = "NEMO_PACED_PART"  # in the environment of a command that another one runs
+
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to what ``sys.stderr`` is now: a progress bar puts itself there and stays below."""

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.errors import ConfigError, PacedError, Stopped
+from nemo_paced.errors import ConfigError, Interrupted, PacedError, Stopped
 from nemo_paced.training import stop
 
 # what runs on every rank, as module:function of the configuration and paths
@@ -36,6 +36,7 @@ def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> N
 
     Raises:
         PacedError: a rank failed; what it said is on standard error already.
+        Interrupted: by SIGINT, SIGTERM or SIGHUP to this process.
         Stopped: the run was asked to stop and did; the ranks that are started here are asked by
             SIGUSR1 to this process.
     """
@@ -77,11 +78,14 @@ def join_launcher() -> bool:
 
 
 def _start_ranks(count: int, task: str, *paths: Path) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # a failed rank has said why; the agent's report would repeat it
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # a failed rank has said why, and who interrupts knows it; the agent's report would repeat it
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     agent = LaunchConfig(
         min_nodes=1,
@@ -97,6 +101,8 @@ def _start_ranks(count: int, task: str, *paths: Path) -> None:
         stop.pass_on(_WORKER)
     try:
         elastic_launch(agent, sys.executable)("-m", _WORKER, task, *map(str, paths))
+    except SignalException as told:  # which the ranks have ended by
+        raise Interrupted(told.sigval) from None
     except ChildFailedError as error:
         for failure in error.failures.values():
             with contextlib.suppress(ProcessLookupError):  # helpers that outlived their rank

@@ -14,6 +14,7 @@ from nemo_paced.logs import set_up_logging
 from nemo_paced.training import stop
 
 PARENT_POLL_S = 0.5
+ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}  # the launcher's
 _LAUNCHER = os.getppid()
 
 
@@ -46,16 +47,16 @@ def _end_group_with_parent() -> None:
     """Whatever ends this rank ends its helpers too: a killed launcher leaves nothing behind.
 
     Megatron's checkpoint writer keeps server processes that outlive a rank which does not exit by
-    itself. They are in this rank's process group; threads wait for SIGTERM, and for the launcher to
-    be gone, and end the whole group. (The rollout server has a session and a watcher of its own.)
-    Threads, since the main one may be inside a collective.
+    itself. They are in this rank's process group; threads wait for the launcher's signal (the one
+    that ended it), and for the launcher to be gone, and end the whole group. (The rollout server
+    has a session and a watcher of its own.) Threads, since the main one may be in a collective.
     """
     if os.getpgrp() != os.getpid():
         return  # not started by our launcher: the group is somebody else's
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
     def end_when_told() -> None:
-        signal.sigwait({signal.SIGTERM})
+        signal.sigwait(ENDING)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     def end_with_launcher() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import PacedError
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.evaluation.run import evaluate, sampling_settings
+from nemo_paced.logs import PART_VARIABLE
 from nemo_paced.records import Problem
 from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.rollout.api_key import API_KEY_VARIABLE
@@ -38,6 +40,8 @@ ARMS = {
     "hard_filter": ["weights.scheme=hard_filter", "schedule=forward_kl"],
     "paced": [],
 }
+ENDING_S = 15.0  # that a command takes to end its ranks and servers
+
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
 
@@ -190,10 +194,18 @@ class Quickstart:
 
 def _command(arguments: list[str], environment: dict[str, str] | None = None) -> None:
     """Another ``nemo-paced`` command in a process of its own."""
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "nemo_paced.cli", *arguments],
-        env={**os.environ, **(environment or {})},
-        check=False,
-    )
-    if done.returncode:
-        raise PacedError(f"nemo-paced {arguments[0]} failed with exit code {done.returncode}")
+        env={**os.environ, PART_VARIABLE: "1", **(environment or {})},
+    ) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # which it got too, from the terminal
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_S)
+            process.kill()
+            raise
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status:
+        raise PacedError(f"nemo-paced {arguments[0]} failed with exit code {status}")

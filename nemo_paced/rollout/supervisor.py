@@ -24,7 +24,8 @@ LEAD = "--lead"  # before the command: this process is the leader of its group
 
 def main(command: list[str]) -> int:
     """Exit code of the command, which runs in a session (hence process group) of its own."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the parent may have it blocked
+    # the parent may have them blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
     leader = subprocess.Popen(
         [sys.executable, "-m", "nemo_paced.rollout.supervisor", LEAD, *command],
         stdin=subprocess.PIPE,  # open as long as this process lives

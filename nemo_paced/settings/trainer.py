@@ -92,8 +92,8 @@ class TrainingConfig:
     """Guards of the loop."""
 
     max_skipped_steps: int = 5  # steps with NaN or Inf in loss or gradient before the run stops
-    # A loss above this many times the median of the stage's last 50 is logged with the problems of
-    # its batch; 0: never.
+    # A loss above this many times the median of the stage's last 50, and far above their spread, is
+    # logged, and the problems of its batch stand in metrics.jsonl; 0: never.
     loss_spike_factor: float = 5.0
     collective_timeout_s: float = 1800.0  # after which a collective counts as failed
     # Of preflight's roll call: a rank that has not answered by then is named.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import statistics
 import threading
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 SPIKE_WINDOW = 50  # steps of a stage that a loss is compared with
 _ENOUGH = 10  # of them at least
+# Losses of small batches differ by factors from step to step, whatever the factor that is asked
+# for: a spike is also so many deviations above them. Both are robust, and of the logarithm.
+SPIKE_DEVIATIONS = 5.0
+_DEVIATION_OF_MAD = 1.4826  # of a normal distribution, over its median absolute deviation
 
 
 class RunStopped(PacedError):
@@ -30,33 +35,40 @@ class RunStopped(PacedError):
 
 
 class Guard:
-    """Looks at each step's result; counts skipped steps over the whole run."""
+    """Looks at each step's result; counts skipped steps over the whole run.
 
-    def __init__(self, config: PacedConfig) -> None:
+    Args:
+        speaks: whether this rank logs what all ranks see.
+    """
+
+    def __init__(self, config: PacedConfig, *, speaks: bool = True) -> None:
         self.config = config
+        self._level = logging.WARNING if speaks else logging.DEBUG
         self.skipped = 0
-        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)  # logarithms of losses
         self._stage = ""
 
     def check(
         self, step: int, stage: Stage, batch: Batch, result: StepResult | None, *, fresh: bool
-    ) -> None:
+    ) -> list[str]:
         """Log what is odd, and stop when it passes its bound.
 
         Args:
             fresh: whether the batch was sampled with the weights that the step began with.
+
+        Returns:
+            The batch's problems where its loss is a spike or no number, else none.
 
         Raises:
             RunStopped: too many skipped steps, or a server that does not sample from the student.
         """
         if result is None:
             logger.info("step %d: every problem of the batch has weight 0: no-op", step)
-            return
-        problems = ", ".join(item.problem_id for item in batch.items)
+            return []
+        problems = [item.problem_id for item in batch.items]
         if not result.finite:
-            self._skip(step, result, problems)
-        else:
-            self._look_for_spike(step, stage, result.loss, problems)
+            self._skip(step, result, ", ".join(problems))
+        odd = not result.finite or self._is_spike(step, stage, result.loss)
         bound = self.config.rollout.max_logprob_gap
         if fresh and result.logprob_gap > bound:
             raise RunStopped(
@@ -65,11 +77,12 @@ class Guard:
                 "being trained. Check that both have the same dtype (rollout.dtype, "
                 "trainer.precision) and that the last refit reached the server"
             )
+        return problems if odd else []
 
     def _skip(self, step: int, result: StepResult, problems: str) -> None:
         self.skipped += 1
-        logger.warning(
-            "step %d: loss %s, gradient norm not finite: update skipped (problems %s)",
+        logger.log(
+            self._level, "step %d: loss %s, gradient norm not finite: update skipped (problems %s)",
             step, result.loss, problems,
         )  # fmt: skip
         if self.skipped > self.config.training.max_skipped_steps:
@@ -79,20 +92,25 @@ class Guard:
                 f"one, step {step}, trained on problems {problems}"
             )
 
-    def _look_for_spike(self, step: int, stage: Stage, loss: float, problems: str) -> None:
+    def _is_spike(self, step: int, stage: Stage, loss: float) -> bool:
         if stage.config.name != self._stage:  # another divergence: another scale
             self._stage = stage.config.name
             self._recent.clear()
         factor = self.config.training.loss_spike_factor
-        if factor and len(self._recent) >= _ENOUGH:
+        found = False
+        if factor and len(self._recent) >= _ENOUGH and loss > 0:
             usual = statistics.median(self._recent)
-            if loss > factor * usual:
-                logger.warning(
-                    "step %d: loss %.4g is %.1f times the median %.4g of the last %d steps "
-                    "(problems %s)",
-                    step, loss, loss / usual, usual, len(self._recent), problems,
+            spread = statistics.median(abs(x - usual) for x in self._recent) * _DEVIATION_OF_MAD
+            above = math.log(loss) - usual
+            if found := above > max(math.log(factor), SPIKE_DEVIATIONS * spread):
+                logger.log(
+                    self._level,
+                    "step %d: loss %.4g is %.1f times the median of the last %d steps",
+                    step, loss, math.exp(above), len(self._recent),
                 )  # fmt: skip
-        self._recent.append(loss)
+        if loss > 0:  # rounding can take a divergence near 0 below it
+            self._recent.append(math.log(loss))
+        return found
 
 
 class Watch:

@@ -130,7 +130,7 @@ class Loop:
         self.parallel = parallel
         self.step = 0
         self.consumed = 0
-        self.guard = Guard(config)
+        self.guard = Guard(config, speaks=parallel.rank == 0)
         self.throughput = Throughput(config, parallel)
         self.watch = Watch(parallel, config.training.collective_timeout_s)
         self.accuracy: float | None = None  # of the last validation, at step ``validated``
@@ -230,7 +230,7 @@ class Loop:
         if result is not None:
             self.exchange.read_everywhere()
         fresh = on_policy and batch.metrics.get("rollout/staleness", 0) == 0
-        self.guard.check(self.step, stage, batch, result, fresh=fresh)
+        odd = self.guard.check(self.step, stage, batch, result, fresh=fresh)
         self.step += 1
         self.consumed += self.config.model.global_batch_size
         validation = self._validate_if_due()
@@ -244,6 +244,7 @@ class Loop:
             "weights/active_problems": len(batch.items),
             **batch.metrics,
             **validation,
+            **({"problems": odd} if odd else {}),
             **{f"time/{name}_s": seconds for name, seconds in self.times.items()},
             **self._waits(on_policy, time.perf_counter() - begin),
             "time/step_s": time.perf_counter() - begin,

@@ -39,6 +39,9 @@ METRICS = {
         "0 or 1", "whether the gradient was scaled down to `trainer.gradient_clip_val`"
     ),
     "skipped": Metric("0 or 1", "whether the update was left out because of NaN or Inf"),
+    "problems": Metric(
+        "ids", "of the batch; in `metrics.jsonl` alone", "steps that were skipped or a loss spike"
+    ),
     "learning_rate": Metric("", "of this step"),
     "tokens": Metric("tokens", "response tokens trained on"),
     "weights/active_problems": Metric("problems", "of the batch with weight above 0"),

@@ -1,5 +1,7 @@
 import logging
 import math
+import random
+import statistics
 
 import pytest
 
@@ -19,23 +21,40 @@ def result(loss, grad_norm=1.0, gap=math.nan):
     return StepResult(loss, grad_norm, 0.1, gap, 5, 0, 0.1, 0.1)
 
 
-def run(losses, stages=None, **options):
-    guard = Guard(PacedConfig(training=TrainingConfig(**options)))
+def run(losses, stages=None, speaks=True, **options):
+    """The guard after these steps, with what it found odd as ``odd``."""
+    guard = Guard(PacedConfig(training=TrainingConfig(**options)), speaks=speaks)
+    guard.odd = []
     for step, loss in enumerate(losses):
         name = stages[step] if stages else "forward_kl"
         stage = Stage(StageConfig(name=name), 0, 100)
-        guard.check(step, stage, BATCH, result(loss), fresh=False)
+        if problems := guard.check(step, stage, BATCH, result(loss), fresh=False):
+            guard.odd.append((step, problems))
     return guard
 
 
-def test_a_loss_spike_is_logged_with_the_problems_of_its_batch(caplog):
+def test_a_loss_spike_is_logged_and_its_problems_are_kept(caplog):
     with caplog.at_level(logging.WARNING):
-        run([*USUAL, 4.9])
+        assert run([*USUAL, 4.9]).odd == []
         assert not caplog.records, "within the factor"
-        run([*USUAL, 5.1])
-    assert "step 12: loss 5.1 is 5.1 times the median 1 of the last 12 steps (problems p7)" in (
-        caplog.text
-    )
+        assert run([*USUAL, 5.1]).odd == [(12, ["p7"])]
+    (record,) = caplog.records
+    assert record.message == "step 12: loss 5.1 is 5.1 times the median of the last 12 steps"
+
+
+def test_small_batches_whose_losses_differ_by_factors_have_no_spikes():
+    losses = [
+        math.exp(x) for x in random.Random(0).choices([-1.5, -1, -0.5, 0, 0.5, 1, 1.8], k=300)
+    ]
+    assert max(losses) > 5 * statistics.median(losses)
+    assert run(losses).odd == []
+    assert [step for step, _ in run([*losses, 1e4]).odd] == [300]
+
+
+def test_one_rank_speaks_for_all(caplog):
+    with caplog.at_level(logging.INFO):
+        assert run([*USUAL, 50.0, math.nan], speaks=False).odd == [(12, ["p7"]), (13, ["p7"])]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
