@@ -45,6 +45,8 @@ def test_the_labelled_cases_are_judged_as_labelled_but_for_those_listed(tmp_path
         ("so\nAnswer: 42", "42"),
         ("Answer: 1\nno\nanswer:  7 ", "7"),
         (r"it is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("Answer: 3\nno, it is \\boxed{7}", "7"),
+        ("\\boxed{7}, no\nAnswer: 3", "3"),
         ("first 3 then 1,234", "1,234"),
         ("nothing", None),
         (r"\boxed{unclosed", None),
