@@ -95,8 +95,8 @@ class Replicas:
         Raises:
             RolloutError: one did not start, with the end of its log; the others are stopped.
         """
-        models = {sidecar.model_dir.name for sidecar in self.sidecars.values()}
-        logger.info("starting %d vLLM servers of %s", len(self.sidecars), ", ".join(models))
+        (model,) = {sidecar.model_dir.name for sidecar in self.sidecars.values()}
+        logger.info("starting vLLM on %s: %s", model, ", ".join(self.endpoints))
         with ThreadPoolExecutor(len(self.sidecars)) as pool:
             try:
                 started = [pool.submit(s.start, progress) for s in self.sidecars.values()]
