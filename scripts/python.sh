@@ -8,6 +8,10 @@ find_python() { # $PYTHON, else python3.11, else a python3 of that version
     local candidate version lacks_venv="" seen=""
     if [ -n "${PYTHON:-}" ]; then
         version=$(_version "$PYTHON") || { echo "PYTHON is '$PYTHON', which does not run" >&2; return 1; }
+        case "$version" in 2.* | 3.? | 3.10)
+            echo "PYTHON is '$PYTHON', Python $version: $TESTED is needed" >&2
+            return 1 ;;
+        esac
         [ "$version" = "$TESTED" ] ||
             echo "PYTHON is '$PYTHON', Python $version: taken as you ask, tested with $TESTED alone" >&2
         echo "$PYTHON"

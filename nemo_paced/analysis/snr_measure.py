@@ -19,10 +19,7 @@ from nemo_paced.analysis.snr_plan import is_hf, step_of, what_is_measured
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import (
-    PacedGPTModel,
-    build_chunks,
-)
+from nemo_paced.hf.model import PacedGPTModel, build_chunks
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.link import MESSAGE_TIMEOUT_S
 from nemo_paced.losses.options import Divergence

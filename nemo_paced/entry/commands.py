@@ -154,9 +154,6 @@ def export_hf(arguments: list[str]) -> None:
     from nemo_paced.training.checkpoint_files import find_checkpoint
 
     checkpoint = find_checkpoint(source)
-    if not overrides:  # composing would import NeMo
-        _convert("export-hf", PacedConfig(), checkpoint, out_dir)
-        return
     with_config(overrides, lambda config: _convert("export-hf", config, checkpoint, out_dir))
 
 

@@ -154,9 +154,6 @@ def _simulate(config: WeightsConfig, options: argparse.Namespace, console: Conso
 
 
 def _with_weights(overrides: list[str], action: Callable[[WeightsConfig], None]) -> None:
-    if not overrides:  # composing would import NeMo
-        action(WeightsConfig())
-        return
     with_config(overrides, lambda config: action(config.weights))
 
 

@@ -13,10 +13,7 @@ from safetensors.torch import save_file
 
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.directory import load_hf_config
-from nemo_paced.hf.model import (
-    PacedGPTModel,
-    local_parameters,
-)
+from nemo_paced.hf.model import PacedGPTModel, local_parameters
 from nemo_paced.hf.rows import EMBEDDING, Row
 from nemo_paced.hf.shards import join
 from nemo_paced.parallel import Parallel

@@ -40,7 +40,7 @@ ARMS = {
     "hard_filter": ["weights.scheme=hard_filter", "schedule=forward_kl"],
     "paced": [],
 }
-ENDING_S = 15.0  # that a command takes to end its ranks and servers
+ENDING_S = 6.0  # that a command takes at most to end its ranks
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> None:
     arms = [name for name in known.arms.split(",") if name]
     if unknown := [name for name in arms if name not in ARMS]:
         raise PacedError(f"--arms: no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it runs ends with it
     out = known.out.absolute()
     # as every arm gets them
     common = ["--config-name", "quickstart", f"exp_manager.exp_dir={out}", *overrides]
@@ -200,10 +201,13 @@ def _command(arguments: list[str], environment: dict[str, str] | None = None) ->
     ) as process:
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # which it got too, from the terminal
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(ENDING_S)
-            process.kill()
+        except KeyboardInterrupt:
+            for end in (None, process.terminate, process.kill):  # Ctrl-C it got too
+                if end is not None:
+                    end()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDING_S)
+                    break
             raise
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt

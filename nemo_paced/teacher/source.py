@@ -20,11 +20,7 @@ from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.teacher.placement import HeldTeacher
 from nemo_paced.teacher.remote import RemoteTeacher
 from nemo_paced.teacher.reshard import OneWorld, exchange, routes
-from nemo_paced.teacher.signal import (
-    ResponseSignal,
-    TeacherSignal,
-    cut_top_k,
-)
+from nemo_paced.teacher.signal import ResponseSignal, TeacherSignal, cut_top_k
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.hf import export_weights
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
-from nemo_paced.hf.model import (
-    PacedGPTModel,
-    build_chunks,
-)
+from nemo_paced.hf.model import PacedGPTModel, build_chunks
 from nemo_paced.parallel import Parallel
 from nemo_paced.training import checkpoint
 from nemo_paced.training.checkpoint_files import find_checkpoint

@@ -11,10 +11,7 @@ import numpy as np
 from scipy.special import betaln, gammaln
 
 from nemo_paced.config import WeightsConfig
-from nemo_paced.weights.posterior import (
-    posterior_variance,
-    posterior_weights,
-)
+from nemo_paced.weights.posterior import posterior_variance, posterior_weights
 from nemo_paced.weights.prior import fit_prior
 
 # A single rollout at c = 1 of 2 is worth nothing by itself (right or wrong, the weight is the same)

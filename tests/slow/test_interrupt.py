@@ -1,4 +1,4 @@
-"""Ctrl-C, which a terminal sends to every process of a command, ends it with a line and no more."""
+"""A signal ends a command with one line and no more, and nothing of it runs on."""
 
 import os
 import signal
@@ -18,16 +18,31 @@ def quickstart_arguments(folder):
     )
 
 
+def ctrl_c(process):
+    """As a terminal sends it: to every process of the command."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def sigterm(process):
+    process.terminate()
+
+
+# killed by SIGINT where Python was inside an `exec` of its own; a shell says 130 of both
+INTERRUPTED = (128 + signal.SIGINT, -signal.SIGINT)
+
+
 @pytest.mark.parametrize(
-    ("which", "file"),
+    ("which", "file", "end", "status"),
     [
-        ("train", "run/servers/student/server.log"),
-        ("train", "run/metrics.jsonl"),
-        ("quickstart", "shared/servers/teacher/server.log"),
-        ("quickstart", "paced/metrics.jsonl"),
+        ("train", "run/servers/student/server.log", ctrl_c, INTERRUPTED),
+        ("train", "run/metrics.jsonl", ctrl_c, INTERRUPTED),
+        ("train", "run/metrics.jsonl", sigterm, (128 + signal.SIGTERM,)),
+        ("quickstart", "shared/servers/teacher/server.log", ctrl_c, INTERRUPTED),
+        ("quickstart", "paced/metrics.jsonl", ctrl_c, INTERRUPTED),
+        ("quickstart", "paced/metrics.jsonl", sigterm, INTERRUPTED),
     ],
 )
-def test_ctrl_c_ends_a_command_with_one_line_and_leaves_nothing(which, file, tmp_path):
+def test_a_signal_ends_a_command_with_one_line(which, file, end, status, tmp_path):
     arguments = quickstart_arguments(tmp_path)
     if which == "train":
         arguments = train_arguments(tmp_path, "run", "trainer.max_steps=4000")
@@ -36,10 +51,9 @@ def test_ctrl_c_ends_a_command_with_one_line_and_leaves_nothing(which, file, tmp
     while not (tmp_path / file).exists() or not (tmp_path / file).read_text():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    end(process)
     out, _ = process.communicate(timeout=60)
-    # killed by SIGINT where Python was inside an `exec` of its own; a shell says 130 of both
-    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode in status
     assert out.splitlines()[-1] == "nemo-paced: interrupted"
     assert out.count("interrupted") == 1 and "Traceback" not in out
     deadline = time.monotonic() + 15

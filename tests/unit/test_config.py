@@ -198,6 +198,24 @@ def test_an_override_that_cannot_be_is_named(override, told):
         with_config([override], lambda config: None)
 
 
+@pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x", "--exp"])
+def test_hydras_unpickling_flag_is_refused_however_it_is_written(flag):
+    from nemo_paced.compose import with_config
+
+    with pytest.raises(ConfigError, match="unpickles"):
+        with_config([flag, "x"], lambda config: None)
+
+
+@pytest.mark.parametrize(("written", "value"), [("${multiply:2,3}", 6), ("${sum:2,3}", 5)])
+def test_nemos_arithmetic_is_resolved(written, value):
+    from nemo_paced.compose import with_config
+
+    composed = []
+    size = f"model.micro_batch_size={written}"
+    with_config(["--config-name", "quickstart", size], composed.append)
+    assert composed[0].model.micro_batch_size == value
+
+
 def test_honoured_exp_manager_keys_are_nemos():
     from nemo.utils.exp_manager import ExpManagerConfig
 

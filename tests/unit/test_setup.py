@@ -109,6 +109,9 @@ def test_the_one_that_is_named_is_taken_and_what_does_not_run_is_refused(program
     python(programs, "mine", "3.12")
     done = find_python(programs, PYTHON="mine")
     assert done.stdout == "mine\n" and "tested with 3.11" in done.stderr
+    python(programs, "old", "3.10")
+    done = find_python(programs, PYTHON="old")
+    assert done.returncode == 1 and "Python 3.10: 3.11 is needed" in done.stderr
     done = find_python(programs, PYTHON="absent")
     assert done.returncode == 1 and "'absent', which does not run" in done.stderr
 

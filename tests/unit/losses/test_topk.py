@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from nemo_paced.config import Precision
 from nemo_paced.losses.divergence import divergence
 from nemo_paced.losses.topk import TopKTeacher, topk_divergence
+from nemo_paced.teacher.kind import SignalKind
 from tests.dense import KINDS, dense_divergence, make_logits
 
 N, V, VALID, K = 11, 61, 55, 7
@@ -99,6 +101,16 @@ def test_minus_infinity_and_a_whole_vocabulary_on_top_are_no_tail():
         expected = divergence(student.detach(), teacher, "forward_kl")
         torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-5)
         assert student.grad.isfinite().all()
+
+
+def test_bytes_per_token_are_those_of_the_tensors():
+    top = TopKTeacher.from_logits(torch.randn(5, 100), 64)
+    held = [top.log_probs, top.ids, top.tail_log_prob]
+    of_a_token = sum(x.numel() * x.element_size() for x in held) / 5
+    assert SignalKind(64, 1.0, 100).bytes_per_token(32, 2) == of_a_token == 64 * 8 + 4
+    hidden = torch.zeros(1, 32, dtype=torch.bfloat16)
+    assert SignalKind(0, 1.0, 100).bytes_per_token(32, Precision.bf16.itemsize) == hidden.nbytes
+    assert Precision.fp32.itemsize == torch.float32.itemsize
 
 
 @pytest.mark.parametrize("k", [0, 56])
