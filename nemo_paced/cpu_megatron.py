@@ -9,12 +9,20 @@ uses a GPU: :func:`enable` is called by ``parallel.initialize`` for ``accelerato
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
+import signal
+import stat
+from multiprocessing.context import ForkContext
+from multiprocessing.managers import SyncManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 _mode: TorchFunctionMode | None = None
 
 
@@ -27,6 +35,7 @@ def enable() -> None:
     _patch_torch_cuda()
     _patch_rng_tracker()
     _patch_experts()
+    _patch_checkpoints()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
 
@@ -110,3 +119,33 @@ def _patch_experts() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _patch_checkpoints() -> None:
+    """The process that keeps what a checkpoint's writers report is forked, not spawned.
+
+    A spawned one imports torch to read the first report: two seconds of processor time of each
+    rank at its first checkpoint. Writers are forked by Megatron as well.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def results_queue() -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=ForkContext())
+            manager.start(initializer=_part_from_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = results_queue
+
+
+def _part_from_parent() -> None:
+    """Make a forked process end with the rank and keep nothing of it open.
+
+    A socket that were held open here would hide the rank's death from those that wait for it.
+    """
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):  # the listing's own
+            if stat.S_ISSOCK(os.fstat(int(entry.name)).st_mode):
+                os.close(int(entry.name))

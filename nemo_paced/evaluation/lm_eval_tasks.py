@@ -64,7 +64,10 @@ def load_suites(settings: LmEvalConfig) -> dict[str, Suite]:
     if path is not None and not Path(path).is_dir():
         raise ConfigError(f"evaluation.lm_eval.include_path is {path!r}: no such directory")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says every task's every default
-    manager = TaskManager(include_path=path)
+    # lm-eval's own task files are 12,000: they are read where one of them may be asked for
+    manager = TaskManager(include_path=path, include_defaults=False)
+    if not set(settings.tasks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=path)
     return {name: _load(manager, name, settings) for name in settings.tasks}
 
 

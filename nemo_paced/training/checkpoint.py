@@ -167,10 +167,12 @@ def save_model(
     try:
         if parallel.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            copy_metadata(hf_dir, temporary / HF_FOLDER)
+            temporary.mkdir(parents=True)
         torch.distributed.barrier()
+        # into an empty folder: Megatron warns of remains otherwise
         dist_checkpointing.save({"model": _sharded_chunks(chunks)}, str(temporary))
         if parallel.rank == 0:
+            copy_metadata(hf_dir, temporary / HF_FOLDER)
             if directory.exists():
                 directory.rmdir()
             temporary.rename(directory)

@@ -24,12 +24,17 @@ _PRELOAD = (
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 150.0
+    world_size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 150.0,
+    grace_s: float = 0.5,
 ) -> list[Any]:
     """Results of ``fn(rank, world_size, *args)`` on each rank; ``fn`` is a module-level function.
 
-    The environment variables of torchrun are set. A rank that raises ends all of them and its
-    traceback is in the error; so does the time limit.
+    The environment variables of torchrun are set. A rank that raises ends all of them, after
+    ``grace_s`` for the others to end by themselves, and its traceback is in the error; so does the
+    time limit.
     """
     with tempfile.TemporaryDirectory() as folder:
         # a server that has torch imported forks the ranks: seconds less than spawn, and no fork of
@@ -48,7 +53,7 @@ def run_ranks(
         for rank in ranks:
             rank.start()
         try:
-            _wait(ranks, time.monotonic() + timeout_s)
+            _wait(ranks, time.monotonic() + timeout_s, grace_s)
         finally:
             for rank in ranks:
                 if rank.is_alive():
@@ -63,10 +68,12 @@ def run_ranks(
         ]
 
 
-def _wait(ranks: list[Any], deadline: float) -> None:
+def _wait(ranks: list[Any], deadline: float, grace_s: float) -> None:
+    failed = False
     while any(rank.is_alive() for rank in ranks):
-        if any(rank.exitcode not in (None, 0) for rank in ranks):
-            time.sleep(0.5)  # let the others write their errors too
+        if not failed and any(rank.exitcode not in (None, 0) for rank in ranks):
+            failed, deadline = True, time.monotonic() + grace_s
+        if failed and time.monotonic() > deadline:
             return
         assert time.monotonic() < deadline, "the ranks did not finish in time"
         time.sleep(0.02)

@@ -1,9 +1,14 @@
 """A rank that computes NaN, hangs or dies: noticed on all ranks, and named."""
 
+import contextlib
+import os
+import signal
 import time
 
+import psutil
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
 from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig
@@ -95,3 +100,31 @@ def test_a_rank_that_ends_does_not_keep_the_others_waiting():
     (told, waited_s), _ = run_ranks(2, _die)
     assert "a collective failed" in told and "peer" in told
     assert waited_s < 15
+
+
+def _die_after_a_checkpoint(rank, world_size, folder):
+    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=30)
+    part = dist_checkpointing.ShardedTensor.from_rank_offsets(
+        "part", torch.ones(2), (0, rank, world_size)
+    )
+    dist_checkpointing.save({"part": part}, str(folder))
+    if rank == 1:
+        (keeper,) = psutil.Process().children()  # of what the checkpoint's writers reported
+        (folder / "keeper").write_text(str(keeper.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(PacedError), Watch(parallel, 30):
+        for _ in range(3):
+            torch.distributed.all_reduce(torch.ones(1))
+    (folder / "waited").write_text(str(time.monotonic() - begin))
+
+
+def test_what_wrote_the_checkpoint_of_a_killed_rank_neither_hides_its_death_nor_outlives_it(
+    tmp_path,
+):
+    with pytest.raises(AssertionError, match="-9"):
+        run_ranks(2, _die_after_a_checkpoint, tmp_path, grace_s=20)
+    assert float((tmp_path / "waited").read_text()) < 15
+    keeper = int((tmp_path / "keeper").read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):  # a container's init may not reap it
+        assert psutil.Process(keeper).status() == psutil.STATUS_ZOMBIE
