@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.analysis.gradients import GradientMeter
 from nemo_paced.analysis.snr_driver import Block, SnrDriver
 from nemo_paced.analysis.snr_plan import is_hf, step_of, what_is_measured
@@ -21,9 +20,10 @@ from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import PacedGPTModel, build_chunks
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
-from nemo_paced.link import MESSAGE_TIMEOUT_S
 from nemo_paced.losses.options import Divergence
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel import groups
+from nemo_paced.parallel.groups import Parallel
+from nemo_paced.parallel.link import MESSAGE_TIMEOUT_S
 from nemo_paced.rollout.weight_files import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.training import checkpoint
@@ -43,7 +43,7 @@ def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:
         ConfigError: no pass rates, no responses, or layers that cannot be measured.
     """
     config = _layout_for_forward(with_cache_folder(config, run_dir))
-    parallel = parallel_module.initialize(
+    parallel = groups.initialize(
         config.model,
         accelerator=config.trainer.accelerator,
         timeout_s=config.training.collective_timeout_s,
@@ -60,7 +60,7 @@ def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:
             elif driver is not None:
                 driver.write()  # the kernel that it is compared with may be another now
     finally:
-        parallel_module.shutdown()
+        groups.shutdown()
 
 
 def _layout_for_forward(config: PacedConfig) -> PacedConfig:
@@ -110,7 +110,7 @@ def _measure(
             if driver is not None:
                 driver.finish_bin(block.bin, sums)
                 for key in given[-block.count :]:  # end_bin is collective: all have read them
-                    parallel_module.forget(key)
+                    groups.forget(key)
 
 
 def _next_block(
@@ -129,10 +129,10 @@ def _everywhere(
 ) -> Any:
     """What rank 0 makes, on every rank; the others wait on a key, not in a collective."""
     if driver is None:
-        return parallel_module.await_value(key, MESSAGE_TIMEOUT_S)
+        return groups.await_value(key, MESSAGE_TIMEOUT_S)
     value = make(driver)
     if parallel.world_size > 1:
-        parallel_module.publish(key, value)
+        groups.publish(key, value)
     return value
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from nemo_paced.errors import ConfigError
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_paced.config import ModelConfig
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.parallel import EXPERT_TENSOR_PARALLEL_SIZE
+from nemo_paced.parallel.groups import EXPERT_TENSOR_PARALLEL_SIZE
 
 
 def experts_config(architecture: Architecture, model: ModelConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.model import PacedGPTModel, local_parameters
 from nemo_paced.hf.rows import EMBEDDING, Row
 from nemo_paced.hf.shards import join
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 
 SHARD_BYTES = 5 * 2**30
 _WEIGHT_SUFFIXES = (

@@ -16,7 +16,7 @@ from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import PacedGPTModel, local_parameters
 from nemo_paced.hf.rows import Row
 from nemo_paced.hf.shards import cut
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 
 
 def load_hf_weights(

@@ -16,7 +16,7 @@ from nemo_paced.hf.export_weights import gather_shards, stage_of
 from nemo_paced.hf.model import PacedGPTModel, local_parameters
 from nemo_paced.hf.rows import Layout, Row
 from nemo_paced.hf.shards import join, split_qkv
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 
 
 def shard_dim(row: Row, tp_size: int) -> int | None:

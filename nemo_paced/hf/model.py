@@ -30,7 +30,7 @@ from nemo_paced.hf.architectures import Architecture, padded_vocab_size
 from nemo_paced.hf.attention import CoreAttention
 from nemo_paced.hf.experts import experts_config
 from nemo_paced.hf.rows import Layout, Row
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 

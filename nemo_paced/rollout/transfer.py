@@ -12,7 +12,7 @@ from typing import Protocol
 
 from nemo_paced.config import RefitBackend
 from nemo_paced.hf.model import PacedGPTModel
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.rollout.gloo_transfer import GlooSender
 from nemo_paced.rollout.meeting import Meeting
 from nemo_paced.rollout.weight_source import MegatronWeightSource

@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from nemo_paced.config import RefitBackend
 from nemo_paced.hf.local_shards import iter_local_shards, shard_dim
 from nemo_paced.hf.model import PacedGPTModel
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.rollout.meeting import Meeting
 from nemo_paced.rollout.transfer import Sender
 from nemo_paced.rollout.weight_source import MegatronWeightSource

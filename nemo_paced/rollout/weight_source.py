@@ -15,7 +15,7 @@ import torch
 
 from nemo_paced.hf.export_weights import iter_hf_tensors
 from nemo_paced.hf.model import PacedGPTModel
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 

@@ -18,7 +18,7 @@ from nemo_paced.config import Fp8Backend, Fp8Config, Fp8Recipe, Precision
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import PacedGPTModel, has_transformer_engine
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.teacher import fp8_transformer_engine
 from nemo_paced.teacher.fp8_linear import LinearQuantizer
 

@@ -16,8 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from nemo_paced.data.packing import MicroBatch
-from nemo_paced.parallel import Parallel
-from nemo_paced.pipeline import call_model, run_schedule
+from nemo_paced.parallel.groups import Parallel
+from nemo_paced.parallel.pipeline import call_model, run_schedule
 
 
 class HiddenStates(torch.nn.Module):

@@ -19,8 +19,8 @@ import torch
 
 from nemo_paced.data.packing import Cut, TrainItem, cut_batch
 from nemo_paced.errors import PacedError
-from nemo_paced.link import MESSAGE_TIMEOUT_S, Link
-from nemo_paced.parallel import Parallel, RankGrid
+from nemo_paced.parallel.groups import Parallel, RankGrid
+from nemo_paced.parallel.link import MESSAGE_TIMEOUT_S, Link
 from nemo_paced.teacher.model import Teacher
 from nemo_paced.teacher.reshard import exchange, routes
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from nemo_paced.data.packing import TrainItem, rank_items
-from nemo_paced.parallel import RankGrid
+from nemo_paced.parallel.groups import RankGrid
 
 
 @dataclass(frozen=True, slots=True)

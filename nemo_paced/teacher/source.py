@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_paced.data.packing import Cut, TrainItem, cut_batch, rank_items
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.teacher.fp8 import Fp8Choice
 from nemo_paced.teacher.kind import SignalKind

@@ -22,8 +22,8 @@ import torch
 from nemo_paced.config import PacedConfig, ResponseSource, to_dict
 from nemo_paced.data.packing import MicroBatch, TrainItem, cut_batch
 from nemo_paced.losses.options import Divergence
-from nemo_paced.parallel import Parallel
-from nemo_paced.pipeline import call_model, run_schedule
+from nemo_paced.parallel.groups import Parallel
+from nemo_paced.parallel.pipeline import call_model, run_schedule
 from nemo_paced.teacher.cache import model_identity
 from nemo_paced.teacher.certificate import Certificate
 from nemo_paced.teacher.drift import Drift, DriftMeter

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_paced.config import CheckpointCallbackParams
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.export_weights import check_new_directory, copy_metadata
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.training.checkpoint_files import (
     STATE_FILE,
     RunState,

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, PacedConfig, Precision
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf import export_weights
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import PacedGPTModel, build_chunks
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel import groups
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.training import checkpoint
 from nemo_paced.training.checkpoint_files import find_checkpoint
 from nemo_paced.training.progress import progress_bar
@@ -101,7 +101,7 @@ def _model(
         virtual_pipeline_model_parallel_size=1,
         sequence_parallel=config.model.tensor_model_parallel_size > 1,
     )
-    parallel = parallel_module.initialize(
+    parallel = groups.initialize(
         layout, accelerator="cpu", timeout_s=config.training.collective_timeout_s
     )
     if parallel.world_size != config.world_size:
@@ -112,7 +112,7 @@ def _model(
     try:
         yield build_chunks(load_hf_config(hf_dir), layout, parallel, precision=precision), parallel
     finally:
-        parallel_module.shutdown()
+        groups.shutdown()
 
 
 @contextmanager

@@ -29,14 +29,14 @@ from typing import Any
 
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import Fp8Config, OptimBackend, PacedConfig, TeacherPlacement
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.model import PacedGPTModel
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel import groups
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.rollout.weight_files import write_weights
 from nemo_paced.rollout.weight_source import MegatronWeightSource
 from nemo_paced.training.setup import Models, build_models
@@ -186,9 +186,9 @@ def _as_rank(config: PacedConfig, rank: int) -> Iterator[Parallel]:
         "fake", store=FakeStore(), rank=rank, world_size=config.world_size
     )
     try:
-        yield parallel_module.initialize(config.model, accelerator="cpu")
+        yield groups.initialize(config.model, accelerator="cpu")
     finally:
-        parallel_module.shutdown()
+        groups.shutdown()
         gc.collect()  # hooks and models refer to each other: the next rank needs the memory
 
 

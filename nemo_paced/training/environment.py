@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from nemo_paced.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nemo_paced.parallel import Parallel  # Megatron: not for those who read the file
+    from nemo_paced.parallel.groups import Parallel  # Megatron: not for those who read the file
 
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = (
@@ -71,7 +71,7 @@ class Start:
 
 def record_start(run_dir: Path, parallel: Parallel, step: int) -> None:
     """Rank 0 adds this start to the run's file; called on every rank that trains."""
-    from nemo_paced.parallel import await_value, forget, publish
+    from nemo_paced.parallel.groups import await_value, forget, publish
 
     key = "environment/{}"
     own = [socket.gethostname(), device_name(parallel)]

@@ -12,10 +12,10 @@ from collections import deque
 
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import PacedError
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel import groups
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.schedule import Stage
 from nemo_paced.training.step import StepResult
@@ -149,7 +149,7 @@ class Watch:
         self._passed += 1
         if self.parallel.world_size > 1:
             told = [self._passed, step, phase, socket.gethostname(), time.time()]
-            parallel_module.publish(f"reached/{self.parallel.rank}", told)
+            groups.publish(f"reached/{self.parallel.rank}", told)
 
     def _look(self) -> None:
         warned = False
@@ -171,9 +171,9 @@ class Watch:
     def _described(self) -> str:
         """Ranks that are behind the others and have not moved for a while; empty: none."""
         ranks = range(self.parallel.world_size)
-        if not parallel_module.are_published([f"reached/{rank}" for rank in ranks]):
+        if not groups.are_published([f"reached/{rank}" for rank in ranks]):
             return ""  # some are still loading
-        told = [parallel_module.await_value(f"reached/{rank}", 1.0) for rank in ranks]
+        told = [groups.await_value(f"reached/{rank}", 1.0) for rank in ranks]
         furthest = max(passed for passed, *_ in told)
         behind = [
             f"rank {rank} ({host}) is at step {step}, {phase}, since {time.time() - since:.0f} s"

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement, WeightSwap
 from nemo_paced.errors import PacedError, Stopped, WeightsLost
 from nemo_paced.losses.options import Divergence
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel import groups
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.training import checkpoint, schedule, stop
 from nemo_paced.training.batches import Batch
@@ -54,7 +54,7 @@ def train(config: PacedConfig, run_dir: Path) -> None:
         Stopped: on request, before ``trainer.max_steps``; a checkpoint of the last step is there.
     """
     all_stages = schedule.stages(config.stages, config.trainer.max_steps)
-    parallel = parallel_module.initialize(
+    parallel = groups.initialize(
         config.model,
         accelerator=config.trainer.accelerator,
         timeout_s=config.training.collective_timeout_s,
@@ -86,7 +86,7 @@ def train(config: PacedConfig, run_dir: Path) -> None:
                 else ""
             )
     finally:
-        parallel_module.shutdown()
+        groups.shutdown()
 
 
 def with_cache_folder(config: PacedConfig, run_dir: Path) -> PacedConfig:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_paced.config import RefitBackend
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.rollout.meeting import Meeting
 from nemo_paced.rollout.transfer import Sender, make_sender
 from nemo_paced.rollout.weight_files import write_weights

@@ -12,7 +12,7 @@ from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.model import build_chunks
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.training import checkpoint
 from nemo_paced.training.checkpoint_files import RunState
 from nemo_paced.training.output_layer import DivergenceOutputLayer

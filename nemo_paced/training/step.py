@@ -19,8 +19,8 @@ from nemo_paced.config import LossConfig, ResponseSource, StageConfig
 from nemo_paced.data.packing import Cut, MicroBatch, TrainItem, cut_batch
 from nemo_paced.losses.options import Divergence
 from nemo_paced.losses.reduction import for_megatron
-from nemo_paced.parallel import Parallel
-from nemo_paced.pipeline import call_model, run_schedule
+from nemo_paced.parallel.groups import Parallel
+from nemo_paced.parallel.pipeline import call_model, run_schedule
 from nemo_paced.teacher.signal import TeacherSignal
 from nemo_paced.teacher.source import TeacherSource
 from nemo_paced.training.output_layer import MicroBatchLoss

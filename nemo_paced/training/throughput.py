@@ -12,7 +12,7 @@ import torch
 
 from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.data.packing import TrainItem
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 from nemo_paced.sizing.flops import forward_flops
 from nemo_paced.sizing.hardware import GPUS
 from nemo_paced.sizing.shapes import ModelShape

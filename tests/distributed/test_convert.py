@@ -10,13 +10,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from safetensors.torch import load_file
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, PacedConfig, Precision, TrainerConfig
 from nemo_paced.entry import commands
 from nemo_paced.errors import CheckpointError, ConfigError
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
+from nemo_paced.parallel import groups
 from nemo_paced.training import checkpoint, convert
 from nemo_paced.training.checkpoint_files import find_checkpoint
 from tests.distributed.harness import run_ranks
@@ -43,7 +43,7 @@ def _save(rank, world_size, folder, directory, layout, precision):
     model = ModelConfig(
         **dict(zip(MODEL_KEYS, layout, strict=False)), sequence_parallel=layout[0] > 1
     )
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=precision)
     load_hf_weights([gpt], folder, parallel)
     with torch.no_grad():  # what training may leave in the padding, and in no other place
@@ -119,7 +119,7 @@ def test_several_ranks_import_what_one_rank_imports(tmp_path, family, layout):
 
 def _read(rank, world_size, folder, directory):
     model = ModelConfig(pipeline_model_parallel_size=2)
-    parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(model, accelerator="cpu", timeout_s=60)
     (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=Precision.fp32)
     checkpoint.load_model(Path(directory), [gpt])
     return {name: p.detach().clone() for name, p in gpt.named_parameters()}
@@ -141,7 +141,7 @@ def test_an_imported_checkpoint_is_read_at_another_layout(tmp_path):
 def _save_plain_megatron(rank, world_size, folder, directory):
     """A GPTModel of Megatron's own layers, norms included, as Megatron-LM would save it."""
     model = ModelConfig()
-    parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(model, accelerator="cpu", timeout_s=60)
     (ours,) = build_chunks(load_hf_config(folder), model, parallel, precision=Precision.fp32)
     layer = get_gpt_layer_local_spec(
         num_experts=ours.config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"

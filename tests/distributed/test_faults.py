@@ -10,10 +10,10 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import PacedError
 from nemo_paced.hf.export_weights import iter_hf_tensors
+from nemo_paced.parallel import groups
 from nemo_paced.training.faults import Watch
 from nemo_paced.training.setup import build_models
 from tests.distributed.harness import run_ranks
@@ -24,7 +24,7 @@ assert models  # the fixture
 
 def _train_with_nan(rank, world_size, folder, layout, kind):
     config = make_config(folder, layout)
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     built = build_models(config, parallel)
     if kind == "gradient":  # finite loss, one bad number on one rank
 
@@ -63,7 +63,7 @@ def test_nan_on_one_rank_skips_the_step_on_all_and_the_next_one_is_sound(models,
 
 
 def _hang(rank, world_size):
-    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=4)
+    parallel = groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=4)
     watch = Watch(parallel, 4)
     try:
         with watch:
@@ -86,7 +86,7 @@ def test_a_rank_that_hangs_is_named_by_those_that_wait():
 
 
 def _die(rank, world_size):
-    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=30)
+    parallel = groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=30)
     if rank == 1:
         return None  # its process ends, and with it its connections
     begin = time.monotonic()
@@ -103,7 +103,7 @@ def test_a_rank_that_ends_does_not_keep_the_others_waiting():
 
 
 def _die_after_a_checkpoint(rank, world_size, folder):
-    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=30)
+    parallel = groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=30)
     part = dist_checkpointing.ShardedTensor.from_rank_offsets(
         "part", torch.ones(2), (0, rank, world_size)
     )

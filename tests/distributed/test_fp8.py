@@ -7,13 +7,13 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import Fp8Config, Fp8Recipe, ModelConfig, Precision
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
-from nemo_paced.pipeline import run_schedule
+from nemo_paced.parallel import groups
+from nemo_paced.parallel.pipeline import run_schedule
 from nemo_paced.teacher import fp8 as fp8_module
 from nemo_paced.teacher.fp8 import choose_fp8, load_teacher_gpt
 from nemo_paced.teacher.fp8_linear import (
@@ -47,7 +47,7 @@ def _join(layout):
         sequence_parallel=sequence_parallel,
         make_vocab_size_divisible_by=16,
     )
-    return model, parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    return model, groups.initialize(model, accelerator="cpu", timeout_s=60)
 
 
 def _load(folder, model, parallel, *, precision=Precision.fp32, settings=SETTINGS, quantized=True):

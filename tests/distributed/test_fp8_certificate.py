@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import Fp8Config, ResponseSource, TeacherPlacement
 from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.losses.options import Divergence
+from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.teacher import fp8_linear
 from nemo_paced.teacher.certificate import CERTIFICATE_FILE, Certificate
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def _join(folder, layout, max_kl=LOOSE, model=None, **teacher):
     fp8 = Fp8Config(enabled=True, max_kl=max_kl)
     config = make_config(folder, LAYOUTS[layout], model=model, fp8=fp8, **teacher)
-    return config, parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    return config, groups.initialize(config.model, accelerator="cpu", timeout_s=60)
 
 
 def _certificate(rank, world_size, folder, layout, kind, run_dir, model=None, teacher=None):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.analysis.gradients import GradientMeter
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
 from nemo_paced.losses.options import Divergence
+from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training.teacher_setup import build_teacher, common_rows
 from tests.block_sums import block_sums
@@ -52,7 +52,7 @@ def blocks():
 
 def measure(rank, world_size, folder, layout, context, kind, last_layers):
     config = make_config(folder, layout, model={"context_parallel_size": context})
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     teacher = build_teacher(config, parallel, VOCAB)
     student_dir = config.student.hf_path
     (gpt,) = build_chunks(

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.export_weights import export_hf
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
-from nemo_paced.pipeline import run_schedule
+from nemo_paced.parallel import groups
+from nemo_paced.parallel.pipeline import run_schedule
 from tests.distributed.harness import run_ranks
 from tests.tiny import FAMILIES, MOE_FAMILIES, hf_logits, make_hf_model
 
@@ -39,7 +39,7 @@ def _join(tensor, pipeline, **changes):
         make_vocab_size_divisible_by=16,
         **changes,
     )
-    return model, parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    return model, groups.initialize(model, accelerator="cpu", timeout_s=60)
 
 
 def _load(folder, model, parallel):
@@ -84,7 +84,7 @@ def _forward_and_export(
         out = folder.with_name(f"{family}-out-{tensor}-{pipeline}")
         export_hf([gpt], folder, out, parallel)
         results[family] = ((parallel.dp_rank, parallel.tp_rank), outputs)
-    parallel_module.shutdown()
+    groups.shutdown()
     return results
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf import export_weights
@@ -16,13 +15,14 @@ from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.export_weights import export_hf
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
+from nemo_paced.parallel import groups
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 
 
 def _load(folder, precision=Precision.fp32, **sizes):
     model = ModelConfig(**sizes)
-    parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(model, accelerator="cpu", timeout_s=60)
     (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=precision)
     load_hf_weights([gpt], folder, parallel)
     return gpt, parallel

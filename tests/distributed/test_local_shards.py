@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision, RefitBackend
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
+from nemo_paced.parallel import groups
 from nemo_paced.rollout.meeting import Meeting
 from nemo_paced.rollout.vllm_senders import EverywhereSource, ShardSource, init_info
 from tests.distributed.harness import run_ranks
@@ -22,7 +22,7 @@ def _walk(rank, world_size, folder, tensor, pipeline, expert):
         expert_model_parallel_size=expert,
         sequence_parallel=tensor > 1,
     )
-    parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(model, accelerator="cpu", timeout_s=60)
     (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=Precision.fp32)
     load_hf_weights([gpt], folder, parallel)
     shards = ShardSource([gpt], parallel)

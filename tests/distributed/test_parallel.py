@@ -3,22 +3,22 @@ import time
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.parallel import groups
 from tests.distributed.harness import run_ranks
 
 
 def _alone_in_a_collective(rank, world_size):
     model = ModelConfig(tensor_model_parallel_size=2)
-    parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=2)
+    parallel = groups.initialize(model, accelerator="cpu", timeout_s=2)
     begin = time.monotonic()
     if rank == 1:
-        parallel_module.await_value("done", 30)
+        groups.await_value("done", 30)
         return 0.0
     with pytest.raises(RuntimeError):
         torch.distributed.all_reduce(torch.ones(1), group=parallel.tp_group)
-    parallel_module.publish("done", True)
+    groups.publish("done", True)
     return time.monotonic() - begin
 
 
@@ -29,7 +29,7 @@ def test_a_rank_that_never_comes_is_given_up_after_the_time_limit():
 
 def _cpu_beside_a_gpu(rank, world_size):
     torch.cuda.is_available = lambda: True
-    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
     torch.ones(1, device=parallel.device)
     return parallel.device.type, torch.cuda.is_available()
 
@@ -40,12 +40,12 @@ def test_the_cpu_can_be_chosen_where_there_is_a_gpu():
 
 
 def _tell(rank, world_size):
-    parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
+    groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
     if rank == 0:
-        parallel_module.publish("news", {"ids": list(range(1000))})
-    value = parallel_module.await_value("news", 30)
+        groups.publish("news", {"ids": list(range(1000))})
+    value = groups.await_value("news", 30)
     with pytest.raises(torch.distributed.DistStoreError):
-        parallel_module.await_value("no such news", 0.1)
+        groups.await_value("no such news", 0.1)
     return value
 
 
@@ -55,7 +55,7 @@ def test_what_one_rank_publishes_every_rank_reads():
 
 def _places(rank, world_size):
     model = ModelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    p = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    p = groups.initialize(model, accelerator="cpu", timeout_s=60)
     return (p.tp_rank, p.pp_rank, p.dp_rank, p.is_first_stage, p.is_last_stage)
 
 
@@ -82,12 +82,12 @@ def test_ranks_that_do_not_fit_the_layout_are_refused(sizes, message):
 
 def _refused(rank, world_size, sizes, message):
     with pytest.raises(ConfigError, match=message):
-        parallel_module.initialize(ModelConfig(**sizes), accelerator="cpu", timeout_s=60)
+        groups.initialize(ModelConfig(**sizes), accelerator="cpu", timeout_s=60)
 
 
 def _no_gpu(rank, world_size):
     with pytest.raises(ConfigError, match=r"trainer.accelerator is gpu and torch sees no GPU"):
-        parallel_module.initialize(ModelConfig(), accelerator="gpu", timeout_s=60)
+        groups.initialize(ModelConfig(), accelerator="gpu", timeout_s=60)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from benchmarks.memory import track_peak
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import (
     DataConfig,
     ModelConfig,
@@ -16,6 +15,7 @@ from nemo_paced.config import (
     TrainerConfig,
 )
 from nemo_paced.data.packing import TrainItem
+from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.sizing.memory import stage_memory
 from nemo_paced.sizing.shapes import (
@@ -102,7 +102,7 @@ def expected(config, rank):
 def held(rank, world_size, folder, layout):
     """(bytes by kind, peak of a step, the plan's figures)."""
     config = make_config(folder, layout)
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     items = make_items(config)
     models.step(items, StageConfig(), 1e-4)  # moments and lasting buffers exist from here on

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import PacedConfig, TrainerConfig
+from nemo_paced.parallel import groups
 from nemo_paced.training import schedule, stop
 from nemo_paced.training.exchange import BatchExchange
 from tests.distributed.harness import run_ranks
@@ -22,7 +22,7 @@ STEPS, SIGNALLED_AT = 40, 5
 def _exchange(rank, world_size):
     stop.listen()
     config = PacedConfig(trainer=TrainerConfig(max_steps=STEPS, devices=world_size))
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=30)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=30)
     stages = schedule.stages(config.stages, STEPS)
     driver = ScriptedDriver() if rank == 0 else None
     return BatchExchange(config, stages, driver, parallel, None), stages

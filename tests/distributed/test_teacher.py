@@ -4,11 +4,11 @@ import pytest
 import torch
 from megatron.core.parallel_state import RankGenerator
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, TeacherPlacement
 from nemo_paced.data.packing import rank_items
 from nemo_paced.errors import ConfigError
-from nemo_paced.parallel import RankGrid
+from nemo_paced.parallel import groups
+from nemo_paced.parallel.groups import RankGrid
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.teacher.reshard import OneWorld, exchange, routes
 from nemo_paced.training.setup import build_models
@@ -52,7 +52,7 @@ def train(rank, world_size, folder, student, teacher, kind="forward_kl", name="t
         pipeline_model_parallel_size=pipeline,
         **options,
     )
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     source = models.step.teacher
     if config.teacher.placement is TeacherPlacement.cached:
@@ -119,7 +119,7 @@ def _loads(rank, world_size, folder, cache_dir, damage):
     config = make_config(
         folder, (1, 1, 1, 2, False), placement=TeacherPlacement.cached, cache_dir=cache_dir
     )
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     source = models.step.teacher
     if damage is None:
@@ -152,7 +152,7 @@ def _train_separate(rank, world_size, folder, student, teacher, ranks, kind, top
         top_k=top_k,
         devices=world_size,
     )
-    parallel = parallel_module.initialize(
+    parallel = groups.initialize(
         config.model,
         accelerator="cpu",
         timeout_s=60,
@@ -224,9 +224,9 @@ def test_each_rank_that_needs_a_response_gets_it_once_and_keeps_its_own():
 
 def _refused(rank, world_size, folder):
     model = ModelConfig()
-    parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(model, accelerator="cpu", timeout_s=60)
     with pytest.raises(ConfigError) as caught:
-        parallel_module.beside(parallel, ModelConfig(tensor_model_parallel_size=3))
+        groups.beside(parallel, ModelConfig(tensor_model_parallel_size=3))
     return str(caught.value)
 
 
@@ -238,7 +238,7 @@ def test_a_layout_that_the_ranks_do_not_fit_is_refused_by_name(models):
 def _exchange_in_a_ring(rank, world_size):
     from nemo_paced.teacher.reshard import Route
 
-    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
     ways = [Route(f"r{i}", i, i, (i + 1) % 3) for i in range(3)] + [Route("both", 2, 1, 0)]
     held = {f"r{rank}": torch.full((rank, 4), rank)}
     if rank == 1:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import (
     DataConfig,
     DivergenceKind,
@@ -23,6 +22,7 @@ from nemo_paced.config import (
 )
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.hf.export_weights import iter_hf_tensors
+from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training import checkpoint, checkpoint_files, setup
 from nemo_paced.training import step as step_module
@@ -146,7 +146,7 @@ def train_steps(
     model=None,
 ):
     config = make_config(folder, layout, teacher, model)
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     first = 0
     if resume_from:
@@ -297,7 +297,7 @@ def test_a_tied_teacher_works_at_every_layout(models):
 
 def _train_on_top_k(rank, world_size, folder, layout, kind, k, cache_dir=None):
     config = make_config(folder, layout, top_k=k, cache_dir=cache_dir)
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     # two epochs over the same responses, the second in another order
     batches = [make_items(0), make_items(1), make_items(1)[::-1], make_items(0)]
@@ -367,7 +367,7 @@ def _gradient_of_an_auxiliary_loss(rank, world_size, folder, layout):
     # the distributed optimizer leaves a rank the reduced gradients of its own share alone
     optim = OptimConfig(lr=LR, use_distributed_optimizer=False)
     config = make_config(folder, layout, model={"optim": optim})
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     student = models.student
     student.chunks[0].config.num_moe_experts = 1  # the schedule sets the auxiliary loss's scale
@@ -423,7 +423,7 @@ def _save_and_load_in_bf16(rank, world_size, folder, layout, distributed, out):
     optim = OptimConfig(lr=1e-5, use_distributed_optimizer=distributed)
     config = make_config(folder, layout, model={"optim": optim})
     config.trainer.precision = "bf16"
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
 
     def state(models):
         (inner,) = (one.optimizer for one in chained(models.student.optimizer))
@@ -458,7 +458,7 @@ def test_master_weights_of_a_bf16_run_survive_a_resume(models, tmp_path, layout,
 def _reset(rank, world_size, folder):
     """The update right after a reset, and the first one of a run with the same weights."""
     config = make_config(folder, LAYOUTS["tp1"])
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     for step in range(2):
         models.step(make_items(step), STAGES["forward_kl"], LR)
@@ -480,7 +480,7 @@ def _save_on_a_full_disk(rank, world_size, folder, out):
     from nemo_paced.errors import CheckpointError
 
     config = make_config(folder, LAYOUTS["tp1"])
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     models.save(Path(out), step=1, consumed_problems=0, skipped=0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # writing fails from here on
@@ -504,7 +504,7 @@ def _save_in_the_background(rank, world_size, folder, layout, out):
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
     config = make_config(folder, layout)
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     background = AsyncCallsQueue()
     models.step(make_items(0), STAGES["forward_kl"], LR)

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import (
     ModelConfig,
     OptimConfig,
@@ -16,6 +15,7 @@ from nemo_paced.config import (
 )
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.export_weights import iter_hf_tensors
+from nemo_paced.parallel import groups
 from nemo_paced.preflight.models import check_layouts
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training import checkpoint
@@ -97,7 +97,7 @@ def train_steps(
     config = make_config(folder, pair, layout, **model)
     for key, value in (teacher or {}).items():
         setattr(config.teacher, key, value)
-    parallel = parallel_module.initialize(config.model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     first = 0
     if resume_from:

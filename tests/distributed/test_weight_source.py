@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig, Precision
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
+from nemo_paced.parallel import groups
 from nemo_paced.rollout.weight_source import MegatronWeightSource, ParamMeta
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
@@ -24,7 +24,7 @@ def _walk(rank, world_size, folder, tensor, pipeline, precision=Precision.fp32, 
         expert_model_parallel_size=expert,
         sequence_parallel=tensor > 1,
     )
-    parallel = parallel_module.initialize(model, accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(model, accelerator="cpu", timeout_s=60)
     (gpt,) = build_chunks(load_hf_config(folder), model, parallel, precision=precision)
     load_hf_weights([gpt], folder, parallel)
     source = MegatronWeightSource([gpt], parallel)

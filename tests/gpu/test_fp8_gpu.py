@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import Fp8Backend, Fp8Config, Fp8Recipe, ModelConfig, Precision
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.model import build_chunks, has_transformer_engine
+from nemo_paced.parallel import groups
 from nemo_paced.teacher.fp8 import choose_fp8, load_teacher_gpt
 from nemo_paced.teacher.fp8_linear import RowScaled, scaled_matmul
 from tests.fp8_reference import fake_quantize
@@ -45,8 +45,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parallel():
-    yield parallel_module.initialize(ModelConfig(make_vocab_size_divisible_by=16))
-    parallel_module.shutdown()
+    yield groups.initialize(ModelConfig(make_vocab_size_divisible_by=16))
+    groups.shutdown()
 
 
 def logits(folder, parallel, backend, recipe, *, quantized=True, bf16_layers=0):

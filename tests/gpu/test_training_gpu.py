@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import OptimBackend, OptimConfig, Recompute, TeacherPlacement
+from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.training.setup import build_models
 from nemo_paced.training.teacher_setup import serve_teacher
@@ -56,7 +56,7 @@ def train_on_gpus(rank, world_size, folder, case):
     _, layout, model, teacher = CASES[case]
     config = make_config(folder, layout, model=model, devices=world_size, **teacher)
     config = replace(config, trainer=replace(config.trainer, accelerator="gpu", precision="bf16"))
-    parallel = parallel_module.initialize(
+    parallel = groups.initialize(
         config.model,
         accelerator="gpu",
         timeout_s=120,

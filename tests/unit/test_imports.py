@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[2] / "nemo_paced"
 # lowest first; a module may import its own layer's folder and what is below it
 LAYERS = (
     {"errors", "records", "settings", "config", "logs", "compose"},
-    {"cpu_megatron", "link", "parallel", "pipeline"},
+    {"parallel"},
     {"losses", "weights"},
     {"hf"},
     {"sizing"},

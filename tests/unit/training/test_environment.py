@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from nemo_paced import parallel as parallel_module
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.parallel import groups
 from nemo_paced.training import environment
 from nemo_paced.training.environment import (
     commit,
@@ -49,11 +49,11 @@ def test_the_last_start_keeps_how_long_it_took_to_its_first_step(tmp_path):
 def _recorded(rank, world_size, folder):
     from pathlib import Path
 
-    parallel = parallel_module.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
+    parallel = groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
     record_start(Path(folder), parallel, 3)
     torch.distributed.barrier()
     starts = read_starts(Path(folder))
-    parallel_module.shutdown()
+    groups.shutdown()
     return [(start.step, start.devices, start.nodes) for start in starts]
 
 

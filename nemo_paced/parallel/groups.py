@@ -22,11 +22,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from nemo_paced import cpu_megatron
-from nemo_paced import link as link_module
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
-from nemo_paced.link import Link, split_world
+from nemo_paced.parallel import cpu_megatron
+from nemo_paced.parallel import link as link_module
+from nemo_paced.parallel.link import Link, split_world
 
 logger = logging.getLogger(__name__)
 

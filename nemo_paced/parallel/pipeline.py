@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
-from nemo_paced.parallel import Parallel
+from nemo_paced.parallel.groups import Parallel
 
 
 def call_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
