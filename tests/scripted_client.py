@@ -4,7 +4,7 @@ that a rollout is right or wrong as the test says, and that the connection break
 import random
 
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.completions import Completion
+from nemo_paced.serving.completions import Completion
 
 
 class ScriptedClient:

@@ -20,7 +20,7 @@ from nemo_paced.analysis.accuracy_table import (
 from nemo_paced.analysis.evaluated_runs import Baselines
 from nemo_paced.analysis.sections import Section
 from nemo_paced.evaluation.results import Results
-from nemo_paced.rollout.accuracy import Accuracy, Difference
+from nemo_paced.grading.accuracy import Accuracy, Difference
 
 FORGETTING = "forgetting"
 ALL_PAIRS_OF = 4  # runs at most

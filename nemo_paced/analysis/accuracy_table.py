@@ -8,7 +8,7 @@ from typing import Any
 from nemo_paced.analysis.evaluated_runs import Baselines
 from nemo_paced.analysis.sections import Section
 from nemo_paced.evaluation.results import Results
-from nemo_paced.rollout.accuracy import Accuracy, Difference
+from nemo_paced.grading.accuracy import Accuracy, Difference
 
 WITHIN_NOISE, OUTCOME = "within noise", "outcome"
 

@@ -14,7 +14,7 @@ from nemo_paced.evaluation.results import (
     Source,
     check_alike,
 )
-from nemo_paced.rollout.accuracy import Accuracy
+from nemo_paced.grading.accuracy import Accuracy
 
 BASE = "base"
 Baselines: TypeAlias = dict[str, str]  # label of a model -> of the one that it is compared with

@@ -13,9 +13,9 @@ from nemo_paced.analysis.snr_plan import is_hf, what_is_measured
 from nemo_paced.config import PacedConfig, ResponseSource, to_dict
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import PassRate, Problem
+from nemo_paced.rollout.sampler import served_dtype
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.teacher.cache import model_identity
-from nemo_paced.training.sampler import served_dtype
 
 CERTIFICATE = ("certificate", "certificate_problems", "max_kl")  # of teacher.fp8: a check alone
 

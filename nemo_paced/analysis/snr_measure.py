@@ -24,8 +24,8 @@ from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.link import MESSAGE_TIMEOUT_S
-from nemo_paced.rollout.weight_files import write_weights
-from nemo_paced.rollout.weight_source import MegatronWeightSource
+from nemo_paced.refit.weight_files import write_weights
+from nemo_paced.refit.weight_source import MegatronWeightSource
 from nemo_paced.training import checkpoint
 from nemo_paced.training.loop import with_cache_folder
 from nemo_paced.training.teacher_setup import build_teacher, common_rows

@@ -13,11 +13,11 @@ from pathlib import Path
 from nemo_paced.compose import run_directory, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
-from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.replicas import Replicas
+from nemo_paced.rollout.sampler import make_replicas
+from nemo_paced.serving.api_key import API_KEY_VARIABLE
+from nemo_paced.serving.replicas import Replicas
 from nemo_paced.training.prepare import server_notes
 from nemo_paced.training.progress import progress_bar
-from nemo_paced.training.sampler import make_replicas
 
 logger = logging.getLogger(__name__)
 

@@ -78,8 +78,8 @@ def _snr(
     from nemo_paced.preflight import models as model_checks
     from nemo_paced.preflight.checks import check_inputs
     from nemo_paced.preflight.findings import refuse
-    from nemo_paced.rollout.pass_rates import PassRateTable
     from nemo_paced.training.prepare import save_config
+    from nemo_paced.weights.pass_rates import PassRateTable
 
     run_dir = run_dir or run_directory(config)
     model = _resolve(config, model, run_dir, known.step)

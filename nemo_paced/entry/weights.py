@@ -18,8 +18,8 @@ from nemo_paced.analysis.snr_summary import summarise
 from nemo_paced.compose import with_config
 from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
-from nemo_paced.rollout.pass_rates import PassRateTable
 from nemo_paced.weights.adaptive import prior_of
+from nemo_paced.weights.pass_rates import PassRateTable
 from nemo_paced.weights.prior import fit_prior
 from nemo_paced.weights.simulation import DISTRIBUTIONS, from_counts, simulate
 from nemo_paced.weights.summary import effective_sample_size, weight_shares

@@ -17,7 +17,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import postprocess_generated_text
 
 from nemo_paced.hf.tokenizer import stop_token_ids
-from nemo_paced.rollout.completions import SERVED_NAME
+from nemo_paced.serving.completions import SERVED_NAME
 
 FAILED = (aiohttp.ClientError, asyncio.TimeoutError)  # of a request, after all its retries
 MAX_TRIES = 5

@@ -20,7 +20,7 @@ from typing import Any
 
 from nemo_paced.config import LmEvalConfig
 from nemo_paced.errors import ConfigError, RolloutError
-from nemo_paced.rollout.accuracy import Accuracy
+from nemo_paced.grading.accuracy import Accuracy
 
 DRAW_SEED = 0  # of the questions under a limit: every model gets the same
 FEWSHOT_SEED = 1234  # lm-eval's own default

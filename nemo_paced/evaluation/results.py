@@ -11,7 +11,7 @@
 A suite is ``heldout``, ``forgetting``, the name of a problem file or of a task of lm-eval; a label
 is that of a model. The first model is the one that the others are compared with: ``base``
 (quickstart) or ``baseline`` (the command ``evaluate``) where there is one. An accuracy has the
-fields of :class:`~nemo_paced.rollout.accuracy.Accuracy` (undefined ones are null) and
+fields of :class:`~nemo_paced.grading.accuracy.Accuracy` (undefined ones are null) and
 
 .. code-block:: text
 
@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.hf.directory import model_fingerprint
-from nemo_paced.rollout.accuracy import Accuracy
 from nemo_paced.training.environment import installed_versions
 
 Results: TypeAlias = dict[str, dict[str, Accuracy]]

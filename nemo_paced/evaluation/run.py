@@ -16,11 +16,11 @@ from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import Suite, run_suite
 from nemo_paced.evaluation.results import IN_WORDS
+from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
-from nemo_paced.rollout.accuracy import Accuracy
+from nemo_paced.rollout.sampler import Sampler, served_dtype
 from nemo_paced.training import prepare
-from nemo_paced.training.sampler import Sampler, served_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_paced.evaluation.results import Results
-from nemo_paced.rollout.accuracy import Accuracy, Difference
+from nemo_paced.grading.accuracy import Accuracy, Difference
 
 WIDE = 100  # columns of a terminal, for pass@k at every k
 NOTE = (

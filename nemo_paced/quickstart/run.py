@@ -25,15 +25,15 @@ from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import PacedError
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.evaluation.run import evaluate, sampling_settings
+from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.logs import PART_VARIABLE
 from nemo_paced.records import Problem
-from nemo_paced.rollout.accuracy import Accuracy
-from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.refit import send_files
+from nemo_paced.refit.file_transfer import send_files
+from nemo_paced.rollout.sampler import Sampler
+from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
 from nemo_paced.training.progress import progress_bar
 from nemo_paced.training.references import REFERENCES_FILE, sample_references
-from nemo_paced.training.sampler import Sampler
 
 ARMS = {
     "unweighted": ["weights.scheme=unweighted", "schedule=forward_kl"],

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from nemo_paced.grading.grader import Grader
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.completions import Completion, SampleRequest
-from nemo_paced.rollout.grading import Grader
 from nemo_paced.rollout.store import RolloutStore
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.completions import Completion, SampleRequest
 
 
 @dataclass(frozen=True, slots=True)

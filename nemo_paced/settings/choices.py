@@ -141,7 +141,7 @@ class RolloutPlacement(Enum):
 
 
 class RefitBackend(Enum):
-    """``rollout.refit``: how new weights reach the rollout servers (``rollout/transfer.py``)."""
+    """``rollout.refit``: how new weights reach the rollout servers (``refit/transfer.py``)."""
 
     auto = "auto"  # the fastest that placement, hardware and packages allow
     file = "file"  # safetensors files in memory or on a disk that the server's process sees

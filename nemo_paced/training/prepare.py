@@ -18,11 +18,11 @@ from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import Prompts, check_same_tokens
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.adaptive import sample_in_rounds
-from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.rollout.sampler import Sampler, evaluation_length
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.training.progress import progress_bar
-from nemo_paced.training.sampler import Sampler, evaluation_length
+from nemo_paced.weights.pass_rates import PassRateTable
+from nemo_paced.weights.rounds import sample_in_rounds
 
 logger = logging.getLogger(__name__)
 

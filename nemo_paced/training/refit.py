@@ -7,10 +7,10 @@ from typing import Any
 
 from nemo_paced.config import RefitBackend
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.rollout.meeting import Meeting
-from nemo_paced.rollout.transfer import Sender, make_sender
-from nemo_paced.rollout.weight_files import write_weights
-from nemo_paced.rollout.weight_source import MegatronWeightSource
+from nemo_paced.refit.meeting import Meeting, Sender
+from nemo_paced.refit.transfer import make_sender
+from nemo_paced.refit.weight_files import write_weights
+from nemo_paced.refit.weight_source import MegatronWeightSource
 from nemo_paced.training.driver import Driver
 from nemo_paced.training.exchange import BatchExchange
 from nemo_paced.training.student import Student

@@ -9,8 +9,8 @@ from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
 from nemo_paced.parallel import groups
-from nemo_paced.rollout.meeting import Meeting
-from nemo_paced.rollout.vllm_senders import EverywhereSource, ShardSource, init_info
+from nemo_paced.refit.meeting import Meeting
+from nemo_paced.refit.vllm_senders import EverywhereSource, ShardSource, init_info
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 

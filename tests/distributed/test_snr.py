@@ -16,7 +16,7 @@ from nemo_paced.config import WeightsConfig
 from nemo_paced.data.problems import load_problems
 from nemo_paced.entry.snr import show
 from nemo_paced.records import Rollout
-from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.weights.pass_rates import PassRateTable
 from tests.distributed.harness import run_ranks
 
 LAYOUTS = {"tp1": (1, 1, 1), "tp2": (2, 1, 2), "pp2": (1, 2, 2)}  # tensor, pipeline, ranks

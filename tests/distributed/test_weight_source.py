@@ -12,7 +12,7 @@ from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
 from nemo_paced.parallel import groups
-from nemo_paced.rollout.weight_source import MegatronWeightSource, ParamMeta
+from nemo_paced.refit.weight_source import MegatronWeightSource, ParamMeta
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_paced.rollout.backends import importable
+from nemo_paced.serving.backends import importable
 from tests.refit_jobs import GPU_JOBS, check_job
 
 pytestmark = [

@@ -12,10 +12,10 @@ import torch
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import WeightSwap
 from nemo_paced.evaluation.results import ResultsFile
-from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.refit import send_files
-from nemo_paced.rollout.weight_sync import WeightSync
+from nemo_paced.refit.file_transfer import send_files
+from nemo_paced.refit.weight_sync import WeightSync
+from nemo_paced.serving.api_key import API_KEY_VARIABLE
+from nemo_paced.serving.client import RolloutClient
 from tests.rollout_servers import make_sidecar
 
 pytestmark = pytest.mark.slow

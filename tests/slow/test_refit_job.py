@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from nemo_paced.rollout.client import RolloutClient
+from nemo_paced.serving.client import RolloutClient
 from tests.jobs import command, metrics, train_arguments
 from tests.refit_jobs import CPU_JOBS, asleep, check_job
 from tests.rollout_servers import make_sidecar
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def server_of(process):
     for child in psutil.Process(process.pid).children(recursive=True):
         if "vllm.entrypoints.openai.api_server" in child.cmdline() and (
-            "nemo_paced.rollout.supervisor" not in child.cmdline()
+            "nemo_paced.serving.supervisor" not in child.cmdline()
         ):
             return child.pid
     raise AssertionError("no server runs")

@@ -25,10 +25,10 @@ from nemo_paced.config import (
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import Prompts
-from nemo_paced.rollout.refit import VERSION_FILE
+from nemo_paced.refit.file_transfer import VERSION_FILE
+from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
-from nemo_paced.training.sampler import Sampler
-from tests.unit.rollout.wrong_server import Server
+from tests.unit.serving.wrong_server import Server
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ import torch
 
 from nemo_paced.config import WeightSwap
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.completions import COMPLETIONS, SampleRequest
-from nemo_paced.rollout.refit import send_files
-from nemo_paced.rollout.weight_sync import WeightSync
+from nemo_paced.refit.file_transfer import send_files
+from nemo_paced.refit.weight_sync import WeightSync
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.completions import COMPLETIONS, SampleRequest
 from tests.rollout_servers import make_sidecar
 from tests.tiny import make_hf_model
 
@@ -193,7 +193,7 @@ def test_nothing_is_left_when_one_of_them_is_killed(killed):
     server = "import os, time; os.fork(); time.sleep(600)"
     program = (
         "import subprocess, sys, time;"
-        "subprocess.Popen([sys.executable, '-m', 'nemo_paced.rollout.supervisor',"
+        "subprocess.Popen([sys.executable, '-m', 'nemo_paced.serving.supervisor',"
         f"sys.executable, '-c', {server!r}], stdin=subprocess.PIPE); time.sleep(600)"
     )
     parent = psutil.Popen([sys.executable, "-c", program])

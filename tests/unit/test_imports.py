@@ -4,14 +4,15 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "nemo_paced"
-# lowest first; a module may import its own layer's folder and what is below it
+# lowest first; what stands on one line may not import its neighbours
 LAYERS = (
-    {"errors", "records", "settings", "config", "logs", "compose"},
-    {"parallel"},
-    {"losses", "weights"},
-    {"hf"},
-    {"sizing"},
-    {"data", "rollout"},
+    {"losses", "records", "errors", "logs"},
+    {"settings"},
+    {"config"},
+    {"parallel", "compose"},
+    {"hf", "grading", "serving", "weights"},
+    {"sizing", "data", "refit"},
+    {"rollout"},
     {"teacher"},
     {"training"},
     {"evaluation", "preflight"},
@@ -20,37 +21,58 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# what the embedded problems are lies beside the quickstart; tests and the package data use it
-STANDS_ALONE = {"losses": {"errors"}, "weights": {"errors", "config"}}
+# every other line may import these neighbours
+SHARED = {"errors", "records", "logs"}
+# what may be taken into somebody else's trainer by itself
+STANDS_ALONE = {"losses": {"errors"}, "weights": {"errors", "config", "records"}}
+
+
+def modules():
+    """Each file of the package by its dotted name, without those that make folders packages."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "__init__.py":
+            yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), path
+
+
+MODULES = dict(modules())
 
 
 def imports_of(path):
+    """Modules of the package that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemo_paced"):
-            if node.module == "nemo_paced":
-                yield from (alias.name for alias in node.names)
-            else:
-                yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "nemo_paced":
+            base = node.module.removeprefix("nemo_paced").removeprefix(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".removeprefix(".")
+                yield name if name in MODULES else base
         if isinstance(node, ast.Import):
-            yield from (
-                a.name.split(".")[1] for a in node.names if a.name.startswith("nemo_paced.")
-            )
+            for alias in node.names:
+                if alias.name.startswith("nemo_paced."):
+                    yield alias.name.removeprefix("nemo_paced.")
+
+
+IMPORTS = {name: set(imports_of(path)) for name, path in MODULES.items()}
 
 
 def test_imports_point_down():
     wrong = []
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).parts
-        own = parts[0].removesuffix(".py")
-        if own == "__init__":
-            continue
-        for name in imports_of(path):
-            same_level = LEVEL[name] == LEVEL[own] and name != own and len(parts) > 1
-            if LEVEL[name] > LEVEL[own] or (same_level and LEVEL[own] > 1):
-                wrong.append(f"{'/'.join(parts)} imports {name}")
-            if own in STANDS_ALONE and name != own and name not in STANDS_ALONE[own]:
-                wrong.append(f"{'/'.join(parts)} imports {name}, but {own} stands alone")
+    for name, imported in IMPORTS.items():
+        own = name.split(".")[0]
+        for other in {each.split(".")[0] for each in imported} - {own}:
+            neighbours = LEVEL[other] == LEVEL[own] and other not in SHARED
+            if LEVEL[other] > LEVEL[own] or neighbours:
+                wrong.append(f"{name} imports {other}")
+            if own in STANDS_ALONE and other not in STANDS_ALONE[own]:
+                wrong.append(f"{name} imports {other}, but {own} stands alone")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Files that import nothing of what is left are taken away; a circle stays."""
+    left = {name: imported & MODULES.keys() for name, imported in IMPORTS.items()}
+    while free := {name for name, imported in left.items() if not imported & left.keys()}:
+        left = {name: imported for name, imported in left.items() if name not in free}
+    assert not left, f"in a circle, or above one: {sorted(left)}"
 
 
 def test_init_files_are_empty():

@@ -14,7 +14,7 @@ from nemo_paced.analysis.sections import rows_by_stage
 from nemo_paced.analysis.timing_sections import PARTS, RATES, split, split_table
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile
-from nemo_paced.rollout.accuracy import Accuracy
+from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.training.metric_names import METRICS
 from tests.runs import (
     metric_lines,

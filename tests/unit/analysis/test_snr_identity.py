@@ -15,7 +15,7 @@ from nemo_paced.config import WeightsConfig
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError
 from nemo_paced.records import Response, Rollout
-from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.weights.pass_rates import PassRateTable
 
 CHECKPOINT = "checkpoints/step_00000000"
 

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from nemo_paced.evaluation.tables import show
-from nemo_paced.rollout.accuracy import Accuracy
+from nemo_paced.grading.accuracy import Accuracy
 from tests.runs import accuracy
 
 

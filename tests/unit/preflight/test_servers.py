@@ -21,10 +21,10 @@ from nemo_paced.config import (
 from nemo_paced.preflight import servers
 from nemo_paced.preflight.findings import Severity
 from nemo_paced.preflight.inputs import Inputs
-from nemo_paced.rollout.api_key import API_KEY_VARIABLE, ApiKeyMiddleware
-from nemo_paced.rollout.completions import SERVED_NAME
-from nemo_paced.rollout.probe import probe_servers
-from nemo_paced.rollout.sidecar import free_ports
+from nemo_paced.serving.api_key import API_KEY_VARIABLE, ApiKeyMiddleware
+from nemo_paced.serving.completions import SERVED_NAME
+from nemo_paced.serving.probe import probe_servers
+from nemo_paced.serving.sidecar import free_ports
 
 KEY = "the-key-of-the-servers"
 

@@ -7,14 +7,14 @@ import pytest
 
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import DataConfig, GradingConfig, PrivilegedContext
+from nemo_paced.grading.grader import Grader
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.completions import SampleRequest
-from nemo_paced.rollout.grading import Grader
 from nemo_paced.rollout.sampling import SamplingSettings, long_tail_first, sample_rollouts
 from nemo_paced.rollout.store import RolloutStore
-from tests.unit.rollout.wrong_server import GENERATE, Server, choice, good
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.completions import SampleRequest
+from tests.unit.serving.wrong_server import GENERATE, Server, choice, good
 
 PROBLEMS = [Problem(f"p{i}", "s1 f1", "s1") for i in range(30)]
 

@@ -4,7 +4,7 @@ import pytest
 from nemo_paced.cli import main
 from nemo_paced.config import WeightsConfig
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.weights.pass_rates import PassRateTable
 from tests.block_sums import snr_record
 
 PROBLEMS = [Problem(f"p{i:03d}", "x", "1") for i in range(200)]

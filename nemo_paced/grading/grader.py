@@ -16,16 +16,16 @@ from dataclasses import dataclass
 
 from nemo_paced.config import GradingConfig
 from nemo_paced.errors import GradingError
-from nemo_paced.rollout.answers import (
+from nemo_paced.grading.answers import (
     MAX_SYMBOLIC_LENGTH,
     extract_answer,
     extract_choice,
     normalize,
     numbers_agree,
 )
-from nemo_paced.rollout.verifier_pool import TimedOut, VerifierPool, WorkerDied, load_function
+from nemo_paced.grading.verifier_pool import TimedOut, VerifierPool, WorkerDied, load_function
 
-SYMBOLIC = "nemo_paced.rollout.answers:symbolically_equal"
+SYMBOLIC = "nemo_paced.grading.answers:symbolically_equal"
 SYMBOLIC_MEMORY = 4 * 2**30  # a power tower must not take the trainer's memory
 
 

@@ -23,10 +23,9 @@ from nemo_paced.config import RefitBackend
 from nemo_paced.hf.local_shards import iter_local_shards, shard_dim
 from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.rollout.meeting import Meeting
-from nemo_paced.rollout.transfer import Sender
-from nemo_paced.rollout.weight_source import MegatronWeightSource
-from nemo_paced.rollout.weight_sync import WeightSync
+from nemo_paced.refit.meeting import Meeting, Sender
+from nemo_paced.refit.weight_source import MegatronWeightSource
+from nemo_paced.refit.weight_sync import WeightSync
 
 
 def make_vllm_sender(

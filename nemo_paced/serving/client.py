@@ -24,8 +24,8 @@ import aiohttp
 import httpx
 
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.balancer import Balancer
-from nemo_paced.rollout.completions import (
+from nemo_paced.serving.balancer import Balancer
+from nemo_paced.serving.completions import (
     COMPLETIONS,
     GENERATE,
     Aborted,

@@ -18,20 +18,20 @@ from urllib.parse import urlsplit
 
 from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.grading.grader import Grader
 from nemo_paced.hf.directory import context_length
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.backends import choose_backend
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.grading import Grader
-from nemo_paced.rollout.meeting import Meeting
-from nemo_paced.rollout.refit import check_weight_routes, transfer_folder
-from nemo_paced.rollout.replicas import Replicas
+from nemo_paced.refit.file_transfer import check_weight_routes, transfer_folder
+from nemo_paced.refit.meeting import Meeting
+from nemo_paced.refit.server_weights import ServerWeights
 from nemo_paced.rollout.sampling import SamplingSettings, sample_rollouts
-from nemo_paced.rollout.server_weights import ServerWeights
-from nemo_paced.rollout.sidecar import gpu_count
 from nemo_paced.rollout.store import RolloutStore
+from nemo_paced.serving.api_key import API_KEY_VARIABLE
+from nemo_paced.serving.backends import choose_backend
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.replicas import Replicas
+from nemo_paced.serving.sidecar import gpu_count
 
 logger = logging.getLogger(__name__)
 

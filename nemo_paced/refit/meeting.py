@@ -1,15 +1,16 @@
-"""The group that trainer and servers form to move weights: where it meets and how large it is."""
+"""The group that trainer and servers form to move weights: where it meets, and who sends."""
 
 from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from nemo_paced.config import RefitBackend
-from nemo_paced.rollout.backends import LOOPBACK, is_loopback
-from nemo_paced.rollout.sidecar import free_ports
-from nemo_paced.rollout.weight_sync import WeightSync
+from nemo_paced.refit.weight_sync import WeightSync
+from nemo_paced.serving.backends import LOOPBACK, is_loopback
+from nemo_paced.serving.sidecar import free_ports
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,14 @@ class Meeting:
     address: str
     port: int
     workers: tuple[int, ...]
+
+
+class Sender(Protocol):
+    """The trainer's side of the group: what vLLM calls a ``TrainerWeightTransferEngine``."""
+
+    def send_weights(self) -> None: ...
+
+    def shutdown(self) -> None: ...
 
 
 def meeting(backend: RefitBackend, sync: WeightSync) -> Meeting:

@@ -1,6 +1,6 @@
 """Runs a server and ends its whole process tree when the one who started it is gone.
 
-``python -m nemo_paced.rollout.supervisor COMMAND...`` with a pipe as standard input: the kernel
+``python -m nemo_paced.serving.supervisor COMMAND...`` with a pipe as standard input: the kernel
 closes the pipe when the parent dies, by SIGKILL too, and the end of file is the order to stop.
 
 The server's process group has a leader of ours, which holds the end of another such pipe: a
@@ -27,7 +27,7 @@ def main(command: list[str]) -> int:
     # the parent may have them blocked
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
     leader = subprocess.Popen(
-        [sys.executable, "-m", "nemo_paced.rollout.supervisor", LEAD, *command],
+        [sys.executable, "-m", "nemo_paced.serving.supervisor", LEAD, *command],
         stdin=subprocess.PIPE,  # open as long as this process lives
         start_new_session=True,
     )

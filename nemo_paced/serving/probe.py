@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from nemo_paced.rollout.completions import SERVED_NAME
+from nemo_paced.serving.completions import SERVED_NAME
 
 TIMEOUT_S = 5.0  # of connecting and of each answer: a server that is well answers at once
 DENIED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)

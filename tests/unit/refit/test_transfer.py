@@ -15,12 +15,12 @@ from vllm.entrypoints.serve.dev.sleep import api_router as sleep_router
 
 from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement, WeightSwap
 from nemo_paced.errors import ConfigError, RolloutError, WeightsLost
-from nemo_paced.rollout import backends
-from nemo_paced.rollout.backends import choose_backend
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.replicas import Replicas
-from nemo_paced.rollout.server_weights import ServerWeights
-from nemo_paced.rollout.weight_sync import WeightSync, _json_safe
+from nemo_paced.refit.server_weights import ServerWeights
+from nemo_paced.refit.weight_sync import WeightSync, _json_safe
+from nemo_paced.serving import backends
+from nemo_paced.serving.backends import choose_backend
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.replicas import Replicas
 
 HERE, ELSEWHERE = ["127.0.0.1"], ["127.0.0.1", "10.0.0.7"]
 
@@ -53,7 +53,7 @@ def test_a_transport_that_lacks_something_names_all_of_it(monkeypatch):
 
 
 def test_the_server_is_started_for_the_transport_and_to_sleep(monkeypatch, tmp_path):
-    monkeypatch.setattr("nemo_paced.rollout.replicas.gpu_count", lambda: 8)
+    monkeypatch.setattr("nemo_paced.serving.replicas.gpu_count", lambda: 8)
     config = RolloutConfig(placement=RolloutPlacement.colocated)
 
     def started(**options):
@@ -82,7 +82,7 @@ def servers(monkeypatch, answers):
 
     plain = httpx.Client
     monkeypatch.setattr(
-        "nemo_paced.rollout.client.httpx.Client",
+        "nemo_paced.serving.client.httpx.Client",
         lambda **options: plain(transport=httpx.MockTransport(respond), **options),
     )
     return RolloutClient(["http://a:1", "http://b:1"], "key"), asked

@@ -7,11 +7,11 @@ import time
 import pytest
 
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout import balancer
-from nemo_paced.rollout import client as client_module
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.completions import SampleRequest
-from tests.unit.rollout.wrong_server import (
+from nemo_paced.serving import balancer
+from nemo_paced.serving import client as client_module
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.completions import SampleRequest
+from tests.unit.serving.wrong_server import (
     COMPLETIONS,
     GENERATE,
     HANG,

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.gloo_group import JOIN_TIMEOUT_S, broadcast, join_group
-from nemo_paced.rollout.weight_source import MegatronWeightSource
-from nemo_paced.rollout.weight_sync import WeightSync
+from nemo_paced.refit.gloo_group import JOIN_TIMEOUT_S, broadcast, join_group
+from nemo_paced.refit.weight_source import MegatronWeightSource
+from nemo_paced.refit.weight_sync import WeightSync
 
 
 class GlooSender:

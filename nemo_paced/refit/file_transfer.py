@@ -14,8 +14,8 @@ from pathlib import Path
 
 from nemo_paced.config import RefitBackend
 from nemo_paced.errors import ConfigError, RolloutError
-from nemo_paced.rollout.client import RolloutClient
-from nemo_paced.rollout.weight_sync import WeightSync
+from nemo_paced.refit.weight_sync import WeightSync
+from nemo_paced.serving.client import RolloutClient
 
 ROUTE_TIMEOUT_S = 30.0
 VERSION_FILE = "version"

@@ -3,9 +3,9 @@ import pytest
 
 from nemo_paced.config import WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.grading.accuracy import Accuracy, Difference
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.accuracy import Accuracy, Difference
-from nemo_paced.rollout.pass_rates import PassRateTable
+from nemo_paced.weights.pass_rates import PassRateTable
 
 PROBLEMS = [Problem(name, "x", "1", group=name[:1]) for name in ("a1", "a2", "b1")]
 CORRECT = {"a1": 1, "a2": 4, "b1": 2}

@@ -11,8 +11,8 @@ from nemo_paced.config import (
     WeightSwap,
 )
 from nemo_paced.errors import ConfigError
-from nemo_paced.rollout.replicas import replica_devices
-from nemo_paced.rollout.sidecar import free_ports, listen_address
+from nemo_paced.serving.replicas import replica_devices
+from nemo_paced.serving.sidecar import free_ports, listen_address
 
 
 def test_each_replica_gets_gpus_of_its_own():

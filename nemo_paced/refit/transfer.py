@@ -2,29 +2,20 @@
 
 ``nccl``, ``nccl_m2n`` and ``ipc`` are vLLM's own trainer-side engines, which need GPUs and vLLM in
 the trainer's environment; ``gloo`` is ours (``gloo_transfer.py``) and has the same two methods.
-``file`` goes through files instead (``refit.py``).
+``file`` goes through files instead (``file_transfer.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from nemo_paced.config import RefitBackend
 from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.rollout.gloo_transfer import GlooSender
-from nemo_paced.rollout.meeting import Meeting
-from nemo_paced.rollout.weight_source import MegatronWeightSource
-from nemo_paced.rollout.weight_sync import WeightSync
-
-
-class Sender(Protocol):
-    """What vLLM calls a ``TrainerWeightTransferEngine``."""
-
-    def send_weights(self) -> None: ...
-
-    def shutdown(self) -> None: ...
+from nemo_paced.refit.gloo_transfer import GlooSender
+from nemo_paced.refit.meeting import Meeting, Sender
+from nemo_paced.refit.weight_source import MegatronWeightSource
+from nemo_paced.refit.weight_sync import WeightSync
 
 
 def make_sender(
@@ -42,7 +33,7 @@ def make_sender(
         RolloutError: a server did not join.
     """
     if meeting.backend is not RefitBackend.gloo:
-        from nemo_paced.rollout.vllm_senders import make_vllm_sender
+        from nemo_paced.refit.vllm_senders import make_vllm_sender
 
         return make_vllm_sender(meeting, sync, chunks, parallel)
     rendezvous = {

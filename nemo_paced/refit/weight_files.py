@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nemo_paced.rollout.refit import VERSION_FILE
-from nemo_paced.rollout.weight_source import MegatronWeightSource
+from nemo_paced.refit.file_transfer import VERSION_FILE
+from nemo_paced.refit.weight_source import MegatronWeightSource
 
 FILE_BYTES = 2**30
 

@@ -12,7 +12,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.preflight import servers
 from nemo_paced.preflight.checks import check_inputs
 from nemo_paced.preflight.findings import Severity
-from nemo_paced.rollout import backends, replicas, sidecar
+from nemo_paced.serving import backends, replicas, sidecar
 from tests import refit_jobs
 from tests.refit_jobs import CPU_JOBS, GPU_JOBS, composed
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_paced.config import WeightSwap
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.client import RolloutClient
+from nemo_paced.serving.client import RolloutClient
 
 
 class WeightSync:

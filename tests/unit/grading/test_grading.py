@@ -7,8 +7,8 @@ import pytest
 
 from nemo_paced.config import GradingConfig
 from nemo_paced.errors import ConfigError, GradingError
-from nemo_paced.rollout.answers import extract_answer, extract_choice, normalize, numbers_agree
-from nemo_paced.rollout.grading import Grader
+from nemo_paced.grading.answers import extract_answer, extract_choice, normalize, numbers_agree
+from nemo_paced.grading.grader import Grader
 
 CASES = [
     json.loads(line)
@@ -20,7 +20,7 @@ DISAGREEMENTS = {
     ("Answer: 3 hours 20 minutes", "200 minutes"): "sums of units are not understood",
     ("Answer: X", "x"): "math-verify takes X and x for one variable",
 }
-OWN = "tests.unit.rollout.verifiers:judge"
+OWN = "tests.unit.grading.verifiers:judge"
 
 
 def test_the_labelled_cases_are_judged_as_labelled_but_for_those_listed(tmp_path, monkeypatch):
@@ -122,14 +122,14 @@ def test_what_breaks_the_contract_of_a_verifier_is_an_error():
             grader.grade("raise", "a")
         assert grader.grade("a", "a").correct
     with (
-        Grader(GradingConfig("tests.unit.rollout.verifiers:number")) as grader,
+        Grader(GradingConfig("tests.unit.grading.verifiers:number")) as grader,
         pytest.raises(GradingError, match="returned 1, not a bool"),
     ):
         grader.grade("a", "b")
     with pytest.raises(GradingError, match="no function"):
         Grader(GradingConfig("nope"))
     with pytest.raises(GradingError, match="cannot be called"):
-        Grader(GradingConfig("tests.unit.rollout.verifiers:NOT_CALLABLE"))
+        Grader(GradingConfig("tests.unit.grading.verifiers:NOT_CALLABLE"))
 
 
 def test_the_exact_verifier_and_truncation():

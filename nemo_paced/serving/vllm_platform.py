@@ -15,4 +15,4 @@ def platform() -> str | None:
     """Our class where the server's environment asks for it; ``None``: vLLM's own choice."""
     if os.environ.get(FORK_VARIABLE) != "1":
         return None
-    return "nemo_paced.rollout.vllm_cpu.ForkingCpuPlatform"
+    return "nemo_paced.serving.vllm_cpu.ForkingCpuPlatform"

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from nemo_paced.rollout.vllm_platform import FORK_VARIABLE, platform
+from nemo_paced.serving.vllm_platform import FORK_VARIABLE, platform
 from tests.tiny import make_hf_model
 
 PROGRAM = """\

@@ -17,9 +17,9 @@ import httpx
 
 from nemo_paced.config import RefitBackend, RolloutConfig
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.api_key import API_KEY_VARIABLE
-from nemo_paced.rollout.completions import SERVED_NAME
-from nemo_paced.rollout.vllm_platform import FORK_VARIABLE
+from nemo_paced.serving.api_key import API_KEY_VARIABLE
+from nemo_paced.serving.completions import SERVED_NAME
+from nemo_paced.serving.vllm_platform import FORK_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Sidecar:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nemo_paced.rollout.supervisor", *self._command()],
+                [sys.executable, "-m", "nemo_paced.serving.supervisor", *self._command()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -140,7 +140,7 @@ class Sidecar:
             "--tensor-parallel-size": str(self.config.tensor_parallel_size),
             # the model's generation_config.json must not change how we sample
             "--generation-config": "vllm",
-            "--middleware": "nemo_paced.rollout.api_key.ApiKeyMiddleware",
+            "--middleware": "nemo_paced.serving.api_key.ApiKeyMiddleware",
             "--weight-transfer-config": json.dumps({"backend": self.refit.value}),
         }
         python = self.config.python or sys.executable

@@ -8,9 +8,9 @@ from scipy.stats import binomtest
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile, Source
+from nemo_paced.grading.accuracy import Accuracy, Difference
+from nemo_paced.grading.sign_flip import sign_flip_p_value
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.accuracy import Accuracy, Difference
-from nemo_paced.rollout.sign_flip import sign_flip_p_value
 
 
 def graded(verdicts):

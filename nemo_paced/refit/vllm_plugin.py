@@ -121,7 +121,7 @@ class GlooWeightTransferEngine(_CheckpointEngine[GlooInitInfo, GlooUpdateInfo]):
     update_info_cls = GlooUpdateInfo
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        from nemo_paced.rollout.gloo_group import join_group
+        from nemo_paced.refit.gloo_group import join_group
 
         config = self.parallel_config
         worker = config.data_parallel_index * config.world_size + config.rank
@@ -136,7 +136,7 @@ class GlooWeightTransferEngine(_CheckpointEngine[GlooInitInfo, GlooUpdateInfo]):
         self._load(self._received(update_info))
 
     def _received(self, info: GlooUpdateInfo) -> Iterable[tuple[str, torch.Tensor]]:
-        from nemo_paced.rollout.gloo_group import broadcast
+        from nemo_paced.refit.gloo_group import broadcast
 
         for name, dtype, shape in zip(info.names, info.dtype_names, info.shapes, strict=True):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype))

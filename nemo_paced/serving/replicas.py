@@ -11,8 +11,8 @@ from pathlib import Path
 
 from nemo_paced.config import RolloutConfig, RolloutPlacement
 from nemo_paced.errors import ConfigError, RolloutError
-from nemo_paced.rollout.backends import choose_backend
-from nemo_paced.rollout.sidecar import Sidecar, free_ports, gpu_count, listen_address
+from nemo_paced.serving.backends import choose_backend
+from nemo_paced.serving.sidecar import Sidecar, free_ports, gpu_count, listen_address
 
 logger = logging.getLogger(__name__)
 

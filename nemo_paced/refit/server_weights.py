@@ -14,10 +14,10 @@ from pathlib import Path
 
 from nemo_paced.config import RefitBackend, WeightSwap
 from nemo_paced.errors import RolloutError, WeightsLost
-from nemo_paced.rollout.client import PROBE_TIMEOUT_S, RolloutClient
-from nemo_paced.rollout.meeting import Meeting, meeting
-from nemo_paced.rollout.refit import send_files, written_version
-from nemo_paced.rollout.weight_sync import WeightSync
+from nemo_paced.refit.file_transfer import send_files, written_version
+from nemo_paced.refit.meeting import Meeting, meeting
+from nemo_paced.refit.weight_sync import WeightSync
+from nemo_paced.serving.client import PROBE_TIMEOUT_S, RolloutClient
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.grading.answers import normalize
+from nemo_paced.grading.sign_flip import sign_flip_p_value
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.answers import normalize
-from nemo_paced.rollout.sign_flip import sign_flip_p_value
 
 LEVEL = 0.05  # of the test that a verdict takes
 
