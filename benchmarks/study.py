@@ -42,18 +42,18 @@ from nemo_paced.logs import set_up_logging
 from nemo_paced.quickstart import models
 from nemo_paced.refit.file_transfer import send_files
 from nemo_paced.rollout.sampler import Sampler, make_replicas
+from nemo_paced.run.environment import installed_versions, processor_name
+from nemo_paced.run.progress import progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.replicas import Replicas
 from nemo_paced.training import prepare
-from nemo_paced.training.environment import installed_versions, processor_name
-from nemo_paced.training.progress import progress_bar
 from nemo_paced.training.references import REFERENCES_FILE, sample_references
 from nemo_paced.weights.pass_rates import PassRateTable
 
 RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
 BASE = "base"
 # what a process that trains has to import: loaded once, every arm is forked from there
-PRELOAD = ["nemo_paced.training.loop", "nemo_paced.training.convert", "megatron.core.optimizer"]
+PRELOAD = ["nemo_paced.training.loop", "nemo_paced.run.convert", "megatron.core.optimizer"]
 logger = logging.getLogger("nemo_paced.study")
 
 
@@ -287,7 +287,7 @@ class Study:
 
 def train_and_export(config: PacedConfig, folder: Path, api_key: str) -> None:
     """In a process of its own."""
-    from nemo_paced.training.convert import export_hf
+    from nemo_paced.run.convert import export_hf
     from nemo_paced.training.loop import train
 
     os.environ[API_KEY_VARIABLE] = api_key

@@ -1,10 +1,10 @@
-"""Writes docs/metrics.md from nemo_paced/training/metric_names.py: ``make docs``."""
+"""Writes docs/metrics.md from nemo_paced/run/metric_names.py: ``make docs``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_paced.training.metric_names import METRICS
+from nemo_paced.run.metric_names import METRICS
 
 PATH = Path(__file__).parents[1] / "docs" / "metrics.md"
 HEAD = """\
@@ -15,7 +15,7 @@ every `trainer.log_every_n_steps`-th step and each one with a validation; the fi
 Divergences are in nats; a share is between 0 and 1; rates and times are rank 0's.
 What a step did not do it does not log. [The report](report.md) draws them.
 
-This page is made from `nemo_paced/training/metric_names.py` by `make docs`; edit it there.
+This page is made from `nemo_paced/run/metric_names.py` by `make docs`; edit it there.
 
 | name | unit | what | when |
 | --- | --- | --- | --- |

@@ -161,7 +161,7 @@ FAULTS = {
         "the oldest checkpoints are kept",
         "kept = set(found[-keep.save_top_k :])",
         "kept = set(found[: keep.save_top_k])",
-        "tests/unit/training/test_checkpoint_files.py::test_the_newest_and_the_best_stay",
+        "tests/unit/run/test_checkpoint_files.py::test_the_newest_and_the_best_stay",
     ),
     "repeated_lines": Fault(
         "a resumed run keeps the line of a step that it takes again",

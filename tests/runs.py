@@ -10,8 +10,8 @@ import pandas
 from nemo_paced.config import PacedConfig, WeightsConfig, to_dict
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.teacher.certificate import Certificate
-from nemo_paced.training.environment import ENVIRONMENT_FILE, Start
+from nemo_paced.run.environment import ENVIRONMENT_FILE, Start
+from nemo_paced.teacher.fp8.certificate import Certificate
 from nemo_paced.weights.pass_rates import PassRateTable
 
 PROBLEMS = [Problem(f"p{i:03d}", "x", "1", group="ab"[i % 2]) for i in range(120)]

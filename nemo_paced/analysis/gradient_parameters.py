@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_paced.hf.model import PacedGPTModel
-from nemo_paced.training.output_layer import DivergenceOutputLayer
+from nemo_paced.student.output_layer import DivergenceOutputLayer
 
 
 class HeadGradientLayer(DivergenceOutputLayer):

@@ -32,9 +32,9 @@ from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.pipeline import call_model, run_schedule
+from nemo_paced.student.output_layer import MicroBatchLoss
 from nemo_paced.teacher.signal import TeacherSignal
 from nemo_paced.teacher.source import TeacherSource
-from nemo_paced.training.output_layer import MicroBatchLoss
 
 ONE_PROBLEM = Cut(micro_batch_size=1)
 DOT_ELEMENTS = 2**24  # widened to float64 at a time
@@ -46,7 +46,7 @@ class GradientMeter:
     Args:
         gpt: this rank's stage of the student, weights loaded. It is frozen.
         last_layers: of the model, measured beside the head; as ``snr_plan.check_settings`` allows.
-        loss, kind, vocab_size: as for :class:`~nemo_paced.training.step.Step`.
+        loss, kind, vocab_size: as for :class:`~nemo_paced.student.step.Step`.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ from typing import Any
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import Results, ResultsFile
-from nemo_paced.teacher.certificate import Certificate
-from nemo_paced.training.environment import Start, read_starts
+from nemo_paced.run.environment import Start, read_starts
+from nemo_paced.teacher.fp8.certificate import Certificate
 
 Rows = list[dict[str, Any]]
 

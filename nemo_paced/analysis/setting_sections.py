@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from nemo_paced.analysis.run_files import RunFiles
 from nemo_paced.analysis.sections import Section
-from nemo_paced.teacher.certificate import CERTIFICATE_FILE, Certificate
-from nemo_paced.training.environment import ENVIRONMENT_FILE, Start
+from nemo_paced.run.environment import ENVIRONMENT_FILE, Start
+from nemo_paced.teacher.fp8.certificate import CERTIFICATE_FILE, Certificate
 
 
 def certificate_sections(run: RunFiles) -> list[Section]:

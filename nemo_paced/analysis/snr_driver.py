@@ -38,9 +38,9 @@ from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Response
 from nemo_paced.rollout.sampler import Sampler
+from nemo_paced.run.progress import progress_bar
 from nemo_paced.training import prepare
 from nemo_paced.training.batches import Batch, build_items
-from nemo_paced.training.progress import progress_bar
 from nemo_paced.training.references import load_references
 from nemo_paced.weights.pass_rates import PassRateTable
 

@@ -26,9 +26,9 @@ from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.link import MESSAGE_TIMEOUT_S
 from nemo_paced.refit.weight_files import write_weights
 from nemo_paced.refit.weight_source import MegatronWeightSource
-from nemo_paced.training import checkpoint
+from nemo_paced.run import checkpoint
+from nemo_paced.teacher.build import build_teacher, common_rows
 from nemo_paced.training.loop import with_cache_folder
-from nemo_paced.training.teacher_setup import build_teacher, common_rows
 
 
 def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:

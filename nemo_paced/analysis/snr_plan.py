@@ -20,8 +20,8 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.records import PassRate
-from nemo_paced.training.checkpoint import PASS_RATES_FILE
-from nemo_paced.training.checkpoint_files import STATE_FILE, read_state
+from nemo_paced.run.checkpoint import PASS_RATES_FILE
+from nemo_paced.run.checkpoint_files import STATE_FILE, read_state
 from nemo_paced.weights.prior import fit_prior
 
 SAMPLED = (DivergenceKind.reverse_kl, DivergenceKind.skew_reverse_kl)

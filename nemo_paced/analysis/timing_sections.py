@@ -16,7 +16,7 @@ from nemo_paced.analysis.sections import (
     stage_lines,
     values_of,
 )
-from nemo_paced.training.environment import Start
+from nemo_paced.run.environment import Start
 
 # part of a step as it is shown -> metric
 PARTS = {

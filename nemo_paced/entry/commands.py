@@ -37,8 +37,8 @@ def train(arguments: list[str]) -> None:
 def dry_run(config: PacedConfig) -> None:
     """One step of the whole layout in this process, with models of few layers; writes nothing."""
     from nemo_paced.preflight.checks import OF_MODELS, check_inputs
+    from nemo_paced.preflight.dry_run import dry_run as run
     from nemo_paced.preflight.findings import refuse
-    from nemo_paced.training.dry_run import dry_run as run
 
     refuse(check_inputs(config, run_directory(config), OF_MODELS))
     logging.getLogger("megatron").setLevel(logging.WARNING)  # every parameter by name
@@ -151,7 +151,7 @@ def import_hf(arguments: list[str]) -> None:
 
 def export_hf(arguments: list[str]) -> None:
     (source, out_dir), overrides = _two_paths(arguments, "export-hf CHECKPOINT_DIR HF_DIR")
-    from nemo_paced.training.checkpoint_files import find_checkpoint
+    from nemo_paced.run.checkpoint_files import find_checkpoint
 
     checkpoint = find_checkpoint(source)
     with_config(overrides, lambda config: _convert("export-hf", config, checkpoint, out_dir))
@@ -160,7 +160,7 @@ def export_hf(arguments: list[str]) -> None:
 def _convert(task: str, config: PacedConfig, *paths: Path) -> None:
     """In this process where the layout is one rank, else on ranks of their own."""
     from nemo_paced.entry.launch import launch, run_task
-    from nemo_paced.training.convert import check_ranks
+    from nemo_paced.run.convert import check_ranks
     from nemo_paced.training.prepare import save_config
 
     check_ranks(config)

@@ -18,8 +18,8 @@ from nemo_paced.training import stop
 TASKS = {
     "preflight": "nemo_paced.preflight.ranks:refuse_ranks",
     "train": "nemo_paced.training.loop:train",
-    "import-hf": "nemo_paced.training.convert:import_hf",
-    "export-hf": "nemo_paced.training.convert:export_hf",
+    "import-hf": "nemo_paced.run.convert:import_hf",
+    "export-hf": "nemo_paced.run.convert:export_hf",
     "snr": "nemo_paced.analysis.snr_measure:measure",
 }
 

@@ -14,10 +14,10 @@ from nemo_paced.compose import run_directory, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.rollout.sampler import make_replicas
+from nemo_paced.run.progress import progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.replicas import Replicas
 from nemo_paced.training.prepare import server_notes
-from nemo_paced.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

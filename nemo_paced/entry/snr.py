@@ -124,7 +124,7 @@ def show(path: Path, console: Console) -> None:
 
 def _resolve(config: PacedConfig, model: Path | None, run_dir: Path, step: int | None) -> Path:
     """The checkpoint or Hugging Face directory that is measured."""
-    from nemo_paced.training.checkpoint_files import checkpoint_dir, checkpoints, newest_whole
+    from nemo_paced.run.checkpoint_files import checkpoint_dir, checkpoints, newest_whole
 
     if model is not None and model != run_dir:
         if step is not None:

@@ -28,7 +28,7 @@ from nemo_paced.evaluation.run import Job
 from nemo_paced.evaluation.tables import show
 from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
-from nemo_paced.training.progress import progress_bar
+from nemo_paced.run.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def _as_hf(path: Path, scratch: Path) -> Path:
     """A Hugging Face directory as it is; a checkpoint exported to scratch space."""
     if (path / "config.json").exists():
         return path
-    from nemo_paced.training.convert import export_hf
+    from nemo_paced.run.convert import export_hf
 
     export_hf(PacedConfig(), path, scratch)
     return scratch

@@ -35,7 +35,7 @@ from typing import Any, TypeAlias
 from nemo_paced.errors import ConfigError
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.hf.directory import model_fingerprint
-from nemo_paced.training.environment import installed_versions
+from nemo_paced.run.environment import installed_versions
 
 Results: TypeAlias = dict[str, dict[str, Accuracy]]
 BASE_LABELS = ("base", "baseline")

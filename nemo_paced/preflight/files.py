@@ -11,12 +11,13 @@ from nemo_paced.config import Precision, PrivilegedContext, ReferenceSource, Tea
 from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.preflight.findings import Finding, error, warning
 from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.run import checkpoint_files
+from nemo_paced.run.checkpoint_files import newest_checkpoint
+from nemo_paced.run.fingerprint import DATA_FILE, check_data
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.sizing.shapes import ModelShape
 from nemo_paced.teacher.kind import SignalKind
-from nemo_paced.training import checkpoint_files, schedule
-from nemo_paced.training.checkpoint_files import newest_checkpoint
-from nemo_paced.training.fingerprint import DATA_FILE, check_data
+from nemo_paced.training import schedule
 from nemo_paced.weights.pass_rates import PassRateTable
 
 GIB = 2**30

@@ -30,9 +30,9 @@ from nemo_paced.logs import PART_VARIABLE
 from nemo_paced.records import Problem
 from nemo_paced.refit.file_transfer import send_files
 from nemo_paced.rollout.sampler import Sampler
+from nemo_paced.run.progress import progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
-from nemo_paced.training.progress import progress_bar
 from nemo_paced.training.references import REFERENCES_FILE, sample_references
 
 ARMS = {

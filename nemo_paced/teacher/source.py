@@ -15,7 +15,7 @@ import torch
 from nemo_paced.data.packing import Cut, TrainItem, cut_batch, rank_items
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.teacher.cache import SignalCache
-from nemo_paced.teacher.fp8 import Fp8Choice
+from nemo_paced.teacher.fp8.choice import Fp8Choice
 from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.teacher.placement import HeldTeacher
 from nemo_paced.teacher.remote import RemoteTeacher

@@ -24,12 +24,12 @@ from nemo_paced.data.packing import MicroBatch, TrainItem, cut_batch
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.pipeline import call_model, run_schedule
+from nemo_paced.student.step import Step
 from nemo_paced.teacher.cache import model_identity
-from nemo_paced.teacher.certificate import Certificate
-from nemo_paced.teacher.drift import Drift, DriftMeter
+from nemo_paced.teacher.fp8.certificate import Certificate
+from nemo_paced.teacher.fp8.drift import Drift, DriftMeter
 from nemo_paced.teacher.model import HiddenStates
 from nemo_paced.training.setup import Models
-from nemo_paced.training.step import Step
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,12 @@ from nemo_paced.data.problems import load_problems
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.sampling import SamplingSettings, sampling_seed
+from nemo_paced.run import checkpoint
+from nemo_paced.run.fingerprint import check_data
+from nemo_paced.run.progress import RunLog
 from nemo_paced.teacher.cache import SignalCache
-from nemo_paced.training import checkpoint, prepare
+from nemo_paced.training import prepare
 from nemo_paced.training.batches import Batch, build_items
-from nemo_paced.training.fingerprint import check_data
-from nemo_paced.training.progress import RunLog
 from nemo_paced.training.references import load_references, weights_with_references
 from nemo_paced.weights.pass_rates import PassRateTable
 

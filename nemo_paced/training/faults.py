@@ -16,9 +16,9 @@ from nemo_paced.config import PacedConfig
 from nemo_paced.errors import PacedError
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
+from nemo_paced.student.step import StepResult
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.schedule import Stage
-from nemo_paced.training.step import StepResult
 
 logger = logging.getLogger(__name__)
 

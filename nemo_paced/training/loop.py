@@ -23,22 +23,23 @@ from nemo_paced.errors import PacedError, Stopped, WeightsLost
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
+from nemo_paced.run import checkpoint
+from nemo_paced.run.checkpoint_files import newest_checkpoint
+from nemo_paced.run.environment import record_preparation, record_start
+from nemo_paced.run.progress import RunLog
+from nemo_paced.run.throughput import Throughput
+from nemo_paced.student.step import StepResult
+from nemo_paced.teacher.build import serve_teacher
 from nemo_paced.teacher.cache import SignalCache
-from nemo_paced.training import checkpoint, schedule, stop
+from nemo_paced.training import schedule, stop
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.certify import certificate_due, certify
-from nemo_paced.training.checkpoint_files import newest_checkpoint
 from nemo_paced.training.driver import Driver
-from nemo_paced.training.environment import record_preparation, record_start
 from nemo_paced.training.exchange import BatchExchange
 from nemo_paced.training.faults import Guard, RunStopped, Watch
-from nemo_paced.training.progress import RunLog
-from nemo_paced.training.refit import Refit
 from nemo_paced.training.schedule import Stage
+from nemo_paced.training.send_weights import Refit
 from nemo_paced.training.setup import Models, build_models
-from nemo_paced.training.step import StepResult
-from nemo_paced.training.teacher_setup import serve_teacher
-from nemo_paced.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 

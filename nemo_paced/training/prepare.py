@@ -20,7 +20,7 @@ from nemo_paced.hf.tokenizer import Prompts, check_same_tokens
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler, evaluation_length
 from nemo_paced.rollout.sampling import SamplingSettings
-from nemo_paced.training.progress import progress_bar
+from nemo_paced.run.progress import progress_bar
 from nemo_paced.weights.pass_rates import PassRateTable
 from nemo_paced.weights.rounds import sample_in_rounds
 

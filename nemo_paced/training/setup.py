@@ -13,18 +13,12 @@ from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.model import build_chunks
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.training import checkpoint
-from nemo_paced.training.checkpoint_files import RunState
-from nemo_paced.training.output_layer import DivergenceOutputLayer
-from nemo_paced.training.step import Step
-from nemo_paced.training.student import Student, build_student
-from nemo_paced.training.teacher_setup import (
-    HF_FILES,
-    WeightReader,
-    build_teacher,
-    common_rows,
-    cut_of,
-)
+from nemo_paced.run import checkpoint
+from nemo_paced.run.checkpoint_files import RunState
+from nemo_paced.student.model import Student, build_student
+from nemo_paced.student.output_layer import DivergenceOutputLayer
+from nemo_paced.student.step import Step
+from nemo_paced.teacher.build import HF_FILES, WeightReader, build_teacher, common_rows, cut_of
 
 logger = logging.getLogger(__name__)
 

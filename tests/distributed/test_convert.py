@@ -17,8 +17,8 @@ from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
 from nemo_paced.parallel import groups
-from nemo_paced.training import checkpoint, convert
-from nemo_paced.training.checkpoint_files import find_checkpoint
+from nemo_paced.run import checkpoint, convert
+from nemo_paced.run.checkpoint_files import find_checkpoint
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 

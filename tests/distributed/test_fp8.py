@@ -14,16 +14,16 @@ from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.pipeline import run_schedule
-from nemo_paced.teacher import fp8 as fp8_module
-from nemo_paced.teacher.fp8 import choose_fp8, load_teacher_gpt
-from nemo_paced.teacher.fp8_linear import (
+from nemo_paced.teacher.fp8 import choice as fp8_module
+from nemo_paced.teacher.fp8.choice import choose_fp8, load_teacher_gpt
+from nemo_paced.teacher.fp8.linear import (
     E4M3,
     Fp8ColumnParallelLinear,
     Fp8RowParallelLinear,
     RowScaled,
     scaled_matmul,
 )
-from nemo_paced.teacher.fp8_transformer_engine import transformer_config_fields
+from nemo_paced.teacher.fp8.transformer_engine import transformer_config_fields
 from tests.distributed.harness import run_ranks
 from tests.fp8_reference import fake_quantize_megatron
 from tests.tiny import make_hf_model

@@ -13,8 +13,8 @@ from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import write_tokenizer
-from nemo_paced.teacher import fp8_linear
-from nemo_paced.teacher.certificate import CERTIFICATE_FILE, Certificate
+from nemo_paced.teacher.fp8 import linear as fp8_linear
+from nemo_paced.teacher.fp8.certificate import CERTIFICATE_FILE, Certificate
 from nemo_paced.training.certify import certificate_due, certify
 from nemo_paced.training.setup import build_models
 from tests.dense import dense_divergence

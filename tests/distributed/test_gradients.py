@@ -13,7 +13,7 @@ from nemo_paced.hf.model import build_chunks
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
-from nemo_paced.training.teacher_setup import build_teacher, common_rows
+from nemo_paced.teacher.build import build_teacher, common_rows
 from tests.block_sums import block_sums
 from tests.dense import dense_divergence
 from tests.distributed.harness import run_ranks

@@ -9,7 +9,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
-from nemo_paced.training import checkpoint, convert
+from nemo_paced.run import checkpoint, convert
 from tests.distributed.harness import assert_same_steps, run_ranks
 from tests.distributed.test_convert import make_config as make_conversion
 from tests.distributed.test_training import LAYOUTS, LR, train_steps

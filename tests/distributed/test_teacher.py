@@ -10,9 +10,9 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import RankGrid
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
+from nemo_paced.teacher.build import serve_teacher
 from nemo_paced.teacher.reshard import OneWorld, exchange, routes
 from nemo_paced.training.setup import build_models
-from nemo_paced.training.teacher_setup import serve_teacher
 from tests.distributed.harness import assert_same_steps, run_ranks
 from tests.distributed.test_training import LR, STAGES, STEPS, make_config, make_items
 from tests.tiny import make_hf_model

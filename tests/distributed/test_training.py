@@ -24,10 +24,11 @@ from nemo_paced.data.packing import TrainItem
 from nemo_paced.hf.export_weights import iter_hf_tensors
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
-from nemo_paced.training import checkpoint, checkpoint_files, setup
-from nemo_paced.training import step as step_module
-from nemo_paced.training import student as student_module
-from nemo_paced.training.optimizer import chained
+from nemo_paced.run import checkpoint, checkpoint_files
+from nemo_paced.student import model as student_module
+from nemo_paced.student import step as step_module
+from nemo_paced.student.optimizer import chained
+from nemo_paced.training import setup
 from nemo_paced.training.setup import build_models
 from tests.dense import dense_divergence
 from tests.distributed.harness import assert_same_steps, run_ranks

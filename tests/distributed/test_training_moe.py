@@ -18,7 +18,7 @@ from nemo_paced.hf.export_weights import iter_hf_tensors
 from nemo_paced.parallel import groups
 from nemo_paced.preflight.models import check_layouts
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
-from nemo_paced.training import checkpoint
+from nemo_paced.run import checkpoint
 from nemo_paced.training.setup import build_models
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import LR, STAGES, STEPS, make_items, reference_steps

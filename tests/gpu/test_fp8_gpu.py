@@ -9,8 +9,8 @@ from nemo_paced.config import Fp8Backend, Fp8Config, Fp8Recipe, ModelConfig, Pre
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.model import build_chunks, has_transformer_engine
 from nemo_paced.parallel import groups
-from nemo_paced.teacher.fp8 import choose_fp8, load_teacher_gpt
-from nemo_paced.teacher.fp8_linear import RowScaled, scaled_matmul
+from nemo_paced.teacher.fp8.choice import choose_fp8, load_teacher_gpt
+from nemo_paced.teacher.fp8.linear import RowScaled, scaled_matmul
 from tests.fp8_reference import fake_quantize
 from tests.tiny import hf_logits, make_hf_model
 

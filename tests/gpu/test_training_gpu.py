@@ -11,8 +11,8 @@ import torch
 from nemo_paced.config import OptimBackend, OptimConfig, Recompute, TeacherPlacement
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
+from nemo_paced.teacher.build import serve_teacher
 from nemo_paced.training.setup import build_models
-from nemo_paced.training.teacher_setup import serve_teacher
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import (
     LAYOUTS,

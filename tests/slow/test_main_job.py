@@ -11,8 +11,8 @@ import pandas
 import psutil
 import pytest
 
-from nemo_paced.training.environment import read_starts
-from nemo_paced.training.metric_names import METRICS
+from nemo_paced.run.environment import read_starts
+from nemo_paced.run.metric_names import METRICS
 from tests.jobs import STEPS, command, left_of, left_running, metrics, run, train_arguments
 
 pytestmark = pytest.mark.slow

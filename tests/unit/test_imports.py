@@ -14,6 +14,8 @@ LAYERS = (
     {"sizing", "data", "refit"},
     {"rollout"},
     {"teacher"},
+    {"student"},
+    {"run"},
     {"training"},
     {"evaluation", "preflight"},
     {"analysis"},

@@ -15,7 +15,7 @@ from nemo_paced.analysis.timing_sections import PARTS, RATES, split, split_table
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.grading.accuracy import Accuracy
-from nemo_paced.training.metric_names import METRICS
+from nemo_paced.run.metric_names import METRICS
 from tests.runs import (
     metric_lines,
     results,

@@ -12,7 +12,7 @@ from nemo_paced.evaluation import command
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.evaluation.run import Job
 from nemo_paced.rollout.sampler import make_replicas
-from nemo_paced.training.checkpoint_files import RunState, find_checkpoint, record_sizes
+from nemo_paced.run.checkpoint_files import RunState, find_checkpoint, record_sizes
 from tests.runs import accuracy, write_run
 
 CONTEXT = 32  # of the embedded models

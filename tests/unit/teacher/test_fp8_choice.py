@@ -9,8 +9,8 @@ from nemo_paced.config import Fp8Backend as Backend
 from nemo_paced.config import Fp8Config, Precision, TeacherConfig
 from nemo_paced.config import Fp8Recipe as Recipe
 from nemo_paced.errors import ConfigError
-from nemo_paced.teacher.fp8 import choose_fp8, resolve, sequence_multiple
-from nemo_paced.teacher.fp8_transformer_engine import check_bf16_layers
+from nemo_paced.teacher.fp8.choice import choose_fp8, resolve, sequence_multiple
+from nemo_paced.teacher.fp8.transformer_engine import check_bf16_layers
 
 CPU = torch.device("cpu")
 SHAPE = {"num_layers": 4, "pp_size": 2}

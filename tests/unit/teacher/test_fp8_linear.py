@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_paced.teacher.fp8_linear import E4M3, RowScaled, scaled_matmul
+from nemo_paced.teacher.fp8.linear import E4M3, RowScaled, scaled_matmul
 from tests.fp8_reference import fake_quantize, to_e4m3
 
 TOKENS = (0, 1, 7, 17, 64)

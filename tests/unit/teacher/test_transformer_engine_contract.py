@@ -8,7 +8,7 @@ from megatron.core import fp8_utils
 from megatron.core.extensions import transformer_engine as megatron_te
 
 from nemo_paced.config import Fp8Recipe
-from nemo_paced.teacher import fp8_transformer_engine
+from nemo_paced.teacher.fp8 import transformer_engine as fp8_transformer_engine
 from tests.unit.teacher.transformer_engine_sources import (
     Sources,
     base_class_calls,

@@ -8,10 +8,10 @@ import pytest
 from nemo_paced.config import PacedConfig, StageConfig, TrainingConfig
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.errors import PacedError
+from nemo_paced.student.step import StepResult
 from nemo_paced.training.batches import Batch
 from nemo_paced.training.faults import Guard
 from nemo_paced.training.schedule import Stage
-from nemo_paced.training.step import StepResult
 
 BATCH = Batch([TrainItem("r", "p7", (1,), (1,), (2,), 1.0)], {})
 USUAL = [1.0, 1.2, 0.9] * 4

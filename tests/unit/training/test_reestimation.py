@@ -19,10 +19,10 @@ from nemo_paced.config import (
 )
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.records import Problem, Rollout
+from nemo_paced.run.progress import RunLog, progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
 from nemo_paced.training.driver import Driver
-from nemo_paced.training.progress import RunLog, progress_bar
 from nemo_paced.training.schedule import reestimation_due, stages
 from nemo_paced.weights.beta_kernel import beta_weight
 from nemo_paced.weights.pass_rates import PassRateTable

@@ -20,11 +20,11 @@ from nemo_paced.config import (
 from nemo_paced.data.references import read_references
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.rollout.sampler import Sampler
+from nemo_paced.run.progress import RunLog, progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
 from nemo_paced.training import references as references_module
 from nemo_paced.training.driver import Driver
-from nemo_paced.training.progress import RunLog, progress_bar
 from nemo_paced.training.references import load_references, weights_with_references
 from tests.scripted_client import ScriptedClient
 

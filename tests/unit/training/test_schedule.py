@@ -12,8 +12,8 @@ from nemo_paced.config import (
 )
 from nemo_paced.errors import CheckpointError, ConfigError
 from nemo_paced.records import Problem
-from nemo_paced.training.fingerprint import check_config, check_data
-from nemo_paced.training.metrics import MetricsFile
+from nemo_paced.run.fingerprint import check_config, check_data
+from nemo_paced.run.metrics import MetricsFile
 from nemo_paced.training.schedule import learning_rate, stage_at, stages
 
 

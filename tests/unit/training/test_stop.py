@@ -7,7 +7,7 @@ import time
 import pytest
 
 from nemo_paced.config import ExpManagerSettings, PacedConfig
-from nemo_paced.training.loggers import exp_manager_block
+from nemo_paced.run.loggers import exp_manager_block
 
 PROGRAM = """
 import asyncio, os, signal, subprocess, sys, threading, time

@@ -52,7 +52,7 @@ class Drift:
         )
 
     def figures(self) -> dict[str, Any]:
-        """The fields of a :class:`~nemo_paced.teacher.certificate.Certificate` that they make."""
+        """The fields of a certificate (``certificate.py``) that they make."""
         kl_N = self.kl_N.double()
         # a student that equals its teacher already has no gradient
         norms = max((self.exact_sq * self.quantized_sq) ** 0.5, TINY)

@@ -11,9 +11,9 @@ from nemo_paced.refit.meeting import Meeting, Sender
 from nemo_paced.refit.transfer import make_sender
 from nemo_paced.refit.weight_files import write_weights
 from nemo_paced.refit.weight_source import MegatronWeightSource
+from nemo_paced.student.model import Student
 from nemo_paced.training.driver import Driver
 from nemo_paced.training.exchange import BatchExchange
-from nemo_paced.training.student import Student
 
 
 class Refit:

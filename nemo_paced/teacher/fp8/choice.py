@@ -19,8 +19,8 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import PacedGPTModel, has_transformer_engine
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.teacher import fp8_transformer_engine
-from nemo_paced.teacher.fp8_linear import LinearQuantizer
+from nemo_paced.teacher.fp8 import transformer_engine as fp8_transformer_engine
+from nemo_paced.teacher.fp8.linear import LinearQuantizer
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from nemo_paced.losses.options import Divergence
 from nemo_paced.losses.reduction import for_megatron
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.pipeline import call_model, run_schedule
+from nemo_paced.student.model import Student
+from nemo_paced.student.output_layer import MicroBatchLoss
 from nemo_paced.teacher.signal import TeacherSignal
 from nemo_paced.teacher.source import TeacherSource
-from nemo_paced.training.output_layer import MicroBatchLoss
-from nemo_paced.training.student import Student
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_paced.config import CheckpointCallbackParams, PacedConfig
 from nemo_paced.errors import CheckpointError, PacedError
-from nemo_paced.training.fingerprint import check_config
+from nemo_paced.run.fingerprint import check_config
 
 logger = logging.getLogger(__name__)
 

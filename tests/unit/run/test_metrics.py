@@ -10,9 +10,9 @@ import pytest
 
 import nemo_paced
 from nemo_paced.config import ExpManagerSettings, PacedConfig, TrainerConfig
+from nemo_paced.run.metric_names import METRICS
+from nemo_paced.run.progress import RunLog
 from nemo_paced.training.loop import Loop
-from nemo_paced.training.metric_names import METRICS
-from nemo_paced.training.progress import RunLog
 from scripts import metrics_table
 
 PACKAGE = Path(nemo_paced.__file__).parent

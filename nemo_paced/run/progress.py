@@ -20,8 +20,8 @@ from rich.progress import (
 )
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.training.loggers import Loggers, open_loggers
-from nemo_paced.training.metrics import MetricsFile
+from nemo_paced.run.loggers import Loggers, open_loggers
+from nemo_paced.run.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from nemo_paced.hf.import_weights import load_hf_head, load_hf_weights
 from nemo_paced.hf.model import DTYPES, PacedGPTModel, build_chunks
 from nemo_paced.parallel.groups import Parallel, RankGrid, beside
 from nemo_paced.teacher.cache import SignalCache, model_identity
-from nemo_paced.teacher.fp8 import Fp8Choice, choose_fp8, load_teacher_gpt, sequence_multiple
+from nemo_paced.teacher.fp8.choice import Fp8Choice, choose_fp8, load_teacher_gpt, sequence_multiple
 from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.teacher.model import HiddenStates, Teacher
 from nemo_paced.teacher.placement import HeldTeacher

@@ -20,9 +20,9 @@ from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import PacedGPTModel, build_chunks
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.training import checkpoint
-from nemo_paced.training.checkpoint_files import find_checkpoint
-from nemo_paced.training.progress import progress_bar
+from nemo_paced.run import checkpoint
+from nemo_paced.run.checkpoint_files import find_checkpoint
+from nemo_paced.run.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 LOG_EVERY_S = 10.0

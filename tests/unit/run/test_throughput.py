@@ -3,8 +3,8 @@ import torch
 
 from nemo_paced.config import PacedConfig, StudentConfig, TeacherConfig, TrainerConfig
 from nemo_paced.data.packing import TrainItem
-from nemo_paced.training.step import StepResult
-from nemo_paced.training.throughput import Throughput
+from nemo_paced.run.throughput import Throughput
+from nemo_paced.student.step import StepResult
 from tests.tiny import make_hf_model
 
 

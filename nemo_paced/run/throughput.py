@@ -16,7 +16,7 @@ from nemo_paced.parallel.groups import Parallel
 from nemo_paced.sizing.flops import forward_flops
 from nemo_paced.sizing.hardware import GPUS
 from nemo_paced.sizing.shapes import ModelShape
-from nemo_paced.training.step import StepResult
+from nemo_paced.student.step import StepResult
 
 
 class Throughput:

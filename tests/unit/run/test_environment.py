@@ -9,8 +9,8 @@ import torch
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.parallel import groups
-from nemo_paced.training import environment
-from nemo_paced.training.environment import (
+from nemo_paced.run import environment
+from nemo_paced.run.environment import (
     commit,
     installed_versions,
     read_starts,

@@ -39,8 +39,8 @@ from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.refit.weight_files import write_weights
 from nemo_paced.refit.weight_source import MegatronWeightSource
+from nemo_paced.teacher.build import WeightReader
 from nemo_paced.training.setup import Models, build_models
-from nemo_paced.training.teacher_setup import WeightReader
 
 logger = logging.getLogger(__name__)
 

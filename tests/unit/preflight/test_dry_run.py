@@ -17,6 +17,7 @@ from nemo_paced.config import (
     TrainerConfig,
 )
 from nemo_paced.data import packing
+from nemo_paced.preflight import dry_run as dry_run_module
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.sizing.parameters import stage_parameters
 from nemo_paced.sizing.shapes import (
@@ -26,7 +27,6 @@ from nemo_paced.sizing.shapes import (
     student_layout,
     work_of,
 )
-from nemo_paced.training import dry_run as dry_run_module
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 

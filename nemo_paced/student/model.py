@@ -18,7 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.training.optimizer import chained, use_backend
+from nemo_paced.student.optimizer import chained, use_backend
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from nemo_paced.config import CheckpointCallbackParams
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.export_weights import check_new_directory, copy_metadata
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.training.checkpoint_files import (
+from nemo_paced.run.checkpoint_files import (
     STATE_FILE,
     RunState,
     checkpoint_dir,
@@ -43,8 +43,8 @@ from nemo_paced.training.checkpoint_files import (
     read_state,
     record_sizes,
 )
-from nemo_paced.training.optimizer import make_moments, steps_aside
-from nemo_paced.training.student import Student
+from nemo_paced.student.model import Student
+from nemo_paced.student.optimizer import make_moments, steps_aside
 
 logger = logging.getLogger(__name__)
 

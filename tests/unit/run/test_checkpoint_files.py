@@ -5,8 +5,8 @@ from dataclasses import asdict
 import pytest
 
 from nemo_paced.config import CheckpointCallbackParams
-from nemo_paced.training import checkpoint_files
-from nemo_paced.training.checkpoint_files import RunState, checkpoint_dir, checkpoints
+from nemo_paced.run import checkpoint_files
+from nemo_paced.run.checkpoint_files import RunState, checkpoint_dir, checkpoints
 
 
 def write(run_dir, step, accuracy=None):
