@@ -289,7 +289,7 @@ examples:
 {RUN_HELP}""",
     ),
     "report": Command(
-        "nemo_paced.analysis.report:main",
+        "nemo_paced.report.run_page:main",
         "one self-contained HTML page about a run",
         """\
 usage: nemo-paced report RUN_DIR [--out FILE]

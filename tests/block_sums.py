@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from nemo_paced.analysis.snr import BlockSums
-from nemo_paced.analysis.snr_record import BinRecord, SnrRecord
+from nemo_paced.snr.estimates import BlockSums
+from nemo_paced.snr.record import BinRecord, SnrRecord
 
 
 def block_sums(gradients_ND, block_N):

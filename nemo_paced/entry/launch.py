@@ -20,7 +20,7 @@ TASKS = {
     "train": "nemo_paced.training.loop:train",
     "import-hf": "nemo_paced.run.convert:import_hf",
     "export-hf": "nemo_paced.run.convert:export_hf",
-    "snr": "nemo_paced.analysis.snr_measure:measure",
+    "snr": "nemo_paced.snr.measure:measure",
 }
 
 _WORKER = "nemo_paced.entry.worker"

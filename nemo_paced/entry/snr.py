@@ -67,17 +67,11 @@ def _config_arguments(known: argparse.Namespace, run_dir: Path | None) -> list[s
 def _snr(
     config: PacedConfig, known: argparse.Namespace, model: Path | None, run_dir: Path | None
 ) -> None:
-    from nemo_paced.analysis.snr_plan import (
-        check_bins,
-        check_settings,
-        find_pass_rates,
-        plan_bins,
-        step_of,
-    )
     from nemo_paced.entry.launch import join_launcher, launch
     from nemo_paced.preflight import models as model_checks
     from nemo_paced.preflight.checks import check_inputs
     from nemo_paced.preflight.findings import refuse
+    from nemo_paced.snr.plan import check_bins, check_settings, find_pass_rates, plan_bins, step_of
     from nemo_paced.training.prepare import save_config
     from nemo_paced.weights.pass_rates import PassRateTable
 
@@ -100,10 +94,10 @@ def _snr(
 
 def show(path: Path, console: Console) -> None:
     """Print a measurement and draw its figure beside it."""
-    from nemo_paced.analysis.snr_figure import write_png
-    from nemo_paced.analysis.snr_record import SnrRecord
-    from nemo_paced.analysis.snr_summary import summarise
-    from nemo_paced.analysis.snr_text import lead, sentences, table_rows
+    from nemo_paced.report.snr_figure import write_png
+    from nemo_paced.snr.record import SnrRecord
+    from nemo_paced.snr.summary import summarise
+    from nemo_paced.snr.text import lead, sentences, table_rows
 
     record = SnrRecord.read(path)
     summary = summarise(record)
@@ -153,8 +147,8 @@ def _resolve(config: PacedConfig, model: Path | None, run_dir: Path, step: int |
 def default_out(config: PacedConfig, model: Path, run_dir: Path) -> Path:
     """``RUN/snr/MODEL_DIVERGENCE.json``; a measurement of something else has another name, so that
     neither takes the other's place: of other layers, or along responses that are not the usual."""
-    from nemo_paced.analysis.snr_plan import step_of, what_is_measured
-    from nemo_paced.analysis.snr_record import FOLDER
+    from nemo_paced.snr.plan import step_of, what_is_measured
+    from nemo_paced.snr.record import FOLDER
 
     start = Path(config.student.hf_path).absolute()
     is_of_run = model == start or model.parent == run_dir / "checkpoints"

@@ -11,13 +11,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nemo_paced.analysis import weight_errors
-from nemo_paced.analysis.snr_power_law import PowerLaw, measured_ratio
-from nemo_paced.analysis.snr_record import SnrRecord
-from nemo_paced.analysis.snr_summary import summarise
 from nemo_paced.compose import with_config
 from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.report import weight_errors
+from nemo_paced.snr.power_law import PowerLaw, measured_ratio
+from nemo_paced.snr.record import SnrRecord
+from nemo_paced.snr.summary import summarise
 from nemo_paced.weights.adaptive import prior_of
 from nemo_paced.weights.pass_rates import PassRateTable
 from nemo_paced.weights.prior import fit_prior

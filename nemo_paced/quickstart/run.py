@@ -162,8 +162,8 @@ class Quickstart:
         yield
 
     def _finish(self) -> None:
-        from nemo_paced.analysis.comparison import terminal_table, write_comparison
-        from nemo_paced.analysis.report import write_report
+        from nemo_paced.report.comparison import terminal_table, write_comparison
+        from nemo_paced.report.run_page import write_report
 
         runs = {arm: self.out / arm for arm in self.arms}
         report = self.out / "report.html"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_paced.analysis.gradients import GradientMeter
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
 from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
+from nemo_paced.snr.gradients import GradientMeter
 from nemo_paced.teacher.build import build_teacher, common_rows
 from tests.block_sums import block_sums
 from tests.dense import dense_divergence

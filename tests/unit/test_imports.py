@@ -17,8 +17,8 @@ LAYERS = (
     {"student"},
     {"run"},
     {"training"},
-    {"evaluation", "preflight"},
-    {"analysis"},
+    {"evaluation", "preflight", "snr"},
+    {"report"},
     {"quickstart", "entry"},
     {"cli"},
 )

@@ -4,10 +4,10 @@ import functools
 import numpy as np
 import pytest
 
-from nemo_paced.analysis.weight_errors import gain_lines, write_csv, write_figures
 from nemo_paced.cli import main
 from nemo_paced.config import Estimator, WeightsConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.report.weight_errors import gain_lines, write_csv, write_figures
 from nemo_paced.weights.simulation import (
     DISTRIBUTIONS,
     Curves,

@@ -1,0 +1,78 @@
+"""The command ``report``: one self-contained HTML page about a run, or about several."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from nemo_paced.config import WeightScheme
+from nemo_paced.errors import ConfigError
+from nemo_paced.report.comparison import compare_runs
+from nemo_paced.report.page import Part, write_page
+from nemo_paced.report.run_files import RunFiles
+from nemo_paced.report.sections.accuracy import accuracy_sections, verdict
+from nemo_paced.report.sections.run import run_sections
+from nemo_paced.report.sections.section import Section, rows_by_stage, values_of
+from nemo_paced.report.sections.timing import seconds
+
+
+def main(arguments: list[str]) -> None:
+    """The command ``report``."""
+    parser = argparse.ArgumentParser(prog="nemo-paced report", allow_abbrev=False)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--compare", nargs="+", metavar="[LABEL=]RUN")
+    parser.add_argument("--out", type=Path)
+    known = parser.parse_args(arguments)
+    if (known.run is None) == (known.compare is None):
+        raise ConfigError("give one run directory, or --compare RUN RUN ...")
+    if known.compare:
+        path = compare_runs(known.compare, known.out)
+    else:
+        path = write_report(known.run, known.out)
+    Console(soft_wrap=True).print(str(path), markup=False, highlight=False)
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write ``report.html`` from what the run directory holds; what is missing is said.
+
+    Raises:
+        ConfigError: it is no run directory, or a file of it cannot be read.
+    """
+    run = RunFiles.read(run_dir)
+    if run.results:
+        accuracy = accuracy_sections(run.results, run.settings)
+    else:
+        missing = (
+            f"Not evaluated yet: nemo-paced evaluate {run_dir} --problems FILE --baseline HF_DIR "
+            f"--out {run_dir / 'results.json'}, then make this report again."
+        )
+        accuracy = [Section("Accuracy", missing=missing, wide=True)]
+    parts = [Part([*accuracy, *run_sections(run)])]
+    title = f"PACED run {run_dir.resolve().name}"
+    return write_page(out or run_dir / "report.html", title, _lead(run), parts)
+
+
+def _lead(run: RunFiles) -> list[str]:
+    lead = [_models_and_weights(run)] if run.config else []
+    if not run.rows:
+        return [*lead, "No optimizer step was taken yet."]
+    steps, planned = run.rows[-1]["step"], run.setting("trainer.max_steps")
+    done = f"{steps} of {planned} optimizer steps" if planned else f"{steps} optimizer steps"
+    counts = (f"{len(rows)} of {stage}" for stage, rows in rows_by_stage(run.rows).items())
+    tokens = sum(values_of(run.rows, "tokens"))
+    took = seconds(sum(values_of(run.rows, "time/step_s")))
+    lead.append(f"{done}: {', '.join(counts)}. {tokens:,.0f} response tokens, {took} s in steps.")
+    if len(run.results) > 1:
+        lead += verdict(run.results, list(run.results)[-1])
+    return lead
+
+
+def _models_and_weights(run: RunFiles) -> str:
+    student, teacher = run.setting("student.hf_path"), run.setting("teacher.hf_path")
+    scheme = str(run.setting("weights.scheme") or "not named")
+    if scheme == WeightScheme.beta_kernel.value:
+        exponents = f"{run.setting('weights.alpha'):g}, {run.setting('weights.beta'):g}"
+        scheme += f" with exponents {exponents}, estimator {run.setting('weights.estimator')}"
+    return f"Student {student}; teacher {teacher or 'the same model'}; weights {scheme}."

@@ -1,0 +1,89 @@
+"""What a report says of pass rates and weights: as they are, and how they drifted."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from nemo_paced.report import figures
+from nemo_paced.report.run_files import Rows, RunFiles
+from nemo_paced.report.sections.section import Section, values_of
+from nemo_paced.weights.summary import drift_metrics, effective_sample_size
+
+# what is drawn of each step: three shares that make 1, and a mean
+DRIFT = (
+    "weights/share_below_0.2", "weights/share_between", "weights/share_above_0.8",
+    "weights/mean_pass_rate",
+)  # fmt: skip
+
+
+def pass_rate_sections(run: RunFiles) -> list[Section]:
+    """Histogram, weights, drift."""
+    tables = run.tables
+    if not tables:
+        return [Section("Pass rates", missing="No pass rates were estimated yet.")]
+    first, last = min(tables), max(tables)
+    shown = {f"step {step}": tables[step]["pass_rate"] for step in sorted({first, last})}
+    frame = tables[last]
+    k, fewest = int(frame["num_rollouts"].max()), int(frame["num_rollouts"].min())
+    each = f"{k}" if k == fewest else f"{fewest} to {k}"
+    means = ", ".join(f"{rates.mean():.3f} at {label}" for label, rates in shown.items())
+    once = " Estimated once in this run." if first == last else ""
+    return [
+        Section(
+            "Pass rates",
+            svg=figures.pass_rate_histogram(shown, k),
+            note=f"{len(frame)} training problems, {each} rollouts each; mean {means}.{once}",
+        ),
+        Section(
+            f"Weights from step {last} on",
+            svg=figures.weights_by_pass_rate(frame["pass_rate"], frame["weight"], k),
+            note=_weights_note(frame, run.rows),
+        ),
+        _drift_section(run),
+    ]
+
+
+def _weights_note(frame: Any, rows: Rows) -> str:
+    weights = frame["weight"]
+    unused = int((weights == 0).sum())
+    note = f"Mean weight 1 over the training set; {unused} of {len(frame)} problems weigh 0."
+    active = values_of(rows, "weights/active_problems")
+    if active:
+        note += f" On average {statistics.fmean(active):.1f} problems of a batch weighed more."
+    effective = effective_sample_size(weights)
+    return f"{note} Effective sample size {effective:.0f} problems: (sum w)² / sum w²."
+
+
+def _drift_section(run: RunFiles) -> Section:
+    title = "Drift of pass rates"
+    points = _drift_of_rows(run.rows)
+    if len(points) <= figures.MOST_BARS:  # estimates taken now and then, not after every step
+        points = {step: _shares_and_mean(table) for step, table in sorted(run.tables.items())}
+    if len(points) < 2:
+        missing = "Pass rates were estimated once, so no drift can be shown."
+        return Section(title, missing=missing)
+    shares, means = [p[:3] for p in points.values()], [p[3] for p in points.values()]
+    note = (
+        f"Mean pass rate {means[0]:.3f} at step {min(points)}, {means[-1]:.3f} at step "
+        f"{max(points)}; the useful middle held {shares[0][1]:.0%} of the problems, then "
+        f"{shares[-1][1]:.0%}."
+    )
+    return Section(title, svg=figures.drift(list(points), shares, means), note=note)
+
+
+def _drift_of_rows(rows: Rows) -> dict[int, tuple[float, ...]]:
+    """Shares and mean by step, at the steps where they changed."""
+    points: dict[int, tuple[float, ...]] = {}
+    last: tuple[float, ...] = ()
+    for row in rows:
+        if all(row.get(key) is not None for key in DRIFT):
+            now = tuple(row[key] for key in DRIFT)
+            if now != last:
+                points[row["step"]] = last = now
+    return points
+
+
+def _shares_and_mean(table: Any) -> tuple[float, ...]:
+    measured = drift_metrics(table["pass_rate"], table["weight"])
+    return tuple(measured[key] for key in DRIFT)

@@ -1,0 +1,212 @@
+"""SNR against pass rate as a whole: how far the kernel is off, and what that guarantees.
+
+Also whether SNR falls towards an end of the pass rates, as the kernel does. An end is the outermost
+measured bin; it is compared with the middle in w* = SNR^2 / (1 + SNR^2). Two readings compete: that
+w* falls by the kernel's own ratio there, and that it does not fall (ratio 1). The outermost bin's
+mean pass rate is not 0 or 1 (few rollouts draw problems of all kinds into it): the kernel's ratio
+may be .6 and more, and nothing can be twice that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from scipy import stats
+
+from nemo_paced.snr.estimates import CONFIDENCE, BinEstimate
+from nemo_paced.weights.beta_kernel import beta_weight
+from nemo_paced.weights.theory import minimax_efficiency, optimal_weight
+
+DRAWS = 4000  # of the noise, for its part in a maximum
+MIDDLE = 0.75  # of the kernel's peak
+ERRORS = 2.0  # standard errors
+LEVEL = 0.9  # a kernel's ratio from which on the two readings are one
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Measured bins, ascending.
+
+    Attributes:
+        pass_rate_J: mean pass rate of each bin's problems, in (0, 1).
+        bins: the estimates, aligned.
+    """
+
+    pass_rate_J: np.ndarray
+    bins: Sequence[BinEstimate]
+
+    @property
+    def snr_squared_J(self) -> np.ndarray:
+        return np.array([b.snr_squared.value for b in self.bins])
+
+    @property
+    def error_J(self) -> np.ndarray:
+        """Standard errors of ``snr_squared_J``."""
+        return np.array([b.snr_squared.standard_error for b in self.bins])
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far w* = SNR^2 / (1 + SNR^2) is from the kernel, in nats, the scale being free.
+
+    Attributes:
+        delta: half the range of log(w* / kernel) over the bins as measured. Noise inflates it: it
+            is half a maximum minus a minimum.
+        corrected: ``delta`` less what noise adds by a parametric bootstrap; at least ``low``.
+        low, high: of the true one with 95 % confidence, by intervals that hold for all bins at
+            once (Bonferroni); ``high`` is infinite where a bin's SNR may be 0.
+        noise: the ``delta`` that the same noise would show if the kernel were exact.
+        bins: how many the point estimate is made of: those with SNR^2 above two standard errors.
+    """
+
+    delta: float
+    corrected: float
+    low: float
+    high: float
+    noise: float
+    bins: int
+
+    @property
+    def efficiency(self) -> float:
+        """sech^2 of the corrected delta."""
+        return float(minimax_efficiency(self.corrected))
+
+    @property
+    def guaranteed_efficiency(self) -> float:
+        """sech^2 of ``high``: at least so much of the best weights' descent, with 95 % confidence
+        and for the pass rates that were measured."""
+        return float(minimax_efficiency(self.high)) if np.isfinite(self.high) else 0.0
+
+
+def deviation(profile: Profile, alpha: float, beta: float, *, seed: int = 0) -> Deviation | None:
+    """The run's delta; ``None`` where fewer than two bins have a SNR^2 above two standard errors.
+
+    Args:
+        alpha, beta: of the kernel that is compared with, p^alpha (1-p)^beta.
+        seed: of the bootstrap's draws.
+    """
+    log_kernel_J = np.log(beta_weight(profile.pass_rate_J, alpha, beta))
+    snr_squared_J, error_J = profile.snr_squared_J, profile.error_J
+    sure_J = snr_squared_J > 2 * error_J
+    if sure_J.sum() < 2:
+        return None
+    log_ratio = np.log(optimal_weight(snr_squared_J[sure_J])) - log_kernel_J[sure_J]
+    # d log w* / d SNR^2 = 1 / (SNR^2 (1 + SNR^2))
+    log_error = error_J[sure_J] / (snr_squared_J[sure_J] * (1 + snr_squared_J[sure_J]))
+    noise = np.random.default_rng(seed).standard_normal((DRAWS, len(log_ratio))) * log_error
+    delta = float(np.ptp(log_ratio) / 2)
+    inflated = float((np.ptp(log_ratio + noise, axis=1) / 2).mean())
+    low, high = _bounds(profile, log_kernel_J)
+    return Deviation(
+        delta=delta,
+        corrected=float(np.clip(2 * delta - inflated, low, high)),
+        low=low,
+        high=high,
+        noise=float((np.ptp(noise, axis=1) / 2).mean()),
+        bins=int(sure_J.sum()),
+    )
+
+
+def _bounds(profile: Profile, log_kernel_J: np.ndarray) -> tuple[float, float]:
+    """Of delta: the least and the largest half range that the bins' simultaneous intervals hold."""
+    tail = (1 - CONFIDENCE) / (2 * len(profile.bins))
+    reach_J = np.array([stats.t.ppf(1 - tail, len(b.count_B) - 1) for b in profile.bins])
+    reach_J = reach_J * profile.error_J
+    low_J, high_J = (
+        _log(optimal_weight(np.maximum(profile.snr_squared_J + sign * reach_J, 0.0))) - log_kernel_J
+        for sign in (-1, 1)
+    )
+    return max(0.0, float(low_J.max() - high_J.min()) / 2), float(high_J.max() - low_J.min()) / 2
+
+
+def _log(values: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(values)
+
+
+class Verdict(Enum):
+    """What is shown; each of the first two is wrong of the other's truth a few times in 100."""
+
+    falls = "falls"  # not flat by two standard errors, and nearer to the kernel's ratio
+    does_not_fall = "does_not_fall"  # above the kernel's by two standard errors, and nearer to 1
+    not_shown = "not_shown"  # neither, or the kernel's own ratio is near 1
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an end of the profile compares with its middle, in w*.
+
+    The middle is the bins where the kernel has at least 3/4 of its peak, weighted by problems.
+
+    Attributes:
+        pass_rate: mean of the outermost measured bin.
+        ratio: its w* over that of the middle.
+        standard_error: of ``ratio``.
+        kernel: the same ratio of the kernel.
+        verdict: which reading is shown; nearer means so in logarithms.
+        norm_ratio: mean gradient norm at the end over that in the middle.
+    """
+
+    pass_rate: float
+    ratio: float
+    standard_error: float
+    kernel: float
+    verdict: Verdict
+    norm_ratio: float
+
+    @property
+    def is_level(self) -> bool:
+        """Whether the kernel itself hardly falls: no number of problems tells then."""
+        return self.kernel >= LEVEL
+
+
+def compare_end(profile: Profile, at: int, alpha: float, beta: float) -> End | None:
+    """An end of the profile; ``None`` where there is no middle with a signal.
+
+    Args:
+        at: index of the end's bin.
+        alpha, beta: of the kernel that is compared with, p^alpha (1-p)^beta.
+    """
+    if len(profile.bins) < 3:
+        return None
+    kernel_J = beta_weight(profile.pass_rate_J, alpha, beta)
+    share_J = np.array([float(b.problems) for b in profile.bins])
+    share_J[kernel_J < MIDDLE * kernel_J.max()] = 0.0
+    share_J[at] = 0.0
+    weight_J = optimal_weight(profile.snr_squared_J)
+    error_J = profile.error_J / (1 + profile.snr_squared_J) ** 2  # d w* / d SNR^2
+    norm_J = np.array([b.gradient_norm.value for b in profile.bins])
+    middle = float(share_J @ weight_J)
+    if not middle > 0:
+        return None
+    share_J /= share_J.sum()
+    middle, middle_error = float(share_J @ weight_J), float(np.linalg.norm(share_J * error_J))
+    end, end_error = float(weight_J[at]), float(error_J[at])
+    expected = float(kernel_J[at] / (share_J @ kernel_J))
+
+    def above(ratio: float) -> float:
+        """By how many standard errors the end lies above ``ratio`` times the middle."""
+        return (end - ratio * middle) / float(np.hypot(end_error, ratio * middle_error))
+
+    return End(
+        pass_rate=float(profile.pass_rate_J[at]),
+        ratio=end / middle,
+        standard_error=float(np.hypot(end_error, end / middle * middle_error)) / middle,
+        kernel=expected,
+        verdict=_verdict(end / middle, expected, above(expected), above(1.0)),
+        norm_ratio=float(norm_J[at] / (share_J @ norm_J)),
+    )
+
+
+def _verdict(ratio: float, kernel: float, above_kernel: float, above_flat: float) -> Verdict:
+    if kernel >= LEVEL:
+        return Verdict.not_shown
+    is_nearer_flat = ratio > np.sqrt(kernel)
+    if is_nearer_flat and above_kernel > ERRORS:
+        return Verdict.does_not_fall
+    if not is_nearer_flat and above_flat < -ERRORS:
+        return Verdict.falls
+    return Verdict.not_shown

@@ -1,0 +1,116 @@
+"""``snr/step_XXXXXXXX_DIVERGENCE.json``: what was measured, as it is kept on disk.
+
+With ``snr.last_layers`` N the name ends in ``_last_layers_N``.
+
+    {"complete": true,
+     "identity": {...},              what decides the figures; another one is measured anew
+     "model": "...", "step": 40,     of the student; 0: as training began; null: an exported model
+     "pass_rates_step": 20,          of the student that the pass rates are of; null: --pass-rates
+     "divergence": "forward_kl", "responses": "references",
+     "alpha": 1.0, "beta": 1.0,      of the run's kernel
+     "estimator": "plug_in",         what the run takes the kernel of; null: it has another scheme
+     "bins": [{"low": 0.0, "high": 0.1, "available": 80,
+               "pass_rate": 0.0,     mean c / K of the measured problems
+               "expected_pass_rate": 0.03,     posterior mean under the prior of the table
+               "sums": {"count_B": [...], "norm_B": [...], "square_B": [...], "dot_B": [...],
+                        "block_B": [...]} or null},    as ``snr.BlockSums``
+              ...],
+     "estimates": {...}}             what ``summary.py`` makes of the rest; not read back
+
+It is written after every bin, so that a later start goes on with the bins that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_paced.errors import ConfigError
+from nemo_paced.snr.estimates import BlockSums
+
+FOLDER = "snr"  # of a run directory
+
+
+@dataclass(frozen=True, slots=True)
+class BinRecord:
+    """One bin; ``sums`` is ``None`` where it has too few problems, or is not measured yet."""
+
+    low: float
+    high: float
+    available: int
+    pass_rate: float
+    expected_pass_rate: float
+    sums: BlockSums | None
+
+
+@dataclass(slots=True)
+class SnrRecord:
+    """A measurement, whole or under way; see the module for its file."""
+
+    identity: dict[str, Any]
+    model: str
+    step: int | None
+    pass_rates_step: int | None
+    divergence: str
+    responses: str
+    alpha: float
+    beta: float
+    bins: list[BinRecord]
+    complete: bool = False
+    estimator: str | None = None
+
+    def write(self, path: Path, estimates: dict[str, Any] | None = None) -> None:
+        """In place of an earlier file only when whole."""
+        names = (f.name for f in fields(self) if f.name != "bins")
+        tree = {name: getattr(self, name) for name in names}
+        tree["bins"] = [_bin_tree(one) for one in self.bins]
+        tree["estimates"] = estimates
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(_finite(tree), indent=1) + "\n")
+        os.replace(temporary, path)
+
+    @staticmethod
+    def read(path: Path) -> SnrRecord:
+        """Raises:
+        ConfigError: it is no such file.
+        """
+        try:
+            tree = json.loads(path.read_text())
+            del tree["estimates"]
+            tree["bins"] = [_bin_of(one) for one in tree["bins"]]
+            return SnrRecord(**tree)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{path} is no measurement that can be read ({error!r}): remove it to measure again"
+            ) from error
+
+
+def _bin_tree(one: BinRecord) -> dict[str, Any]:
+    tree = {f.name: getattr(one, f.name) for f in fields(one)}
+    if one.sums is not None:
+        tree["sums"] = {f.name: getattr(one.sums, f.name).tolist() for f in fields(one.sums)}
+    return tree
+
+
+def _bin_of(tree: dict[str, Any]) -> BinRecord:
+    for name in ("pass_rate", "expected_pass_rate"):
+        tree[name] = math.nan if tree[name] is None else tree[name]
+    if tree["sums"] is not None:
+        tree["sums"] = BlockSums(**{k: np.array(v, dtype=float) for k, v in tree["sums"].items()})
+    return BinRecord(**tree)
+
+
+def _finite(tree: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
