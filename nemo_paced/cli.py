@@ -41,7 +41,7 @@ Samples references and pass rates, trains each arm for the same number of steps,
 evaluates it, and writes DIR/report.html and DIR/results.json. No network, no GPU.""",
     ),
     "pass-rates": Command(
-        "nemo_paced.entry.commands:pass_rates",
+        "nemo_paced.commands.prepare:pass_rates",
         "K graded rollouts of every problem by the student, and the weights that follow",
         f"""\
 usage: nemo-paced pass-rates --config-name NAME [key=value ...]
@@ -68,7 +68,7 @@ examples:
 {RUN_HELP}""",
     ),
     "weights": Command(
-        "nemo_paced.entry.weights:weights",
+        "nemo_paced.commands.weights:weights",
         "what a table of pass rates says of exponents, prior and weights",
         """\
 usage: nemo-paced weights --pass-rates TABLE [--snr FILE] [weights.KEY=value ...]
@@ -81,7 +81,7 @@ weighted gradient (under its assumptions, or under the exponents that `nemo-pace
 example: nemo-paced weights --pass-rates RUN/pass_rates.parquet weights.beta=2""",
     ),
     "references": Command(
-        "nemo_paced.entry.commands:references",
+        "nemo_paced.commands.prepare:references",
         "one response of the teacher to every problem, for forward KL",
         f"""\
 usage: nemo-paced references --config-name NAME [key=value ...]
@@ -100,7 +100,7 @@ example: nemo-paced references --config-name RECIPE references.wrong=drop refere
 {RUN_HELP}""",
     ),
     "train": Command(
-        "nemo_paced.entry.commands:train",
+        "nemo_paced.commands.train:train",
         "pass-rate-weighted distillation; goes on where an earlier start stopped",
         f"""\
 usage: nemo-paced train --config-name NAME [--dry-run] [key=value ...]
@@ -126,7 +126,7 @@ examples:
 {RUN_HELP}""",
     ),
     "rollout-server": Command(
-        "nemo_paced.entry.serve:main",
+        "nemo_paced.commands.serve:main",
         "vLLM servers of the student or the teacher, for a trainer that runs elsewhere",
         f"""\
 usage: nemo-paced rollout-server --config-name NAME [--model student|teacher] [key=value ...]
@@ -147,7 +147,7 @@ examples:
 {RUN_HELP}""",
     ),
     "preflight": Command(
-        "nemo_paced.entry.commands:preflight",
+        "nemo_paced.commands.preflight:preflight",
         "what would stop a run, all of it at once and before a weight is read",
         f"""\
 usage: nemo-paced preflight --config-name NAME [key=value ...]
@@ -170,7 +170,7 @@ examples:
 {RUN_HELP}""",
     ),
     "plan": Command(
-        "nemo_paced.entry.plan:main",
+        "nemo_paced.commands.plan:main",
         "memory, time and the cheapest layout that fits, from two config.json files",
         f"""\
 usage: nemo-paced plan --config-name NAME [--gpu h100|h200|a100|b200] [--nodes N]
@@ -192,7 +192,7 @@ examples:
 {RUN_HELP}""",
     ),
     "import-hf": Command(
-        "nemo_paced.entry.commands:import_hf",
+        "nemo_paced.commands.convert:import_hf",
         "a Hugging Face directory as a Megatron checkpoint",
         """\
 usage: nemo-paced import-hf HF_DIR CHECKPOINT_DIR [key=value ...]
@@ -209,7 +209,7 @@ examples:
       model.expert_model_parallel_size=8""",
     ),
     "export-hf": Command(
-        "nemo_paced.entry.commands:export_hf",
+        "nemo_paced.commands.convert:export_hf",
         "a checkpoint, from whatever layout, as a Hugging Face directory",
         """\
 usage: nemo-paced export-hf CHECKPOINT_DIR HF_DIR [key=value ...]
@@ -222,7 +222,7 @@ a model that does not fit one, as for import-hf.
 example: nemo-paced export-hf RUN HF_DIR trainer.devices=2 model.pipeline_model_parallel_size=2""",
     ),
     "evaluate": Command(
-        "nemo_paced.evaluation.command:main",
+        "nemo_paced.commands.evaluate:main",
         "accuracy of a model on problem files and lm-eval's tasks, and what it forgot",
         """\
 usage: nemo-paced evaluate CHECKPOINT_OR_HF_DIR [--problems [NAME=]FILE ...] [--samples 8]
@@ -260,7 +260,7 @@ examples:
       --problems aime2024=aime_2024.jsonl --problems aime2025=aime_2025.jsonl --lm-eval mmlu""",
     ),
     "snr": Command(
-        "nemo_paced.entry.snr:main",
+        "nemo_paced.commands.snr:main",
         "gradient signal-to-noise ratio against pass rate, and what it says of the kernel",
         f"""\
 usage: nemo-paced snr [RUN | CHECKPOINT | HF_DIR] [--step N] [--pass-rates TABLE] [--out FILE.json]
@@ -289,7 +289,7 @@ examples:
 {RUN_HELP}""",
     ),
     "report": Command(
-        "nemo_paced.report.run_page:main",
+        "nemo_paced.commands.report:main",
         "one self-contained HTML page about a run",
         """\
 usage: nemo-paced report RUN_DIR [--out FILE]

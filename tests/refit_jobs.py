@@ -199,7 +199,7 @@ def _look(process, folder, job):
         assert process.poll() is None, process.communicate()[0][-4000:]
         time.sleep(0.05)
     client = _servers(process)
-    ranks = [rank.pid for rank, _ in _running(process, "nemo_paced.entry.worker")]
+    ranks = [rank.pid for rank, _ in _running(process, "nemo_paced.commands.worker")]
     assert len(ranks) == composed(folder, job).trainer.devices
     while process.poll() is None:
         # a server that waits for the stopped ranks in its midst answers when they go on

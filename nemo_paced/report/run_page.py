@@ -1,37 +1,16 @@
-"""The command ``report``: one self-contained HTML page about a run, or about several."""
+"""One self-contained HTML page about a run."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from nemo_paced.config import WeightScheme
-from nemo_paced.errors import ConfigError
-from nemo_paced.report.comparison import compare_runs
 from nemo_paced.report.page import Part, write_page
 from nemo_paced.report.run_files import RunFiles
 from nemo_paced.report.sections.accuracy import accuracy_sections, verdict
 from nemo_paced.report.sections.run import run_sections
 from nemo_paced.report.sections.section import Section, rows_by_stage, values_of
 from nemo_paced.report.sections.timing import seconds
-
-
-def main(arguments: list[str]) -> None:
-    """The command ``report``."""
-    parser = argparse.ArgumentParser(prog="nemo-paced report", allow_abbrev=False)
-    parser.add_argument("run", type=Path, nargs="?")
-    parser.add_argument("--compare", nargs="+", metavar="[LABEL=]RUN")
-    parser.add_argument("--out", type=Path)
-    known = parser.parse_args(arguments)
-    if (known.run is None) == (known.compare is None):
-        raise ConfigError("give one run directory, or --compare RUN RUN ...")
-    if known.compare:
-        path = compare_runs(known.compare, known.out)
-    else:
-        path = write_report(known.run, known.out)
-    Console(soft_wrap=True).print(str(path), markup=False, highlight=False)
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:

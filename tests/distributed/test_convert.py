@@ -10,8 +10,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from safetensors.torch import load_file
 
+from nemo_paced.commands import convert as commands
 from nemo_paced.config import ModelConfig, PacedConfig, Precision, TrainerConfig
-from nemo_paced.entry import commands
 from nemo_paced.errors import CheckpointError, ConfigError
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from nemo_paced.cli import main
+from nemo_paced.commands.snr import show
 from nemo_paced.compose import ASSETS, to_config
 from nemo_paced.config import WeightsConfig
 from nemo_paced.data.problems import load_problems
-from nemo_paced.entry.snr import show
 from nemo_paced.records import Rollout
 from nemo_paced.report.sections.snr import snr_sections
 from nemo_paced.snr.measure import measure

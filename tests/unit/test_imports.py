@@ -1,6 +1,8 @@
-"""Imports point down only; the table is the architecture."""
+"""Imports point down only; the table is the architecture (the README shows it)."""
 
 import ast
+import re
+from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "nemo_paced"
@@ -12,14 +14,13 @@ LAYERS = (
     {"parallel", "compose"},
     {"hf", "grading", "serving", "weights"},
     {"sizing", "data", "refit"},
-    {"rollout"},
-    {"teacher"},
+    {"rollout", "teacher"},
     {"student"},
     {"run"},
     {"training"},
-    {"evaluation", "preflight", "snr"},
+    {"snr", "preflight", "evaluation"},
     {"report"},
-    {"quickstart", "entry"},
+    {"commands", "quickstart"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -27,6 +28,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SHARED = {"errors", "records", "logs"}
 # what may be taken into somebody else's trainer by itself
 STANDS_ALONE = {"losses": {"errors"}, "weights": {"errors", "config", "records"}}
+WIDEST = 12
 
 
 def modules():
@@ -69,12 +71,25 @@ def test_imports_point_down():
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_readme_shows_this_table():
+    text = (PACKAGE.parent / "README.md").read_text()
+    shown = text[text.index("cli\ncommands") :].partition("```")[0].splitlines()
+    levels = [set(re.split(r"\s{2,}", line)[0].split(", ")) for line in reversed(shown)]
+    assert levels == [names for names in LAYERS if names != {"settings"}]
+
+
 def test_no_files_import_each_other_in_a_circle():
     """Files that import nothing of what is left are taken away; a circle stays."""
     left = {name: imported & MODULES.keys() for name, imported in IMPORTS.items()}
     while free := {name for name, imported in left.items() if not imported & left.keys()}:
         left = {name: imported for name, imported in left.items() if name not in free}
     assert not left, f"in a circle, or above one: {sorted(left)}"
+
+
+def test_no_folder_is_wider_than_a_page():
+    files = Counter(path.parent for path in MODULES.values())
+    wide = {str(folder.relative_to(PACKAGE)): n for folder, n in files.items() if n > WIDEST}
+    assert not wide
 
 
 def test_init_files_are_empty():

@@ -85,7 +85,7 @@ def test_a_mistake_is_told_before_megatron_is_imported(arguments, allowed, tmp_p
 def test_a_rank_imports_neither_nemo_nor_lightning():
     program = f"""\
 import sys
-import nemo_paced.entry.worker, nemo_paced.preflight.ranks, nemo_paced.training.loop
+import nemo_paced.commands.worker, nemo_paced.preflight.ranks, nemo_paced.training.loop
 print(*sorted(set({HEAVY!r}) & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -5,9 +5,9 @@ import re
 import pytest
 import yaml
 
+from nemo_paced.commands import report as command
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile, Source
-from nemo_paced.report import run_page
 from nemo_paced.report.comparison import compare_runs, labelled, write_comparison
 from nemo_paced.report.drawing import COLOURS
 from nemo_paced.report.evaluated_runs import EvaluatedRuns
@@ -61,7 +61,7 @@ def test_runs_of_other_lengths_are_compared_by_the_command(tmp_path, capsys):
         ResultsFile(own, SETTINGS).write(run / "results.json")
     write_run(tmp_path / "unevaluated", steps=20)
     names = ("a", "b", "unevaluated")
-    run_page.main(["--compare", *(str(tmp_path / name) for name in names)])
+    command.main(["--compare", *(str(tmp_path / name) for name in names)])
     path = tmp_path / "comparison.html"
     assert capsys.readouterr().out.strip() == str(path)
     page = path.read_text()

@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from nemo_paced.commands import report as command
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.grading.accuracy import Accuracy
-from nemo_paced.report import run_page
 from nemo_paced.report.run_page import write_report
 from nemo_paced.report.sections.accuracy import forgetting_section, verdict
 from nemo_paced.report.sections.pass_rates import DRIFT
@@ -295,4 +295,4 @@ def test_the_verdict_says_won_lost_or_within_noise():
 @pytest.mark.parametrize("arguments", [[], ["run", "--compare", "a"]])
 def test_the_command_takes_one_run_or_several(arguments):
     with pytest.raises(ConfigError, match="give one run directory, or --compare"):
-        run_page.main(arguments)
+        command.main(arguments)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from nemo_paced.commands.snr import default_out, show
 from nemo_paced.config import (
     DivergenceKind,
     PacedConfig,
@@ -15,7 +16,6 @@ from nemo_paced.config import (
     StudentConfig,
     TeacherConfig,
 )
-from nemo_paced.entry.snr import default_out, show
 from nemo_paced.records import PassRate
 from nemo_paced.snr.plan import find_pass_rates, plan_bins, step_of, what_is_measured
 from nemo_paced.snr.profile import Verdict

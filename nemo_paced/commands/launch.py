@@ -23,7 +23,7 @@ TASKS = {
     "snr": "nemo_paced.snr.measure:measure",
 }
 
-_WORKER = "nemo_paced.entry.worker"
+_WORKER = "nemo_paced.commands.worker"
 
 
 def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> None:

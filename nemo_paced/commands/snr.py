@@ -67,7 +67,7 @@ def _config_arguments(known: argparse.Namespace, run_dir: Path | None) -> list[s
 def _snr(
     config: PacedConfig, known: argparse.Namespace, model: Path | None, run_dir: Path | None
 ) -> None:
-    from nemo_paced.entry.launch import join_launcher, launch
+    from nemo_paced.commands.launch import join_launcher, launch
     from nemo_paced.preflight import models as model_checks
     from nemo_paced.preflight.checks import check_inputs
     from nemo_paced.preflight.findings import refuse

@@ -23,8 +23,8 @@ def main() -> int:
         stop.listen()
     _end_group_with_parent()
     set_up_logging(int(os.environ["RANK"]))
+    from nemo_paced.commands.launch import run_task
     from nemo_paced.compose import load_config
-    from nemo_paced.entry.launch import run_task
 
     try:
         task, config_file, *paths = sys.argv[1:]

@@ -5,10 +5,10 @@ from dataclasses import asdict
 
 import pytest
 
+from nemo_paced.commands import evaluate as command
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import DataConfig, EvaluationConfig, PacedConfig, TrainerConfig
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation import command
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.evaluation.run import Job
 from nemo_paced.rollout.sampler import make_replicas

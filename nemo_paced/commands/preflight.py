@@ -1,0 +1,53 @@
+"""The command ``preflight``: the checks of ``train`` and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+from nemo_paced.compose import run_directory, with_config
+from nemo_paced.config import PacedConfig
+from nemo_paced.logs import launcher_rank
+
+logger = logging.getLogger(__name__)
+
+
+def preflight(arguments: list[str]) -> None:
+    """The checks of ``train`` and nothing else: all findings at once, exit status 2 with errors."""
+
+    def action(config: PacedConfig) -> None:
+        from nemo_paced.commands.launch import launch
+        from nemo_paced.training.prepare import save_config
+
+        if is_first_rank(config):
+            check_run_inputs(config, run_directory(config), notes=True)
+        with tempfile.TemporaryDirectory() as folder:  # a check leaves nothing behind
+            save_config(config, Path(folder))
+            launch("preflight", config, Path(folder) / "config.yaml")
+        logger.info("preflight: nothing that would stop the run was found")
+
+    with_config(arguments, action)
+
+
+def is_first_rank(config: PacedConfig) -> bool:
+    """Whether this process checks for all; under torchrun or srun every rank runs the command."""
+    from nemo_paced.commands.launch import join_launcher
+    from nemo_paced.preflight.ranks import announce
+
+    joined, first = join_launcher(), launcher_rank() == 0
+    if joined and first:
+        announce(config)  # the others wait for it then, however long it reads
+    return first
+
+
+def check_run_inputs(config: PacedConfig, run_dir: Path, *, notes: bool) -> None:
+    """What one process can find before ranks or servers start.
+
+    Raises:
+        PreflightFailed: an error was found; all findings are on standard error.
+    """
+    from nemo_paced.preflight.checks import check_inputs
+    from nemo_paced.preflight.findings import refuse
+
+    refuse(check_inputs(config, run_dir), notes=notes)
