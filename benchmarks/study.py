@@ -287,6 +287,7 @@ class Study:
 
 def train_and_export(config: PacedConfig, folder: Path, api_key: str) -> None:
     """In a process of its own."""
+    from nemo_paced.run.config_file import save_config
     from nemo_paced.run.convert import export_hf
     from nemo_paced.training.loop import train
 
@@ -295,7 +296,7 @@ def train_and_export(config: PacedConfig, folder: Path, api_key: str) -> None:
     for name in ("nemo_paced", "megatron"):
         logging.getLogger(name).setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
-    prepare.save_config(config, folder)
+    save_config(config, folder)
     train(config, folder)
     export_hf(PacedConfig(), folder, folder / "hf")
 

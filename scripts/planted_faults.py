@@ -79,13 +79,13 @@ FAULTS = {
         "the kernel's exponents are exchanged",
         "return pass_rate**alpha * (1 - pass_rate) ** beta",
         "return pass_rate**beta * (1 - pass_rate) ** alpha",
-        "tests/unit/weights/test_weights.py",
+        "tests/unit/weights/test_schemes.py",
     ),
     "unit_mean": Fault(
         "weights have mean 1 over the problems that have one, not over the training set",
         "return (raw * (len(raw) / total)).tolist()",
         "return (raw * (np.count_nonzero(raw) / total)).tolist()",
-        "tests/unit/weights/test_weights.py::test_weights_have_mean_one_over_the_training_set",
+        "tests/unit/weights/test_schemes.py::test_weights_have_mean_one_over_the_training_set",
     ),
     "discount": Fault(
         "earlier rollouts are discounted among the right ones alone",

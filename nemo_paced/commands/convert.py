@@ -8,6 +8,7 @@ from pathlib import Path
 from nemo_paced.compose import with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.run.config_file import save_config
 
 
 def import_hf(arguments: list[str]) -> None:
@@ -27,15 +28,14 @@ def _convert(task: str, config: PacedConfig, *paths: Path) -> None:
     """In this process where the layout is one rank, else on ranks of their own."""
     from nemo_paced.commands.launch import launch, run_task
     from nemo_paced.run.convert import check_ranks
-    from nemo_paced.training.prepare import save_config
 
     check_ranks(config)
     if config.world_size == 1:
         run_task(task, config, *paths)
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_config(config, Path(folder))
-        launch(task, config, Path(folder) / "config.yaml", *(path.absolute() for path in paths))
+        config_file = save_config(config, Path(folder))
+        launch(task, config, config_file, *(path.absolute() for path in paths))
 
 
 def _two_paths(arguments: list[str], usage: str) -> tuple[tuple[Path, Path], list[str]]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from nemo_paced.compose import with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import load_suites
@@ -26,7 +27,6 @@ from nemo_paced.evaluation.results import (
 )
 from nemo_paced.evaluation.run import Job
 from nemo_paced.evaluation.tables import show
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
 from nemo_paced.run.progress import progress_bar
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from nemo_paced.compose import run_directory, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.logs import launcher_rank
+from nemo_paced.run.config_file import save_config
 
 logger = logging.getLogger(__name__)
 
@@ -18,13 +19,11 @@ def preflight(arguments: list[str]) -> None:
 
     def action(config: PacedConfig) -> None:
         from nemo_paced.commands.launch import launch
-        from nemo_paced.training.prepare import save_config
 
         if is_first_rank(config):
             check_run_inputs(config, run_directory(config), notes=True)
         with tempfile.TemporaryDirectory() as folder:  # a check leaves nothing behind
-            save_config(config, Path(folder))
-            launch("preflight", config, Path(folder) / "config.yaml")
+            launch("preflight", config, save_config(config, Path(folder)))
         logger.info("preflight: nothing that would stop the run was found")
 
     with_config(arguments, action)

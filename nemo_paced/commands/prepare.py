@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_paced.compose import run_directory, with_config
 from nemo_paced.config import PacedConfig, ReferenceSource
+from nemo_paced.run.config_file import save_config
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,6 @@ def references(arguments: list[str]) -> None:
 
 
 def _prepare(config: PacedConfig, make: Callable[[PacedConfig, Path], Path]) -> None:
-    from nemo_paced.training.prepare import save_config
-
     run_dir = run_directory(config)
     save_config(config, run_dir)
     logger.info("written: %s", make(config, run_dir))

@@ -14,6 +14,7 @@ from nemo_paced.compose import run_directory, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.logs import launcher_rank
+from nemo_paced.run.config_file import save_config
 
 
 def main(arguments: list[str]) -> None:
@@ -72,7 +73,6 @@ def _snr(
     from nemo_paced.preflight.checks import check_inputs
     from nemo_paced.preflight.findings import refuse
     from nemo_paced.snr.plan import check_bins, check_settings, find_pass_rates, plan_bins, step_of
-    from nemo_paced.training.prepare import save_config
     from nemo_paced.weights.pass_rates import PassRateTable
 
     run_dir = run_dir or run_directory(config)
@@ -86,8 +86,8 @@ def _snr(
         checks = (model_checks.layouts, model_checks.vocabularies, model_checks.sequence_limits)
         refuse(check_inputs(config, run_dir, checks))
     with tempfile.TemporaryDirectory(prefix="nemo-paced-") as folder:
-        save_config(_absolute(config), Path(folder))
-        launch("snr", config, Path(folder) / "config.yaml", run_dir, model, out)
+        config_file = save_config(_absolute(config), Path(folder))
+        launch("snr", config, config_file, run_dir, model, out)
     if launcher_rank() == 0:
         show(out, Console())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from nemo_paced.commands.preflight import check_run_inputs, is_first_rank
 from nemo_paced.compose import run_directory, with_config
 from nemo_paced.config import PacedConfig
+from nemo_paced.run.config_file import CONFIG_FILE, save_config
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +57,17 @@ def dry_run(config: PacedConfig) -> None:
 
 
 def train_with(config: PacedConfig) -> None:
-    """Check, save the configuration, start the ranks."""
-    from nemo_paced.commands.launch import launch
-    from nemo_paced.training.prepare import save_config
+    """Check, save the configuration, start the ranks unless nothing is left to train."""
+    from nemo_paced.commands.launch import join_launcher, launch
+    from nemo_paced.run.checkpoint_files import steps_trained
 
     run_dir = run_directory(config)
     if is_first_rank(config):
         check_run_inputs(config, run_dir, notes=False)
         save_config(config, run_dir)
-    launch("train", config, run_dir / "config.yaml", run_dir)
+    trained = 0 if join_launcher() else steps_trained(config, run_dir)
+    if trained >= config.trainer.max_steps:
+        logger.info("%s is trained to step %d already", run_dir, trained)
+        return
+    launch("train", config, run_dir / CONFIG_FILE, run_dir)
     logger.info("run directory: %s", run_dir)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_paced.config import ReferencesConfig, WrongReferences
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Response, Rollout
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from rich.progress import Progress
 
 from nemo_paced.config import PacedConfig, to_dict
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import Suite, run_suite
 from nemo_paced.evaluation.results import IN_WORDS
 from nemo_paced.grading.accuracy import Accuracy
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
 from nemo_paced.rollout.sampler import Sampler, served_dtype
 from nemo_paced.training import prepare

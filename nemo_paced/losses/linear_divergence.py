@@ -50,10 +50,9 @@ import torch
 from torch.distributed import ProcessGroup
 
 from nemo_paced.losses.divergence import kernels_for, make_options, solve
-from nemo_paced.losses.log_probs import target_log_probs
 from nemo_paced.losses.options import Divergence, Options
 from nemo_paced.losses.topk import TopKTeacher, solve_topk
-from nemo_paced.losses.vocab_parallel import group_size, sum_gradient
+from nemo_paced.losses.vocab_parallel import group_size, sum_gradient, target_log_probs
 
 # elements of a chunk of one model's logits: enough tokens for efficient GEMMs
 CPU_CHUNK_ELEMENTS = 2**25

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import PacedError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.directory import load_hf_config
-from nemo_paced.hf.tokenizer import Prompts, load_tokenizer
+from nemo_paced.hf.tokenizer import load_tokenizer
 from nemo_paced.preflight.findings import Finding, error
 from nemo_paced.records import Problem
 from nemo_paced.sizing.shapes import ModelShape

@@ -17,10 +17,10 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from nemo_paced.config import PacedConfig, Precision
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.grading.grader import Grader
 from nemo_paced.hf.directory import context_length
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.refit.file_transfer import check_weight_routes, transfer_folder
 from nemo_paced.refit.meeting import Meeting

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.grading.grader import Grader
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.store import RolloutStore
 from nemo_paced.serving.client import RolloutClient

@@ -142,6 +142,12 @@ def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
     return found
 
 
+def steps_trained(config: PacedConfig, run_dir: Path) -> int:
+    """The step of the :func:`newest_checkpoint`; 0 where there is none."""
+    found = newest_checkpoint(config, run_dir)
+    return 0 if found is None else read_state(found).step
+
+
 def prune(run_dir: Path, keep: CheckpointCallbackParams) -> None:
     """Remove all but the newest and the best."""
     found = checkpoints(run_dir)

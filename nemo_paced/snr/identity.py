@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_paced.config import PacedConfig, ResponseSource, to_dict
-from nemo_paced.hf.tokenizer import Prompts
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.records import PassRate, Problem
 from nemo_paced.rollout.sampler import served_dtype
 from nemo_paced.rollout.sampling import SamplingSettings

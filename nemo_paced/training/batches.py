@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_paced.data.loader import occurrences
 from nemo_paced.data.packing import TrainItem
-from nemo_paced.hf.tokenizer import Prompts
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.losses.reduction import token_weight
 from nemo_paced.records import Problem, Response, Rollout
 

@@ -29,8 +29,9 @@ from nemo_paced.run.progress import RunLog
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.training import prepare
 from nemo_paced.training.batches import Batch, build_items
-from nemo_paced.training.references import load_references, weights_with_references
+from nemo_paced.training.references import load_references
 from nemo_paced.weights.pass_rates import PassRateTable
+from nemo_paced.weights.schemes import weights_with_references
 
 logger = logging.getLogger(__name__)
 

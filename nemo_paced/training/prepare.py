@@ -13,10 +13,11 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from nemo_paced.config import PacedConfig, to_dict
+from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.tokenizer import Prompts, check_same_tokens
+from nemo_paced.hf.tokenizer import check_same_tokens
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler, evaluation_length
 from nemo_paced.rollout.sampling import SamplingSettings
@@ -163,11 +164,3 @@ def pass_rates(config: PacedConfig, run_dir: Path) -> Path:
     ):
         estimate_pass_rates(config, problems, sampler, run_dir, step=0, bar=bar)
     return run_dir / PASS_RATES_FILE
-
-
-def save_config(config: PacedConfig, run_dir: Path) -> None:
-    """The resolved configuration, beside what it made."""
-    from omegaconf import OmegaConf
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(config)))

@@ -29,9 +29,9 @@ from nemo_paced.config import (
     WrongReferences,
 )
 from nemo_paced.data.problems import load_problems
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.data.references import Reference, made_with, read_references, write_references
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
@@ -141,32 +141,6 @@ def told(found: Sequence[Reference], wrong: WrongReferences) -> str:
         f"{sum(reference.rollout.truncated for reference in found)} truncated; "
         f"{sum(reference.attempts for reference in found)} sampled"
     )
-
-
-def weights_with_references(
-    weights: Mapping[str, float], references: Mapping[str, Response]
-) -> dict[str, float]:
-    """The weights of a stage with responses=references: 0 without one, and again of mean 1.
-
-    Args:
-        weights: of every problem of the training set, of mean 1.
-        references: by problem id, without the dropped ones.
-
-    Raises:
-        ConfigError: no problem has both a weight and a reference.
-    """
-    dropped = weights.keys() - references.keys()
-    if not dropped:
-        return dict(weights)
-    total = sum(weight for i, weight in weights.items() if i not in dropped)
-    if total == 0:
-        raise ConfigError(
-            f"the references of {len(dropped)} of {len(weights)} problems are dropped and the "
-            "others have weight 0: nothing is left to train along; set references.wrong=keep, "
-            "raise references.max_attempts, or set weights.estimator=posterior"
-        )
-    scale = len(weights) / total
-    return {i: 0.0 if i in dropped else scale * weight for i, weight in weights.items()}
 
 
 def references(config: PacedConfig, run_dir: Path) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import betaln, gammaln
 
 from nemo_paced.config import WeightsConfig
-from nemo_paced.weights.posterior import posterior_variance, posterior_weights
+from nemo_paced.weights.posterior import posterior_variance, posterior_weight
 from nemo_paced.weights.prior import fit_prior
 
 # A single rollout at c = 1 of 2 is worth nothing by itself (right or wrong, the weight is the same)
@@ -39,7 +39,7 @@ def expected_error(
     """
     state = (num_correct, num_rollouts, config.alpha, config.beta)
     prior = prior_of(config, num_correct, num_rollouts)
-    mean = posterior_weights(*state, prior).mean()
+    mean = posterior_weight(*state, prior).mean()
     return float(np.sqrt(posterior_variance(*state, prior).mean()) / mean)
 
 
@@ -64,8 +64,8 @@ def variance_reduction(
     a, b = num_correct[:, None] + prior[0], (num_rollouts - num_correct)[:, None] + prior[1]
     choose = gammaln(num_more + 1) - gammaln(more + 1) - gammaln(num_more - more + 1)
     probability = np.exp(choose + betaln(a + more, b + num_more - more) - betaln(a, b))
-    after = posterior_weights(right, total, alpha, beta, prior)
-    now = posterior_weights(num_correct, num_rollouts, alpha, beta, prior)
+    after = posterior_weight(right, total, alpha, beta, prior)
+    now = posterior_weight(num_correct, num_rollouts, alpha, beta, prior)
     return (probability * after**2).sum(1) - now**2
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.weights.adaptive import prior_of
 from nemo_paced.weights.beta_kernel import beta_weight
-from nemo_paced.weights.posterior import posterior_weights
+from nemo_paced.weights.posterior import posterior_weight
 
 
 def problem_weights(
@@ -33,6 +33,32 @@ def problem_weights(
     return (raw * (len(raw) / total)).tolist()
 
 
+def weights_with_references(
+    weights: Mapping[str, float], references: Collection[str]
+) -> dict[str, float]:
+    """The weights of a stage with responses=references: 0 without one, and again of mean 1.
+
+    Args:
+        weights: of every problem of the training set, of mean 1.
+        references: ids of the problems that have one.
+
+    Raises:
+        ConfigError: no problem has both a weight and a reference.
+    """
+    dropped = weights.keys() - set(references)
+    if not dropped:
+        return dict(weights)
+    total = sum(weight for i, weight in weights.items() if i not in dropped)
+    if total == 0:
+        raise ConfigError(
+            f"the references of {len(dropped)} of {len(weights)} problems are dropped and the "
+            "others have weight 0: nothing is left to train along; set references.wrong=keep, "
+            "raise references.max_attempts, or set weights.estimator=posterior"
+        )
+    scale = len(weights) / total
+    return {i: 0.0 if i in dropped else scale * weight for i, weight in weights.items()}
+
+
 def _raw_weights(config: WeightsConfig, right: np.ndarray, count: np.ndarray) -> np.ndarray:
     rates = right / count
     if config.scheme is WeightScheme.unweighted:
@@ -41,7 +67,7 @@ def _raw_weights(config: WeightsConfig, right: np.ndarray, count: np.ndarray) ->
         return ((rates >= config.low) & (rates <= config.high)).astype(np.float64)
     if config.estimator is Estimator.posterior:
         prior = prior_of(config, right, count)
-        return posterior_weights(right, count, config.alpha, config.beta, prior)
+        return posterior_weight(right, count, config.alpha, config.beta, prior)
     return beta_weight(rates, alpha=config.alpha, beta=config.beta)
 
 

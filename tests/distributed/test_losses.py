@@ -10,9 +10,8 @@ from nemo_paced.losses import divergence as divergence_module
 from nemo_paced.losses import linear_divergence as linear_module
 from nemo_paced.losses.divergence import divergence
 from nemo_paced.losses.linear_divergence import linear_divergence
-from nemo_paced.losses.log_probs import target_log_probs
 from nemo_paced.losses.topk import TopKTeacher, topk_divergence
-from nemo_paced.losses.vocab_parallel import LOG_ZERO, valid_columns
+from nemo_paced.losses.vocab_parallel import LOG_ZERO, target_log_probs, valid_columns
 from tests.dense import KINDS, dense_divergence, make_logits
 from tests.distributed.harness import run_ranks
 

@@ -23,8 +23,8 @@ from nemo_paced.config import (
     TrainerConfig,
 )
 from nemo_paced.data.problems import load_problems
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.refit.file_transfer import VERSION_FILE
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings

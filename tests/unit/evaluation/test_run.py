@@ -6,10 +6,10 @@ import pytest
 
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import DataConfig, EvaluationConfig, GradingConfig, PacedConfig
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import Suite
 from nemo_paced.evaluation.run import Job
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem
 
 PROBLEMS = {"few": [Problem("a", "solve s1 f2 =", "s3")]}

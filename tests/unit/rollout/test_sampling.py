@@ -7,8 +7,8 @@ import pytest
 
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import DataConfig, GradingConfig, PrivilegedContext
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.grading.grader import Grader
-from nemo_paced.hf.tokenizer import Prompts
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.sampling import SamplingSettings, long_tail_first, sample_rollouts
 from nemo_paced.rollout.store import RolloutStore

@@ -25,7 +25,8 @@ from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
 from nemo_paced.training import references as references_module
 from nemo_paced.training.driver import Driver
-from nemo_paced.training.references import load_references, weights_with_references
+from nemo_paced.training.references import load_references
+from nemo_paced.weights.schemes import weights_with_references
 from tests.scripted_client import ScriptedClient
 
 # the teacher's: never right, rarely, half the time, always

@@ -4,7 +4,7 @@ import pytest
 from nemo_paced.config import AdaptiveConfig, Estimator, WeightsConfig
 from nemo_paced.weights.adaptive import allocate, expected_error, variance_reduction
 from nemo_paced.weights.beta_kernel import beta_weight
-from nemo_paced.weights.posterior import posterior_variance, posterior_weight, posterior_weights
+from nemo_paced.weights.posterior import posterior_variance, posterior_weight
 
 ADAPTIVE = WeightsConfig(estimator=Estimator.posterior, adaptive=AdaptiveConfig(enabled=True))
 EXPONENTS = [(1.0, 1.0), (2.0, 1.0), (0.5, 3.0)]
@@ -28,7 +28,7 @@ def test_mean_and_variance_of_the_kernel_agree_with_integration(alpha, beta, pri
         mean = (kernel * density).sum() / density.sum()
         variance = ((kernel - mean) ** 2 * density).sum() / density.sum()
         state = as_arrays(right, count)
-        assert posterior_weights(*state, alpha, beta, prior)[0] == pytest.approx(mean, rel=1e-6)
+        assert posterior_weight(*state, alpha, beta, prior)[0] == pytest.approx(mean, rel=1e-6)
         assert posterior_weight(right, count, alpha, beta, prior) == pytest.approx(mean, rel=1e-6)
         got = posterior_variance(*state, alpha, beta, prior)[0]
         assert got == pytest.approx(variance, rel=1e-6)
@@ -93,6 +93,6 @@ def test_the_expected_error_is_the_error_where_the_prior_is_right(fit_prior):
     rates = rng.random(20_000)
     right, count = rng.binomial(8, rates).astype(float), np.full(20_000, 8.0)
     config = WeightsConfig(estimator=Estimator.posterior, fit_prior=fit_prior)
-    weights, truth = posterior_weights(right, count), beta_weight(rates)
+    weights, truth = posterior_weight(right, count), beta_weight(rates)
     error = np.sqrt(((weights / weights.mean() - truth / truth.mean()) ** 2).mean())
     assert expected_error(config, right, count) == pytest.approx(error, rel=0.02)

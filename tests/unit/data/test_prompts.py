@@ -3,8 +3,9 @@ import json
 import pytest
 
 from nemo_paced.config import DataConfig, PrivilegedContext
+from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.tokenizer import Prompts, check_same_tokens, tokenizer_vocab_size
+from nemo_paced.hf.tokenizer import check_same_tokens, tokenizer_vocab_size
 from nemo_paced.quickstart.models import EOS, VOCABULARY, write_tokenizer
 from nemo_paced.records import Problem
 
@@ -46,7 +47,7 @@ def test_stop_tokens_are_the_union_of_both_sources(folder):
     assert prompts.response("s4 s3") == (*words("s4", "s3"), 1)
     assert prompts.response("s4 s3 s2") == words("s4", "s3", "s2"), "cut at the limit: no EOS"
     assert prompts.decode(prompts.response("s4 s3")) == "s4 s3"
-    assert prompts.vocab_size == tokenizer_vocab_size(folder) == len(VOCABULARY)
+    assert tokenizer_vocab_size(folder) == len(VOCABULARY)
 
 
 def test_a_prompt_over_the_limit_names_problem_length_and_key(folder):

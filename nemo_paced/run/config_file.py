@@ -1,0 +1,19 @@
+"""``config.yaml`` of a run directory: the resolved configuration, beside what it made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nemo_paced.config import PacedConfig, to_dict
+
+CONFIG_FILE = "config.yaml"
+
+
+def save_config(config: PacedConfig, run_dir: Path) -> Path:
+    """Write ``config.yaml`` into a directory, which is made where it is missing; its path."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / CONFIG_FILE
+    path.write_text(OmegaConf.to_yaml(to_dict(config)))
+    return path
