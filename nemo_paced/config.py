@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from nemo_paced.losses.kinds import DivergenceKind as DivergenceKind
 from nemo_paced.settings.checks import require
 from nemo_paced.settings.checks import to_dict as to_dict
-from nemo_paced.settings.choices import DivergenceKind as DivergenceKind
 from nemo_paced.settings.choices import Estimator as Estimator
 from nemo_paced.settings.choices import Fp8Backend as Fp8Backend
 from nemo_paced.settings.choices import Fp8Recipe as Fp8Recipe

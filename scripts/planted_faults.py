@@ -52,8 +52,8 @@ FAULTS = {
     ),
     "jsd_mixture": Fault(
         "JSD's gradient has the teacher's share in place of the student's",
-        "log_s.sub_(m.log_()).sub_(of.column(7)).mul_(scale_N1 * (1 - options.jsd_beta))",
-        "log_s.sub_(m.log_()).sub_(of.column(7)).mul_(scale_N1 * options.jsd_beta)",
+        "log_s.sub_(m.log_()).sub_(of.column(7)).mul_(scale_N1 * (1 - chosen.jsd_beta))",
+        "log_s.sub_(m.log_()).sub_(of.column(7)).mul_(scale_N1 * chosen.jsd_beta)",
         "tests/unit/losses/test_divergence.py::test_value_and_gradient_match_dense_float64",
     ),
     "shard_maximum": Fault(

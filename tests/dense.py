@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
+
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
 
 KINDS = (
     "forward_kl",
@@ -12,6 +17,14 @@ KINDS = (
     "skew_reverse_kl",
     "adaptive_kl",
 )
+
+
+def of_kind(kind: str, options: dict[str, Any]) -> tuple[Divergence, dict[str, Any]]:
+    """The divergence with those of the options that are its parameters, and the other options."""
+    names = {field.name for field in fields(Divergence)}
+    parameters = {name: value for name, value in options.items() if name in names}
+    others = {name: value for name, value in options.items() if name not in names}
+    return Divergence(DivergenceKind(kind), **parameters), others
 
 
 def dense_divergence(

@@ -244,11 +244,12 @@ def _servers(process):
 
 
 def _running(process, module):
-    """Processes below this one that run a module, with their command lines."""
+    """Processes below this one that run a module, with their command lines; no forks of them."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # a zombie too
-            if module in (line := child.cmdline()):
+            line = child.cmdline()
+            if module in line and line != child.parent().cmdline():
                 found.append((child, line))
     return found
 

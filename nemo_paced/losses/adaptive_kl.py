@@ -30,7 +30,7 @@ def head_tail_gaps(
         student_NV, teacher_NV: logits [N, v/tp].
         of: their maxima, log-sums and shares of the mass.
     """
-    tp_group, head_mass = options.tp_group, options.akl_head_mass
+    tp_group, head_mass = options.tp_group, options.divergence.akl_head_mass
 
     buffers = Buffers(teacher_NV, options, 2)
 

@@ -1,8 +1,8 @@
 """Per-token divergences between a teacher's and a student's next-token distributions.
 
 Exact over the full vocabulary, under vocabulary-parallel tensor parallelism, with the gradient in
-closed form; the kinds are defined at :class:`~nemo_paced.losses.options.Divergence`. T and S are
-teacher and student after division of the logits by ``temperature`` (no temperature^2 factor: the
+closed form; the kinds are defined at :class:`~nemo_paced.losses.kinds.Divergence`. T and S are
+teacher and student after division of the logits by its temperature (no temperature^2 factor: the
 caller multiplies where it is wanted).
 
 Which numbers, and why one collective
@@ -37,8 +37,9 @@ from torch.distributed import ProcessGroup
 from nemo_paced.losses import kernels as torch_kernels
 from nemo_paced.losses.adaptive_kl import head_tail_gaps
 from nemo_paced.losses.kernels import TINY, RowNumbers
-from nemo_paced.losses.options import Divergence, Options
-from nemo_paced.losses.vocab_parallel import begin_all_gather, begin_all_reduce, valid_columns
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
+from nemo_paced.losses.options import Options
+from nemo_paced.losses.vocab_parallel import begin_all_gather, begin_all_reduce
 
 _Result = TypeVar("_Result")
 
@@ -54,13 +55,9 @@ class Solved:
 def divergence(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    kind: Divergence | str,
+    kind: Divergence | DivergenceKind | str,
     *,
     tp_group: ProcessGroup | None = None,
-    temperature: float = 1.0,
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
-    akl_head_mass: float = 0.5,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
@@ -69,7 +66,8 @@ def divergence(
     Args:
         student_logits: [..., v/tp], any float dtype; the gradient has the same dtype.
         teacher_logits: [..., v/tp]; without a group its padded width may differ.
-        kind: a :class:`Divergence` or its value.
+        kind: a :class:`~nemo_paced.losses.kinds.Divergence`, or the kind of one with the default
+            parameters.
         tp_group: the group over which the vocabulary is split in equal parts; ``None``: not split.
         vocab_size: the true vocabulary: columns at or above it carry no mass and no gradient in
             either model. ``None``: all columns count.
@@ -80,20 +78,16 @@ def divergence(
         that is the same on every rank; each rank then holds its own columns' gradient.
 
     Raises:
-        ValueError: shapes that do not fit, or a parameter out of range.
+        ValueError: shapes that do not fit.
     """
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(
             f"token axes differ: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
-    options = make_options(
+    options = Options.of(
         kind,
         (student_logits.shape[-1], teacher_logits.shape[-1]),
         tp_group=tp_group,
-        temperature=temperature,
-        jsd_beta=jsd_beta,
-        skew=skew,
-        akl_head_mass=akl_head_mass,
         vocab_size=vocab_size,
         block_rows=chunk_size,
     )
@@ -103,56 +97,6 @@ def divergence(
         options,
     )
     return flat.view(student_logits.shape[:-1])
-
-
-def make_options(
-    kind: Divergence | str,
-    widths: tuple[int, int],
-    *,
-    tp_group: ProcessGroup | None,
-    temperature: float,
-    jsd_beta: float,
-    skew: float,
-    akl_head_mass: float,
-    vocab_size: int | None,
-    block_rows: int | None,
-) -> Options:
-    """Options for student and teacher of these local vocabulary widths.
-
-    Raises:
-        ValueError: widths that do not fit each other or ``vocab_size``, a parameter out of range.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}: it must be above 0")
-    for name, share in (("jsd_beta", jsd_beta), ("skew", skew), ("akl_head_mass", akl_head_mass)):
-        if not 0 < share < 1:
-            raise ValueError(f"{name} is {share}: it must lie between 0 and 1")
-    if block_rows is not None and block_rows < 1:
-        raise ValueError(f"chunk_size is {block_rows}: it must be at least 1 row")
-    if tp_group is not None and widths[0] != widths[1]:
-        raise ValueError(
-            f"local vocabulary widths differ, {widths[0]} and {widths[1]}: under a tensor-parallel "
-            "group both models' shards must hold the same columns"
-        )
-    if vocab_size is None and widths[0] != widths[1]:
-        raise ValueError(
-            f"padded vocabularies differ, {widths[0]} and {widths[1]}: give vocab_size"
-        )
-    ranks = 1 if tp_group is None else tp_group.size()
-    if vocab_size is not None and not 0 < vocab_size <= min(widths) * ranks:
-        raise ValueError(
-            f"vocab_size {vocab_size} does not lie within the {min(widths) * ranks} columns given"
-        )
-    return Options(
-        kind=Divergence(kind),
-        tp_group=tp_group,
-        temperature=temperature,
-        jsd_beta=jsd_beta,
-        skew=skew,
-        akl_head_mass=akl_head_mass,
-        valid=valid_columns(widths[0], vocab_size, tp_group),
-        block_rows=block_rows,
-    )
 
 
 class _DivergenceFunction(torch.autograd.Function):
@@ -192,29 +136,32 @@ def solve(
     While it waits the caller may do other work; every rank must resume its generators in the same
     order. ``finish`` runs one through.
     """
-    kernels = kernels_for(student_NV)
+    kernels, chosen = kernels_for(student_NV), options.divergence
     gather = begin_all_gather(
         kernels.local_stats(student_NV, teacher_NV, options), options.tp_group
     )
     yield
     of, forward_N, reverse_N = _merge(gather.wait(), options)
     c_3N = of.numbers_9N[6:]
-    if options.is_mixture:
+    if chosen.is_mixture:
         reduce = begin_all_reduce(
             kernels.mixture_sums(student_NV, teacher_NV, of, options), options.tp_group
         )
         yield
         c_3N[:2] = reduce.wait()
-        beta = options.jsd_beta
-        is_jsd = options.kind is Divergence.jsd
+        beta = chosen.jsd_beta
+        is_jsd = chosen.kind is DivergenceKind.jsd
         value_N = beta * c_3N[0] + (1 - beta) * c_3N[1] if is_jsd else c_3N[0].clone()
         return Solved(value_N, of)
     c_3N[2] = reverse_N
-    if options.kind is Divergence.adaptive_kl:
+    if chosen.kind is DivergenceKind.adaptive_kl:
         gaps_2N = head_tail_gaps(student_NV, teacher_NV, of, options)
         c_3N[:2] = gaps_2N / gaps_2N.sum(0).clamp_min(TINY)
     else:
-        c_3N[0], c_3N[1] = float(options.needs_forward_kl), float(options.needs_reverse_kl)
+        c_3N[0], c_3N[1] = (
+            float(chosen.needs_forward_kl),
+            float(chosen.needs_reverse_kl),
+        )
     return Solved(c_3N[0] * forward_N + c_3N[1] * reverse_N, of)
 
 
@@ -231,10 +178,11 @@ def _merge(
     gathered_RKN: torch.Tensor, options: Options
 ) -> tuple[RowNumbers, torch.Tensor, torch.Tensor]:
     """The row numbers 0 to 5, forward KL [N] and reverse KL [N] (0 where not asked for)."""
+    chosen = options.divergence
     max_t_RN, sum_t_RN, max_s_RN, sum_s_RN = gathered_RKN[:, :4].unbind(1)
     max_t_N, max_s_N = max_t_RN.amax(0), max_s_RN.amax(0)
-    shift_t_RN = (max_t_RN - max_t_N) / options.temperature
-    shift_s_RN = (max_s_RN - max_s_N) / options.temperature
+    shift_t_RN = (max_t_RN - max_t_N) / chosen.temperature
+    shift_s_RN = (max_s_RN - max_s_N) / chosen.temperature
     scale_t_RN, scale_s_RN = shift_t_RN.exp(), shift_s_RN.exp()
     sum_t_N = (scale_t_RN * sum_t_RN).sum(0)
     sum_s_N = (scale_s_RN * sum_s_RN).sum(0)
@@ -242,10 +190,10 @@ def _merge(
     # each rank's dot product was taken on its own maxima; a rank without columns adds nothing
     moved_RN = shift_t_RN - shift_s_RN
     forward_N = reverse_N = torch.zeros_like(sum_t_N)
-    if options.needs_forward_kl:
+    if chosen.needs_forward_kl:
         dot_RN = gathered_RKN[:, 4] + sum_t_RN * moved_RN
         forward_N = (scale_t_RN * dot_RN).sum(0) / sum_t_N - log_sum_t_N + log_sum_s_N
-    if options.needs_reverse_kl:
+    if chosen.needs_reverse_kl:
         dot_RN = gathered_RKN[:, -1] - sum_s_RN * moved_RN
         reverse_N = (scale_s_RN * dot_RN).sum(0) / sum_s_N - log_sum_s_N + log_sum_t_N
     rank = 0 if options.tp_group is None else options.tp_group.rank()

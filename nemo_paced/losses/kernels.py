@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_paced.losses.options import Divergence, Options
+from nemo_paced.losses.kinds import DivergenceKind
+from nemo_paced.losses.options import Options
 from nemo_paced.losses.vocab_parallel import LOG_ZERO, row_blocks
 
 TINY = torch.finfo(torch.float32).tiny
@@ -67,8 +68,8 @@ def shift(
     The maximum is subtracted first: dividing logits near 1e4 would round their differences.
     """
     torch.sub(logits_NV[:, : options.valid], max_N1, out=out)
-    if options.temperature != 1.0:
-        out.div_(options.temperature)
+    if options.divergence.temperature != 1.0:
+        out.div_(options.divergence.temperature)
     return out.clamp_min_(LOG_ZERO)
 
 
@@ -87,7 +88,7 @@ def local_stats(
     KL), z being logits over temperature. Each maximum is this rank's own, of the logits, not
     divided; ``LOG_ZERO`` where it has no valid column.
     """
-    forward, reverse = options.needs_forward_kl, options.needs_reverse_kl
+    forward, reverse = options.divergence.needs_forward_kl, options.divergence.needs_reverse_kl
     packed_KN = student_NV.new_zeros(
         (4 + forward + reverse, student_NV.shape[0]), dtype=torch.float32
     )
@@ -119,7 +120,7 @@ def probabilities(
     logits_NV: torch.Tensor, share_N1: torch.Tensor, options: Options, out: torch.Tensor
 ) -> torch.Tensor:
     """Probabilities over the whole vocabulary of this rank's valid columns: float32 [N, V]."""
-    if options.temperature != 1.0 and options.valid:
+    if options.divergence.temperature != 1.0 and options.valid:
         shift(logits_NV, row_max(logits_NV, options), options, out)
     else:
         # a row of -inf alone would give NaN; its share of 0 then wipes out what it gives
@@ -148,7 +149,7 @@ def _both(
 
 def _mixture(t: torch.Tensor, s: torch.Tensor, options: Options, out: torch.Tensor) -> torch.Tensor:
     """M, never 0: where both underflow, whatever multiplies it is 0 too."""
-    share_t, share_s = options.mixture_shares
+    share_t, share_s = options.divergence.mixture_shares
     return torch.mul(t, share_t, out=out).add_(s, alpha=share_s).clamp_min_(TINY)
 
 
@@ -167,16 +168,16 @@ def mixture_sums(
         _both(teacher_NV[rows], of[rows], 0, options, t, log_t)
         _both(student_NV[rows], of[rows], 3, options, s, log_s)
         _mixture(t, s, options, m)
-        if options.kind is Divergence.skew_forward_kl:
+        if options.divergence.kind is DivergenceKind.skew_forward_kl:
             sums_2N[1, rows] = torch.linalg.vecdot(s, torch.div(t, m, out=log_s))
-        if options.kind is Divergence.skew_reverse_kl:
+        if options.divergence.kind is DivergenceKind.skew_reverse_kl:
             sums_2N[1, rows] = torch.linalg.vecdot(s, torch.div(s, m, out=log_t))
         m.log_()
-        if options.kind is Divergence.skew_reverse_kl:
+        if options.divergence.kind is DivergenceKind.skew_reverse_kl:
             sums_2N[0, rows] = torch.linalg.vecdot(s, log_s.sub_(m))
         else:
             sums_2N[0, rows] = torch.linalg.vecdot(t, log_t.sub_(m))
-        if options.kind is Divergence.jsd:
+        if options.divergence.kind is DivergenceKind.jsd:
             sums_2N[1, rows] = torch.linalg.vecdot(s, log_s.sub_(m))
     return sums_2N
 
@@ -200,13 +201,13 @@ def gradient(
 
     all divided by the temperature. Padded columns get 0.
     """
-    scale_N = scale_N / options.temperature
+    scale_N = scale_N / options.divergence.temperature
     buffers = Buffers(student_NV, options, 5)
     write = {
-        Divergence.forward_kl: _forward_kl_gradient,
-        Divergence.reverse_kl: _reverse_kl_gradient,
-        Divergence.adaptive_kl: _adaptive_kl_gradient,
-    }.get(options.kind, _mixture_gradient)
+        DivergenceKind.forward_kl: _forward_kl_gradient,
+        DivergenceKind.reverse_kl: _reverse_kl_gradient,
+        DivergenceKind.adaptive_kl: _adaptive_kl_gradient,
+    }.get(options.divergence.kind, _mixture_gradient)
     for rows in row_blocks(student_NV, options.block_rows):
         out = out_NV[rows, : options.valid]
         blocks = buffers(rows)
@@ -241,16 +242,17 @@ def _adaptive_kl_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks,
 
 def _mixture_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, out) -> None:
     s, log_s, t, m, ratio = blocks
+    chosen = options.divergence
     _both(student_NV, of, 3, options, s, log_s)
     probabilities(teacher_NV, of.column(2), options, t)
     _mixture(t, s, options, m)
-    if options.kind is Divergence.jsd:
-        log_s.sub_(m.log_()).sub_(of.column(7)).mul_(scale_N1 * (1 - options.jsd_beta))
+    if chosen.kind is DivergenceKind.jsd:
+        log_s.sub_(m.log_()).sub_(of.column(7)).mul_(scale_N1 * (1 - chosen.jsd_beta))
         torch.mul(log_s, s, out=out)
-    elif options.kind is Divergence.skew_forward_kl:
-        t.div_(m).neg_().add_(of.column(7)).mul_(scale_N1 * (1 - options.skew))
+    elif chosen.kind is DivergenceKind.skew_forward_kl:
+        t.div_(m).neg_().add_(of.column(7)).mul_(scale_N1 * (1 - chosen.skew))
         torch.mul(t, s, out=out)
     else:
-        torch.div(s, m, out=ratio).sub_(of.column(7)).mul_(options.skew)
+        torch.div(s, m, out=ratio).sub_(of.column(7)).mul_(chosen.skew)
         log_s.sub_(m.log_()).sub_(of.column(6)).sub_(ratio).mul_(scale_N1)
         torch.mul(log_s, s, out=out)

@@ -49,8 +49,9 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from nemo_paced.losses.divergence import kernels_for, make_options, solve
-from nemo_paced.losses.options import Divergence, Options
+from nemo_paced.losses.divergence import kernels_for, solve
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
+from nemo_paced.losses.options import Options
 from nemo_paced.losses.topk import TopKTeacher, solve_topk
 from nemo_paced.losses.vocab_parallel import group_size, sum_gradient, target_log_probs
 
@@ -129,15 +130,11 @@ def linear_divergence(
     student_weight: torch.Tensor,
     teacher_hidden: torch.Tensor,
     teacher_weight: torch.Tensor,
-    kind: Divergence | str,
+    kind: Divergence | DivergenceKind | str,
     token_weights: torch.Tensor,
     *,
     tp_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
-    temperature: float = 1.0,
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
-    akl_head_mass: float = 0.5,
     chunk_size: int | None = None,
     return_per_token: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -149,8 +146,7 @@ def linear_divergence(
         teacher_hidden: [..., h'].
         teacher_weight: [v/tp, h'], the same columns of the vocabulary as the student's.
         token_weights: [...], float32: problem weight and normaliser of each token.
-        tp_group, vocab_size, temperature, jsd_beta, skew, akl_head_mass: as for
-            :func:`~nemo_paced.losses.divergence.divergence`.
+        kind, tp_group, vocab_size: as for :func:`~nemo_paced.losses.divergence.divergence`.
         chunk_size: tokens of which logits exist at a time; ``None``: chosen by width and device.
         return_per_token: also return the detached per-token loss [...].
 
@@ -159,19 +155,14 @@ def linear_divergence(
         over the group (one all-reduce), that of ``student_weight`` is this rank's rows'.
 
     Raises:
-        ValueError: shapes that do not fit, or a parameter out of range.
+        ValueError: shapes that do not fit.
     """
     _check(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights)
-    options = make_options(
+    options = Options.of(
         kind,
         (student_weight.shape[0], teacher_weight.shape[0]),
         tp_group=tp_group,
-        temperature=temperature,
-        jsd_beta=jsd_beta,
-        skew=skew,
-        akl_head_mass=akl_head_mass,
         vocab_size=vocab_size,
-        block_rows=None,
     )
     result = linear_loss(
         sum_gradient(student_hidden.reshape(-1, student_hidden.shape[-1]), tp_group),

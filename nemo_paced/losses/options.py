@@ -1,68 +1,60 @@
-"""Which divergence is computed, and how: what every kernel of this folder is told."""
+"""What every kernel of this folder is told."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 from torch.distributed import ProcessGroup
 
-
-class Divergence(Enum):
-    """What is minimised between teacher T and student S; M is a mixture of both.
-
-    forward_kl       KL(T || S)
-    reverse_kl       KL(S || T)
-    jsd              b KL(T || M) + (1-b) KL(S || M),  M = b T + (1-b) S,  b = jsd_beta
-    skew_forward_kl  KL(T || a T + (1-a) S),  a = skew                      (arXiv 2402.03898)
-    skew_reverse_kl  KL(S || a S + (1-a) T)
-    adaptive_kl      (g_head forward_kl + g_tail reverse_kl) / (g_head + g_tail)  (arXiv 2404.02657)
-    """
-
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jsd = "jsd"
-    skew_forward_kl = "skew_forward_kl"
-    skew_reverse_kl = "skew_reverse_kl"
-    adaptive_kl = "adaptive_kl"
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
+from nemo_paced.losses.vocab_parallel import valid_columns
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A divergence with its parameters, and this rank's part of the vocabulary.
+    """A divergence, and this rank's part of the vocabulary.
 
     Attributes:
         valid: columns of this rank that belong to the true vocabulary.
         block_rows: rows of a block that stays in cache; ``None``: chosen by width and device.
     """
 
-    kind: Divergence
+    divergence: Divergence
     tp_group: ProcessGroup | None
-    temperature: float
-    jsd_beta: float
-    skew: float
-    akl_head_mass: float
     valid: int
-    block_rows: int | None
+    block_rows: int | None = None
 
-    @property
-    def needs_forward_kl(self) -> bool:
-        return self.kind in (Divergence.forward_kl, Divergence.adaptive_kl)
+    @classmethod
+    def of(
+        cls,
+        divergence: Divergence | DivergenceKind | str,
+        widths: tuple[int, int],
+        *,
+        tp_group: ProcessGroup | None,
+        vocab_size: int | None,
+        block_rows: int | None = None,
+    ) -> Options:
+        """Options for student and teacher of these local vocabulary widths.
 
-    @property
-    def needs_reverse_kl(self) -> bool:
-        return self.kind in (Divergence.reverse_kl, Divergence.adaptive_kl)
-
-    @property
-    def is_mixture(self) -> bool:
-        return not (self.needs_forward_kl or self.needs_reverse_kl)
-
-    @property
-    def mixture_shares(self) -> tuple[float, float]:
-        """Shares of teacher and student in M."""
-        share_t = {
-            Divergence.jsd: self.jsd_beta,
-            Divergence.skew_forward_kl: self.skew,
-            Divergence.skew_reverse_kl: 1 - self.skew,
-        }[self.kind]
-        return share_t, 1 - share_t
+        Raises:
+            ValueError: widths that do not fit each other or ``vocab_size``.
+        """
+        if block_rows is not None and block_rows < 1:
+            raise ValueError(f"chunk_size is {block_rows}: it must be at least 1 row")
+        if tp_group is not None and widths[0] != widths[1]:
+            raise ValueError(
+                f"local vocabulary widths differ, {widths[0]} and {widths[1]}: under a "
+                "tensor-parallel group both models' shards must hold the same columns"
+            )
+        if vocab_size is None and widths[0] != widths[1]:
+            raise ValueError(
+                f"padded vocabularies differ, {widths[0]} and {widths[1]}: give vocab_size"
+            )
+        ranks = 1 if tp_group is None else tp_group.size()
+        if vocab_size is not None and not 0 < vocab_size <= min(widths) * ranks:
+            raise ValueError(
+                f"vocab_size {vocab_size} does not lie within the {min(widths) * ranks} columns "
+                "given"
+            )
+        valid = valid_columns(widths[0], vocab_size, tp_group)
+        return cls(Divergence.of(divergence), tp_group, valid, block_rows)

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from nemo_paced.losses.divergence import finish, kernels_for, make_options, solve
-from nemo_paced.losses.options import Divergence, Options
+from nemo_paced.losses.divergence import finish, kernels_for, solve
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
+from nemo_paced.losses.options import Options
 from nemo_paced.losses.vocab_parallel import (
     LOG_ZERO,
     all_gather,
@@ -133,32 +134,18 @@ class TopKTeacher:
 def topk_divergence(
     student_logits: torch.Tensor,
     teacher: TopKTeacher,
-    kind: Divergence | str,
+    kind: Divergence | DivergenceKind | str,
     *,
     tp_group: ProcessGroup | None = None,
-    temperature: float = 1.0,
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
-    akl_head_mass: float = 0.5,
     vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Divergence of each token on the k + 1 outcomes: logits [..., v/tp] -> float32 [...], nats.
 
-    Arguments as for :func:`~nemo_paced.losses.divergence.divergence`; ``temperature`` must be that
-    of the teacher's log-probabilities.
+    Arguments as for :func:`~nemo_paced.losses.divergence.divergence`; the divergence's temperature
+    must be that of the teacher's log-probabilities.
     """
     width = student_logits.shape[-1]
-    options = make_options(
-        kind,
-        (width, width),
-        tp_group=tp_group,
-        temperature=temperature,
-        jsd_beta=jsd_beta,
-        skew=skew,
-        akl_head_mass=akl_head_mass,
-        vocab_size=vocab_size,
-        block_rows=None,
-    )
+    options = Options.of(kind, (width, width), tp_group=tp_group, vocab_size=vocab_size)
     k = teacher.ids.shape[-1]
     if teacher.ids.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
@@ -217,7 +204,7 @@ class SolvedTopK:
         out_NV: torch.Tensor,
     ) -> None:
         """Write scale x d value / d student logits to ``out_NV``, maybe ``student_NV`` itself."""
-        valid, temperature = options.valid, options.temperature
+        valid, temperature = options.valid, options.divergence.temperature
         grad_NO = self.grad_NO * (scale_N / temperature)[:, None]
         for rows in row_blocks(student_NV, options.block_rows):
             z = student_NV[rows, :valid].float() - self.max_N[rows, None]
@@ -233,7 +220,7 @@ def solve_topk(
     student_NV: torch.Tensor, teacher: TopKTeacher, options: Options
 ) -> Generator[None, None, SolvedTopK]:
     """As :func:`~nemo_paced.losses.divergence.solve`, on the teacher's k + 1 outcomes."""
-    tp_group, temperature, valid = options.tp_group, options.temperature, options.valid
+    tp_group, temperature, valid = options.tp_group, options.divergence.temperature, options.valid
     local_NK = _local_ids(teacher.ids.long(), student_NV.shape[1], valid, tp_group)
     k = local_NK.shape[1]
     packed = student_NV.new_zeros((2 + k, len(student_NV)), dtype=torch.float32)
@@ -250,7 +237,7 @@ def solve_topk(
     # these log-probabilities up to a constant are the logits of a small vocabulary of its own
     student_NO = torch.cat([top_NK, tail_N[:, None]], 1)
     teacher_NO = torch.cat([teacher.log_probs, teacher.tail_log_prob[:, None]], 1)
-    coarse = replace(options, tp_group=None, temperature=1.0, valid=k + 1, block_rows=None)
+    coarse = Options(replace(options.divergence, temperature=1.0), tp_group=None, valid=k + 1)
     solved = finish(solve(student_NO, teacher_NO, coarse))
     grad_NO = torch.empty_like(student_NO)
     kernels_for(student_NO).gradient(

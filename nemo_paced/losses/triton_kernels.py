@@ -233,7 +233,7 @@ def local_stats(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
 ) -> torch.Tensor:
     """As :func:`nemo_paced.losses.kernels.local_stats`: float32 [4 + dots, N]."""
-    forward, reverse = options.needs_forward_kl, options.needs_reverse_kl
+    forward, reverse = options.divergence.needs_forward_kl, options.divergence.needs_reverse_kl
     packed_KN = student_NV.new_empty(
         (4 + forward + reverse, student_NV.shape[0]), dtype=torch.float32
     )
@@ -254,8 +254,8 @@ def mixture_sums(
         options,
         of.numbers_9N.contiguous(),
         sums_2N,
-        *options.mixture_shares,
-        KIND=options.kind.value,
+        *options.divergence.mixture_shares,
+        KIND=options.divergence.kind.value,
     )
     return sums_2N
 
@@ -279,8 +279,8 @@ def gradient(
         scale_N.contiguous(),
         rows_NV,
         rows_NV.stride(0),
-        *(options.mixture_shares if options.is_mixture else (0.0, 0.0)),
-        KIND=options.kind.value,
+        *(options.divergence.mixture_shares if options.divergence.is_mixture else (0.0, 0.0)),
+        KIND=options.divergence.kind.value,
     )
     if rows_NV is not out_NV:
         out_NV.copy_(rows_NV)
@@ -307,7 +307,7 @@ def _launch(
         width,
         teacher_NV.shape[1],
         options.valid,
-        1 / options.temperature,
+        1 / options.divergence.temperature,
         *arguments,
         **constants,
         TILE=min(MAX_TILE, triton.next_power_of_2(width)),

@@ -17,20 +17,6 @@ class Precision(Enum):
         return 2 if self is Precision.bf16 else 4
 
 
-class DivergenceKind(Enum):
-    """``stages[].divergence``: what is minimised between teacher T and student S.
-
-    The values are those of ``losses.options.Divergence``.
-    """
-
-    forward_kl = "forward_kl"  # KL(T || S)
-    reverse_kl = "reverse_kl"  # KL(S || T)
-    jsd = "jsd"  # b KL(T || M) + (1-b) KL(S || M), M = b T + (1-b) S, b = loss.jsd_beta
-    skew_forward_kl = "skew_forward_kl"  # KL(T || a T + (1-a) S), a = loss.skew
-    skew_reverse_kl = "skew_reverse_kl"  # KL(S || a S + (1-a) T)
-    adaptive_kl = "adaptive_kl"  # both KLs, mixed at each token by the gaps over head and tail
-
-
 class ResponseSource(Enum):
     """``stages[].responses``: along whose responses."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_paced.losses.kinds import DivergenceKind
 from nemo_paced.settings.checks import positive, require
-from nemo_paced.settings.choices import DivergenceKind, ResponseSource
+from nemo_paced.settings.choices import ResponseSource
 
 
 @dataclass

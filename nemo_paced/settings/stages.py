@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_paced.settings.checks import positive, require
-from nemo_paced.settings.choices import DivergenceKind, Reduction, ResponseSource
+from nemo_paced.errors import ConfigError
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
+from nemo_paced.settings.checks import require
+from nemo_paced.settings.choices import Reduction, ResponseSource
 
 
 @dataclass
@@ -13,6 +15,7 @@ class StageConfig:
     """One stage: which divergence along whose responses, for what share of the steps."""
 
     name: str = "forward_kl"  # in logs and messages; differs from stage to stage
+    # what is minimised between teacher T and student S
     divergence: DivergenceKind = DivergenceKind.forward_kl
     responses: ResponseSource = ResponseSource.references
     fraction: float = 1.0  # of trainer.max_steps
@@ -27,20 +30,27 @@ class StageConfig:
 
 @dataclass
 class LossConfig:
-    """How token divergences become one number; formulas in ``losses/options.py``."""
+    """How token divergences become one number; formulas in ``losses/kinds.py``."""
 
     reduction: Reduction = Reduction.token_sum
-    temperature: float = 1.0  # of both distributions inside the divergence
-    jsd_beta: float = 0.5  # share of the teacher in the mixture of jsd
-    skew: float = 0.1  # share of the first distribution in the mixture of the skewed KLs
-    akl_head_mass: float = 0.5  # probability mass of the teacher's head in adaptive_kl
+    temperature: float = Divergence.temperature  # of both distributions inside the divergence
+    jsd_beta: float = Divergence.jsd_beta  # share of the teacher in the mixture of jsd
+    # share of the first distribution in the mixture of the skewed KLs
+    skew: float = Divergence.skew
+    # probability mass of the teacher's head in adaptive_kl
+    akl_head_mass: float = Divergence.akl_head_mass
     chunk_size: int | None = None  # tokens a chunk of the loss; None: chosen by the loss
 
     def __post_init__(self) -> None:
-        positive("loss", self, "temperature")
-        for name in ("jsd_beta", "skew", "akl_head_mass"):
-            value = getattr(self, name)
-            require(0 < value < 1, f"loss.{name} is {value}: it must lie between 0 and 1")
+        try:
+            self.divergence(DivergenceKind.forward_kl)
+        except ValueError as error:
+            raise ConfigError(f"loss.{error}") from error
+
+    def divergence(self, kind: DivergenceKind) -> Divergence:
+        """The divergence of a stage, with these parameters."""
+        parameters = self.temperature, self.jsd_beta, self.skew, self.akl_head_mass
+        return Divergence(kind, *parameters)
 
 
 def two_stages() -> list[StageConfig]:

@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from torch.distributed import ProcessGroup
 
-from nemo_paced.config import LossConfig
 from nemo_paced.data.packing import Cut, MicroBatch, TrainItem, cut_batch
 from nemo_paced.hf.model import PacedGPTModel
-from nemo_paced.losses.options import Divergence
+from nemo_paced.losses.kinds import Divergence
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.pipeline import call_model, run_schedule
 from nemo_paced.snr.estimates import BlockSums
@@ -46,7 +45,8 @@ class GradientMeter:
     Args:
         gpt: this rank's stage of the student, weights loaded. It is frozen.
         last_layers: of the model, measured beside the head; as ``snr_plan.check_settings`` allows.
-        loss, kind, vocab_size: as for :class:`~nemo_paced.student.step.Step`.
+        divergence: whose gradients are measured.
+        chunk_size, vocab_size: as for :class:`~nemo_paced.student.step.Step`'s loss.
     """
 
     def __init__(
@@ -55,16 +55,16 @@ class GradientMeter:
         teacher: TeacherSource,
         parallel: Parallel,
         *,
-        loss: LossConfig,
-        kind: Divergence,
+        divergence: Divergence,
+        chunk_size: int | None,
         vocab_size: int,
         last_layers: int = 0,
     ) -> None:
         self.gpt = gpt.requires_grad_(False).eval()
         self.teacher = teacher
         self.parallel = parallel
-        self.loss = loss
-        self.kind = kind
+        self.divergence = divergence
+        self.chunk_size = chunk_size
         self.vocab_size = vocab_size
         self.measured: list[Measured] = []
         if parallel.is_last_stage:
@@ -137,13 +137,13 @@ class GradientMeter:
 
     def _loss_of(self, batch: MicroBatch, signal: TeacherSignal) -> MicroBatchLoss:
         options = self.gpt.output_layer.options(
-            self.kind, signal.head_weight, self.loss, self.vocab_size
+            self.divergence, signal.head_weight, self.vocab_size
         )
         return MicroBatchLoss(
             batch=batch,
             teacher=signal.of(batch, self.teacher.kind.top_k),
             options=options,
-            chunk_size=self.loss.chunk_size,
+            chunk_size=self.chunk_size,
             targets_N=None,
         )
 

@@ -17,7 +17,6 @@ from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import PacedGPTModel, build_chunks
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
-from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.link import MESSAGE_TIMEOUT_S
@@ -82,8 +81,8 @@ def _measure(
         gpt,
         build_teacher(config, parallel, vocab_size),
         parallel,
-        loss=config.loss,
-        kind=Divergence(kind.value),
+        divergence=config.loss.divergence(kind),
+        chunk_size=config.loss.chunk_size,
         vocab_size=vocab_size,
         last_layers=config.snr.last_layers,
     )

@@ -19,11 +19,10 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
-from nemo_paced.config import LossConfig
 from nemo_paced.data.packing import MicroBatch
-from nemo_paced.losses.divergence import make_options
+from nemo_paced.losses.kinds import Divergence
 from nemo_paced.losses.linear_divergence import LinearLoss, TeacherSignal, linear_loss
-from nemo_paced.losses.options import Divergence, Options
+from nemo_paced.losses.options import Options
 
 
 @dataclass(slots=True)
@@ -65,21 +64,12 @@ class DivergenceOutputLayer(ColumnParallelLinear):
         gpt.output_layer = layer
 
     def options(
-        self, kind: Divergence, teacher_head: torch.Tensor | None, loss: LossConfig, vocab_size: int
+        self, divergence: Divergence, teacher_head: torch.Tensor | None, vocab_size: int
     ) -> Options:
         """What :class:`MicroBatchLoss` takes, checked against both heads' parts on this rank."""
         assert teacher_head is not None, "the last stage holds the teacher's head"
-        return make_options(
-            kind,
-            (self.output_size_per_partition, teacher_head.shape[0]),
-            tp_group=self.tp_group,
-            temperature=loss.temperature,
-            jsd_beta=loss.jsd_beta,
-            skew=loss.skew,
-            akl_head_mass=loss.akl_head_mass,
-            vocab_size=vocab_size,
-            block_rows=None,
-        )
+        widths = self.output_size_per_partition, teacher_head.shape[0]
+        return Options.of(divergence, widths, tp_group=self.tp_group, vocab_size=vocab_size)
 
     def forward(
         self,

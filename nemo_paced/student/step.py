@@ -17,7 +17,7 @@ import torch
 
 from nemo_paced.config import LossConfig, ResponseSource, StageConfig
 from nemo_paced.data.packing import Cut, MicroBatch, TrainItem, cut_batch
-from nemo_paced.losses.options import Divergence
+from nemo_paced.losses.kinds import Divergence
 from nemo_paced.losses.reduction import for_megatron
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.pipeline import call_model, run_schedule
@@ -89,8 +89,9 @@ class Step:
         batches = cut_batch(items, self.cut, self.parallel, teacher=False)
         positions = sum(batch.tokens_BS.numel() for batch in batches)
         positions *= self.parallel.dp_size * self.parallel.cp_size
+        divergence = self.loss.divergence(stage.divergence)
         reports = run_schedule(
-            partial(self._forward_step, signal, Divergence(stage.divergence.value), positions),
+            partial(self._forward_step, signal, divergence, positions),
             batches,
             self.student.ddp_chunks,
             self.parallel,
@@ -112,7 +113,12 @@ class Step:
         )
 
     def _forward_step(
-        self, signal: TeacherSignal, kind: Divergence, total_positions: int, data_iterator, model
+        self,
+        signal: TeacherSignal,
+        divergence: Divergence,
+        total_positions: int,
+        data_iterator,
+        model,
     ):
         batch: MicroBatch = next(data_iterator)
         loss = None
@@ -122,7 +128,7 @@ class Step:
             loss = MicroBatchLoss(
                 batch=batch,
                 teacher=signal.of(batch, self.teacher.kind.top_k),
-                options=layer.options(kind, signal.head_weight, self.loss, self.vocab_size),
+                options=layer.options(divergence, signal.head_weight, self.vocab_size),
                 chunk_size=self.loss.chunk_size,
                 targets_N=batch.targets_N if on_policy else None,
             )

@@ -21,7 +21,7 @@ import torch
 
 from nemo_paced.config import PacedConfig, ResponseSource, to_dict
 from nemo_paced.data.packing import MicroBatch, TrainItem, cut_batch
-from nemo_paced.losses.options import Divergence
+from nemo_paced.losses.kinds import Divergence
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.pipeline import call_model, run_schedule
 from nemo_paced.student.step import Step
@@ -62,7 +62,7 @@ def certify(
     models: Models,
     items: Sequence[TrainItem],
     responses: ResponseSource,
-    kind: Divergence,
+    divergence: Divergence,
     run_dir: Path,
 ) -> None:
     """Compare the teacher with itself in FP8, leave it in FP8, write the certificate; collective.
@@ -70,7 +70,7 @@ def certify(
     Args:
         items: responses to compare on, the same list on every rank.
         responses: where they are from.
-        kind: the divergence of the first stage that is run.
+        divergence: that of the first stage that is run.
 
     Raises:
         PacedError: mean KL above ``teacher.fp8.max_kl``, on every rank.
@@ -82,7 +82,7 @@ def certify(
     assert step.teacher.held is not None, "a remote teacher is not certified"
     step.teacher.held.quantize()
     quantized = _teacher_hidden(step, items)
-    drift = _drift(step, kind, items, exact, quantized)
+    drift = _drift(step, divergence, items, exact, quantized)
     certificate = Certificate(
         identity=_identity(models.config, models.parallel),
         backend=fp8.backend.value,
@@ -90,7 +90,7 @@ def certify(
         versions=_versions(),
         responses=responses.value,
         problems=len({item.problem_id for item in items}),
-        divergence=kind.value,
+        divergence=divergence.kind.value,
         **drift.figures(),
     )
     if models.parallel.rank == 0:
@@ -146,7 +146,7 @@ def _forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
 
 def _drift(
     step: Step,
-    kind: Divergence,
+    divergence: Divergence,
     items: Sequence[TrainItem],
     exact: dict[str, torch.Tensor],
     quantized: dict[str, torch.Tensor],
@@ -156,7 +156,7 @@ def _drift(
     student = _student_hidden(step, batches)
     own: list[Drift] = []
     if step.parallel.is_last_stage:
-        meter = _meter(step, kind)
+        meter = _meter(step, divergence)
         own = [
             meter.measure(
                 _tokens(batch, exact), _tokens(batch, quantized), hidden_NH, batch.token_weights_N
@@ -184,20 +184,14 @@ def _student_head(step: Step) -> torch.Tensor:
     return gpt.output_layer.weight
 
 
-def _meter(step: Step, kind: Divergence) -> DriftMeter:
+def _meter(step: Step, divergence: Divergence) -> DriftMeter:
     assert step.teacher.head_weight is not None, "the last stage holds the teacher's head"
     return DriftMeter(
         teacher_head_VH=step.teacher.head_weight,
         student_head_VH=_student_head(step),
-        kind=kind,
+        divergence=divergence,
         tp_group=step.parallel.tp_group,
         vocab_size=step.vocab_size,
-        parameters={
-            "temperature": step.loss.temperature,
-            "jsd_beta": step.loss.jsd_beta,
-            "skew": step.loss.skew,
-            "akl_head_mass": step.loss.akl_head_mass,
-        },
         chunk_size=step.loss.chunk_size,
     )
 

@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from nemo_paced.config import PacedConfig, ResponseSource, TeacherPlacement, WeightSwap
 from nemo_paced.errors import PacedError, Stopped, WeightsLost
-from nemo_paced.losses.options import Divergence
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.run import checkpoint
@@ -294,8 +293,8 @@ class Loop:
 
         batch = self._sampled(lambda: self.exchange.give_all(make))
         stage = schedule.stage_at(self.stages, self.step)
-        kind = Divergence(stage.config.divergence.value)
-        certify(self.models, batch.items, responses, kind, self.run_dir)
+        divergence = self.config.loss.divergence(stage.config.divergence)
+        certify(self.models, batch.items, responses, divergence, self.run_dir)
 
     def _fill_teacher_cache(self) -> None:
         """``teacher.placement=cached``: all signals that are missing, then no teacher any more."""

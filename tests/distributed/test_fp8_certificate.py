@@ -10,7 +10,7 @@ import torch
 
 from nemo_paced.config import Fp8Config, ResponseSource, TeacherPlacement
 from nemo_paced.errors import ConfigError, PacedError
-from nemo_paced.losses.options import Divergence
+from nemo_paced.losses.kinds import Divergence
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.teacher.fp8 import linear as fp8_linear
@@ -143,7 +143,7 @@ def _start(rank, world_size, folder, run_dir, broken, max_kl):
         if not certificate_due(config, Path(run_dir), parallel):
             return "known"
         models = build_models(config, parallel, certify_fp8=True)
-        certify(models, make_items(0), SOURCE, Divergence.forward_kl, Path(run_dir))
+        certify(models, make_items(0), SOURCE, Divergence("forward_kl"), Path(run_dir))
     except PacedError as error:
         return str(error)
     return "certified"
@@ -209,7 +209,7 @@ def _steps(rank, world_size, folder, layout, how, run_dir=None, top_k=0):
             return load()
 
         held._load_quantized = watched
-        certify(models, make_items(0), SOURCE, Divergence.forward_kl, Path(run_dir))
+        certify(models, make_items(0), SOURCE, Divergence("forward_kl"), Path(run_dir))
         assert seen == [None], "both teachers were in memory"
     if how == "reference":
         with models.step.teacher.held.resident() as teacher:

@@ -9,7 +9,7 @@ import torch
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.import_weights import load_hf_weights
 from nemo_paced.hf.model import build_chunks
-from nemo_paced.losses.options import Divergence
+from nemo_paced.losses.kinds import DivergenceKind
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.snr.gradients import GradientMeter
@@ -67,8 +67,8 @@ def measure(rank, world_size, folder, layout, context, kind, last_layers):
         gpt,
         teacher,
         parallel,
-        loss=config.loss,
-        kind=Divergence(kind),
+        divergence=config.loss.divergence(DivergenceKind(kind)),
+        chunk_size=config.loss.chunk_size,
         vocab_size=VOCAB,
         last_layers=last_layers,
     )

@@ -1,6 +1,7 @@
 """Losses whose vocabulary is split over ranks: against dense float64, what they send, faults."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_paced.losses import divergence as divergence_module
 from nemo_paced.losses import linear_divergence as linear_module
 from nemo_paced.losses.divergence import divergence
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
 from nemo_paced.losses.linear_divergence import linear_divergence
 from nemo_paced.losses.topk import TopKTeacher, topk_divergence
 from nemo_paced.losses.vocab_parallel import LOG_ZERO, target_log_probs, valid_columns
@@ -44,7 +46,12 @@ def split_divergence(columns, group, case, kind, chunk_size=4):
     student, teacher = make_logits(case, TOKENS, WIDTH)
     student = student[:, columns].clone().requires_grad_()
     loss = divergence(
-        student, teacher[:, columns], kind, tp_group=group, chunk_size=chunk_size, **OPTIONS
+        student,
+        teacher[:, columns],
+        Divergence(kind, temperature=TEMPERATURE),
+        tp_group=group,
+        chunk_size=chunk_size,
+        vocab_size=VOCAB,
     )
     (loss * WEIGHTS).sum().backward()
     return loss.detach(), student.grad
@@ -59,12 +66,12 @@ def split_linear(columns, group, kind):
         head,
         teacher_hidden,
         teacher_head[columns],
-        kind,
+        Divergence(kind, temperature=TEMPERATURE),
         WEIGHTS,
         tp_group=group,
         chunk_size=4,
         return_per_token=True,
-        **OPTIONS,
+        vocab_size=VOCAB,
     )
     (loss * 2).backward()
     return loss.detach(), per_token, hidden.grad, head.grad
@@ -74,7 +81,9 @@ def split_topk(columns, group, kind):
     student, teacher = make_logits("random", TOKENS, WIDTH)
     top = TopKTeacher.from_logits(teacher[:, columns], K, tp_group=group, **OPTIONS)
     student = student[:, columns].clone().requires_grad_()
-    loss = topk_divergence(student, top, kind, tp_group=group, **OPTIONS)
+    loss = topk_divergence(
+        student, top, Divergence(kind, temperature=TEMPERATURE), tp_group=group, vocab_size=VOCAB
+    )
     (loss * WEIGHTS).sum().backward()
     return loss.detach(), student.grad, top.log_probs, top.ids, top.tail_log_prob
 
@@ -199,7 +208,9 @@ def _count_collectives(rank, world_size):
             student = student.clone().requires_grad_()
             with Sent() as forward:
                 # three row blocks: still one collective a call
-                loss = divergence(student, teacher, kind, tp_group=group, chunk_size=4, **OPTIONS)
+                loss = divergence(
+                    student, teacher, kind, tp_group=group, chunk_size=4, vocab_size=VOCAB
+                )
             with Sent() as backward:
                 loss.sum().backward()
             counts[kind, case] = forward.calls, forward.numbers, backward.calls
@@ -255,9 +266,16 @@ def plant(fault, world_size):
         reduce = linear_module.sum_gradient
         linear_module.sum_gradient = lambda hidden, group: reduce(reduce(hidden, group), group)
     if fault == "wrong direction":
-        make = linear_module.make_options
-        other = {"forward_kl": "reverse_kl", "reverse_kl": "forward_kl"}
-        linear_module.make_options = lambda kind, *a, **k: make(other[kind], *a, **k)
+        loss = linear_module.linear_loss
+        forward, reverse = DivergenceKind.forward_kl, DivergenceKind.reverse_kl
+
+        def of_the_other(hidden, weight, teacher, token_weights, options, **others):
+            own = options.divergence
+            other = replace(own, kind=reverse if own.kind is forward else forward)
+            options = replace(options, divergence=other)
+            return loss(hidden, weight, teacher, token_weights, options, **others)
+
+        linear_module.linear_loss = of_the_other
     if fault == "logits gradient counted TP times":
         run = linear_module.HiddenTeacher.solve
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from nemo_paced.losses.divergence import Divergence
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
 from nemo_paced.losses.linear_divergence import default_chunk, linear_divergence
 from nemo_paced.losses.topk import TopKTeacher
 
@@ -71,18 +71,13 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class DriftMeter:
-    """The two LM heads [V, H] and the loss between them.
-
-    Attributes:
-        parameters: temperature, jsd_beta, skew and akl_head_mass of the loss.
-    """
+    """The two LM heads [V, H] and the divergence that training takes between them."""
 
     teacher_head_VH: torch.Tensor
     student_head_VH: torch.Tensor
-    kind: Divergence
+    divergence: Divergence
     tp_group: ProcessGroup
     vocab_size: int
-    parameters: dict[str, Any]
     chunk_size: int | None
 
     def measure(
@@ -116,11 +111,10 @@ class DriftMeter:
             head_VH,
             exact_NH,
             head_VH,
-            Divergence.forward_kl,
+            Divergence(DivergenceKind.forward_kl, temperature=self.divergence.temperature),
             exact_NH.new_ones(len(exact_NH), dtype=torch.float32),
             tp_group=self.tp_group,
             vocab_size=self.vocab_size,
-            temperature=self.parameters["temperature"],
             chunk_size=self.chunk_size,
             return_per_token=True,
         )
@@ -137,12 +131,11 @@ class DriftMeter:
                 self.student_head_VH.detach(),
                 teacher_NH,
                 self.teacher_head_VH,
-                self.kind,
+                self.divergence,
                 token_weights_N,
                 tp_group=self.tp_group,
                 vocab_size=self.vocab_size,
                 chunk_size=self.chunk_size,
-                **self.parameters,
             )
             (gradient_NH,) = torch.autograd.grad(loss, student_NH)
         return gradient_NH.double()

@@ -1,14 +1,16 @@
 import pytest
 import torch
 
-from nemo_paced.losses.divergence import Divergence, divergence
-from tests.dense import KINDS, dense_divergence, make_logits
+from nemo_paced.losses.divergence import divergence
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
+from tests.dense import KINDS, dense_divergence, make_logits, of_kind
 
 CASES = ("random", "peaked", "tied", "bf16")
 
 
 def value_and_gradient(student, teacher, kind, weights, **options):
     student = student.clone().requires_grad_()
+    kind, options = of_kind(kind, options)
     loss = divergence(student, teacher, kind, **options)
     (loss * weights).sum().backward()
     return loss.detach(), student.grad
@@ -110,7 +112,7 @@ def test_any_token_axes_and_no_token(kind, shape):
 def test_the_teacher_gets_no_gradient():
     teacher = torch.randn(3, 8, requires_grad=True)
     divergence(
-        torch.randn(3, 8, requires_grad=True), teacher, Divergence.forward_kl
+        torch.randn(3, 8, requires_grad=True), teacher, DivergenceKind.forward_kl
     ).sum().backward()
     assert teacher.grad is None
 
@@ -118,14 +120,13 @@ def test_the_teacher_gets_no_gradient():
 def test_forward_kl_is_of_teacher_from_student():
     # the teacher is sure of token 0, the student is flat: KL(T || S) = log 4
     teacher = torch.tensor([[50.0, 0, 0, 0]])
-    loss = divergence(torch.zeros(1, 4), teacher, Divergence.forward_kl)
+    loss = divergence(torch.zeros(1, 4), teacher, DivergenceKind.forward_kl)
     torch.testing.assert_close(loss, torch.tensor([4.0]).log())
 
 
 @pytest.mark.parametrize(
     ("options", "shapes", "told"),
     [
-        ({"temperature": 0.0}, ((2, 8), (2, 8)), "temperature"),
         ({}, ((2, 8), (3, 8)), "token axes"),
         ({}, ((2, 8), (2, 9)), "vocab_size"),
         ({"vocab_size": 9}, ((2, 8), (2, 8)), "8 columns"),
@@ -134,3 +135,17 @@ def test_forward_kl_is_of_teacher_from_student():
 def test_misfits_are_named(options, shapes, told):
     with pytest.raises(ValueError, match=told):
         divergence(torch.zeros(shapes[0]), torch.zeros(shapes[1]), "forward_kl", **options)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
+        ({"jsd_beta": 1.0}, "jsd_beta is 1.0: it must lie between 0 and 1"),
+        ({"skew": 0.0}, "skew is 0.0"),
+        ({"akl_head_mass": 1.5}, "akl_head_mass is 1.5"),
+    ],
+)
+def test_parameters_out_of_range_are_named(parameters, told):
+    with pytest.raises(ValueError, match=told):
+        Divergence("jsd", **parameters)

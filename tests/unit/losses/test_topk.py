@@ -5,7 +5,7 @@ from nemo_paced.config import Precision
 from nemo_paced.losses.divergence import divergence
 from nemo_paced.losses.topk import TopKTeacher, topk_divergence
 from nemo_paced.teacher.kind import SignalKind
-from tests.dense import KINDS, dense_divergence, make_logits
+from tests.dense import KINDS, dense_divergence, make_logits, of_kind
 
 N, V, VALID, K = 11, 61, 55, 7
 BOUNDED = [kind for kind in KINDS if kind != "adaptive_kl"]
@@ -27,7 +27,8 @@ def test_value_and_gradient_match_dense_float64_on_the_merged_outcomes(kind, cas
     options = {"temperature": temperature, "vocab_size": VALID}
     top = TopKTeacher.from_logits(teacher, K, **options)
     student = student.clone().requires_grad_()
-    loss = topk_divergence(student, top, kind, **options)
+    of_temperature, others = of_kind(kind, options)
+    loss = topk_divergence(student, top, of_temperature, **others)
     (loss * weights).sum().backward()
 
     dense = student.detach().double().requires_grad_()

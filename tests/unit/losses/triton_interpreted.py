@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from nemo_paced.losses import divergence as divergence_module
-from nemo_paced.losses.divergence import finish, make_options, solve
+from nemo_paced.losses.divergence import finish, solve
 from nemo_paced.losses.options import Options
-from tests.dense import KINDS, make_logits
+from tests.dense import KINDS, make_logits, of_kind
 
 ROWS, WIDTH = 2, 40
 # WIDTH is no multiple of it: the last tile is part full
@@ -74,23 +74,15 @@ def weights(rows: int = ROWS) -> torch.Tensor:
 
 
 def options_of(kind: str) -> Options:
-    return make_options(
-        kind,
-        (WIDTH, WIDTH),
-        tp_group=None,
-        temperature=1.0,
-        jsd_beta=JSD_BETA,
-        skew=0.1,
-        akl_head_mass=0.5,
-        vocab_size=None,
-        block_rows=None,
-    )
+    divergence, _ = of_kind(kind, {"jsd_beta": JSD_BETA})
+    return Options.of(divergence, (WIDTH, WIDTH), tp_group=None, vocab_size=None)
 
 
 def value_and_gradient(kind: str, case: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     student, teacher, options = inputs(case)
     student = student.requires_grad_()
-    loss = divergence_module.divergence(student, teacher, kind, jsd_beta=JSD_BETA, **options)
+    divergence, others = of_kind(kind, {"jsd_beta": JSD_BETA, **options})
+    loss = divergence_module.divergence(student, teacher, divergence, **others)
     (loss * weights(len(loss))).sum().backward()
     return loss.detach(), student.grad
 
@@ -124,7 +116,7 @@ def shard_without_columns(kernels: ModuleType, kind: str) -> tuple[torch.Tensor,
     of = finish(solve(student, teacher, options)).of
     options = replace(options, valid=0)
     sums, grad = torch.zeros(2, ROWS), torch.full_like(student, 7.0)
-    if options.is_mixture:
+    if options.divergence.is_mixture:
         sums = kernels.mixture_sums(student, teacher, of, options)
     kernels.gradient(student, teacher, of, weights(), options, grad)
     return sums, grad

@@ -1,0 +1,80 @@
+"""What is minimised between teacher T and student S: a kind of divergence with its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class DivergenceKind(Enum):
+    """What is minimised between teacher T and student S."""
+
+    forward_kl = "forward_kl"  # KL(T || S)
+    reverse_kl = "reverse_kl"  # KL(S || T)
+    jsd = "jsd"  # b KL(T || M) + (1-b) KL(S || M), M = b T + (1-b) S, b = loss.jsd_beta
+    skew_forward_kl = "skew_forward_kl"  # KL(T || a T + (1-a) S), a = loss.skew
+    skew_reverse_kl = "skew_reverse_kl"  # KL(S || a S + (1-a) T)
+    adaptive_kl = "adaptive_kl"  # both KLs, mixed at each token by the gaps over head and tail
+
+
+# not slots: the defaults are read from the class where settings repeat them
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence between next-token distributions, ready to be computed.
+
+    Skewed KLs are those of arXiv 2402.03898, adaptive KL is (g_head forward_kl + g_tail reverse_kl)
+    / (g_head + g_tail) of arXiv 2404.02657.
+
+    Attributes:
+        kind: a :class:`DivergenceKind` or its value.
+        temperature: what the logits of both models are divided by; no temperature^2 is multiplied
+            back.
+        jsd_beta: share of the teacher in the mixture of jsd.
+        skew: share of the first distribution in the mixture of the skewed KLs.
+        akl_head_mass: probability mass of the teacher's head in adaptive_kl.
+
+    Raises:
+        ValueError: a parameter out of its range.
+    """
+
+    kind: DivergenceKind
+    temperature: float = 1.0
+    jsd_beta: float = 0.5
+    skew: float = 0.1
+    akl_head_mass: float = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", DivergenceKind(self.kind))
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: it must be above 0")
+        for name in ("jsd_beta", "skew", "akl_head_mass"):
+            share = getattr(self, name)
+            if not 0 < share < 1:
+                raise ValueError(f"{name} is {share}: it must lie between 0 and 1")
+
+    @classmethod
+    def of(cls, kind: Divergence | DivergenceKind | str) -> Divergence:
+        """The divergence itself, or the one of this kind with the default parameters."""
+        return kind if isinstance(kind, cls) else cls(DivergenceKind(kind))
+
+    @property
+    def needs_forward_kl(self) -> bool:
+        return self.kind in (DivergenceKind.forward_kl, DivergenceKind.adaptive_kl)
+
+    @property
+    def needs_reverse_kl(self) -> bool:
+        return self.kind in (DivergenceKind.reverse_kl, DivergenceKind.adaptive_kl)
+
+    @property
+    def is_mixture(self) -> bool:
+        return not (self.needs_forward_kl or self.needs_reverse_kl)
+
+    @property
+    def mixture_shares(self) -> tuple[float, float]:
+        """Shares of teacher and student in M."""
+        share_t = {
+            DivergenceKind.jsd: self.jsd_beta,
+            DivergenceKind.skew_forward_kl: self.skew,
+            DivergenceKind.skew_reverse_kl: 1 - self.skew,
+        }[self.kind]
+        return share_t, 1 - share_t
