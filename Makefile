@@ -2,7 +2,8 @@
 VENV ?= .venv
 QUICKSTART_ARGS ?=
 WORKERS ?= 2
-FAST = $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not slurm"
+PYTEST = $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+FAST = $(PYTEST) -m "not slow and not slurm"
 
 .PHONY: docs lock setup quickstart test test-fast slurm-test gpu-test lint real
 
@@ -18,7 +19,7 @@ quickstart: setup
 
 test: setup
 	$(FAST) --durations=40
-	$(VENV)/bin/python -m pytest -q -m slow --durations=40
+	$(PYTEST) -m slow --durations=40
 
 test-fast: setup
 	$(FAST)

@@ -24,13 +24,6 @@ def tensorboard_tags(run_dir):
     return set(EventAccumulator(str(run_dir / "logs")).Reload().Tags()["scalars"])
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    run(*train_arguments(folder, "whole", "trainer.val_check_interval=3", "evaluation.samples=2"))
-    return folder
-
-
 def test_a_run_directory_holds_what_is_promised(uninterrupted):
     run_dir = uninterrupted / "whole"
     lines = metrics(uninterrupted, "whole")

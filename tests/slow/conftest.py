@@ -1,0 +1,20 @@
+"""What several files of slow tests look at, made once however many workers there are."""
+
+import pytest
+from filelock import FileLock
+
+from tests.jobs import run, train_arguments
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, request):
+    """A folder of runs with ``whole``, which was never stopped; each test gives its own a name."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent  # that of all workers
+    folder /= "runs"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            more = "trainer.val_check_interval=3", "evaluation.samples=2"
+            run(*train_arguments(folder, "whole", *more))
+    return folder
