@@ -10,6 +10,7 @@ from rich.console import Console
 from nemo_paced.compose import with_config
 from nemo_paced.config import PacedConfig, RolloutPlacement
 from nemo_paced.errors import ConfigError
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing import report
 from nemo_paced.sizing.flops import Server
 from nemo_paced.sizing.hardware import GPUS, Assumptions, Cluster
@@ -24,7 +25,6 @@ from nemo_paced.sizing.search import (
 )
 from nemo_paced.sizing.shapes import (
     Accelerator,
-    ModelShape,
     Placement,
     Work,
     student_layout,
@@ -110,8 +110,8 @@ def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[Problem,
         replicas=len(rollout.endpoints) or rollout.num_replicas,
     )
     problem = Problem(
-        student=ModelShape.read(config.student.hf_path, "student.hf_path"),
-        teacher=ModelShape.read(config.teacher_hf_path, "teacher.hf_path"),
+        student=Architecture.read(config.student.hf_path, "student.hf_path"),
+        teacher=Architecture.read(config.teacher_hf_path, "teacher.hf_path"),
         cluster=cluster,
         server=server if rollout.placement is RolloutPlacement.colocated else None,
         served=server,

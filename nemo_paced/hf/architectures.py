@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf import rows
+from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.rows import Row
 
 
@@ -136,6 +138,34 @@ class Architecture:
             experts=_experts(config, where) if family.experts else None,
         )
 
+    @staticmethod
+    def read(hf_dir: str | Path, key: str) -> Architecture:
+        """Read the ``config.json`` of a directory; its weights need not be there.
+
+        Args:
+            key: the setting that names the directory, for the message.
+
+        Raises:
+            ConfigError: no such file, no JSON, or not supported.
+        """
+        if not str(hf_dir):
+            raise ConfigError(f"{key} is empty: give a Hugging Face model directory")
+        try:
+            config = load_hf_config(hf_dir)
+        except ConfigError as error:
+            raise ConfigError(f"{key} is {str(hf_dir)!r}: {error}") from error
+        return Architecture.from_config(config, str(Path(hf_dir) / "config.json"))
+
+    @property
+    def q_width(self) -> int:
+        """Columns of the queries of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of keys, or of values, of all heads."""
+        return self.num_kv_heads * self.head_dim
+
     def check_layout(
         self,
         tensor: int,
@@ -220,8 +250,8 @@ class Architecture:
         return {
             "v": self.vocab_size,
             "h": self.hidden_size,
-            "q": self.num_heads * self.head_dim,
-            "k": self.num_kv_heads * self.head_dim,
+            "q": self.q_width,
+            "k": self.kv_width,
             "d": self.head_dim,
             "f": self.ffn_hidden_size,
             "e": self.experts.count if self.experts else 0,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from nemo_paced.config import Precision, PrivilegedContext, ReferenceSource, TeacherPlacement
 from nemo_paced.errors import ConfigError, PacedError
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.preflight.findings import Finding, error, warning
 from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.run import checkpoint_files
 from nemo_paced.run.checkpoint_files import newest_checkpoint
 from nemo_paced.run.fingerprint import DATA_FILE, check_data
 from nemo_paced.sizing.parameters import model_parameters
-from nemo_paced.sizing.shapes import ModelShape
 from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.training import schedule
 from nemo_paced.weights.pass_rates import PassRateTable
@@ -108,13 +108,13 @@ def run_directory(inputs: Inputs) -> Iterator[Finding]:
 def disk(inputs: Inputs) -> Iterator[Finding]:
     """Room for the checkpoints that are kept and the one being written, and for the cache."""
     config, run_dir = inputs.config, inputs.run_dir
-    if inputs.student_shape is not None:
+    if inputs.student is not None:
         params = config.exp_manager.checkpoint_callback_params
         saves = -(-config.trainer.max_steps // params.every_n_train_steps)
         kept = saves
         if params.save_top_k != -1:
             kept = min(params.save_top_k + params.save_best_k, saves)
-        each = checkpoint_bytes(inputs.student_shape, config.trainer.compute_precision)
+        each = checkpoint_bytes(inputs.student, config.trainer.compute_precision)
         there = sum(
             path.stat().st_size
             for folder in checkpoint_files.checkpoints(run_dir)
@@ -147,7 +147,7 @@ def disk(inputs: Inputs) -> Iterator[Finding]:
             )
 
 
-def checkpoint_bytes(shape: ModelShape, precision: Precision) -> int:
+def checkpoint_bytes(shape: Architecture, precision: Precision) -> int:
     """Weights, float32 master weights (in bf16) and two moments, of all ranks together."""
     return model_parameters(shape) * (2 + 4 + 8 if precision is Precision.bf16 else 4 + 8)
 

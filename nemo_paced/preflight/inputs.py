@@ -12,11 +12,9 @@ from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import PacedError
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.tokenizer import load_tokenizer
 from nemo_paced.preflight.findings import Finding, error
 from nemo_paced.records import Problem
-from nemo_paced.sizing.shapes import ModelShape
 
 T = TypeVar("T")
 
@@ -48,14 +46,6 @@ class Inputs:
         if self.is_self_teacher:
             return self.student
         return self._architecture("teacher.hf_path", self.config.teacher.hf_path)
-
-    @cached_property
-    def student_shape(self) -> ModelShape | None:
-        return None if self.student is None else _shape(self.config.student.hf_path)
-
-    @cached_property
-    def teacher_shape(self) -> ModelShape | None:
-        return None if self.teacher is None else _shape(self.config.teacher_hf_path)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -100,9 +90,7 @@ class Inputs:
                 error(key, "is empty", "give the Hugging Face directory of the model")
             )
             return None
-        return self._read(
-            key, lambda: Architecture.from_config(load_hf_config(path), f"{path}/config.json")
-        )
+        return self._read(key, lambda: Architecture.read(path, key))
 
     def _tokenizer(self, key: str, path: str) -> Any:
         return self._read(key, lambda: load_tokenizer(path)) if path else None
@@ -113,7 +101,3 @@ class Inputs:
         except PacedError as told:
             self.unreadable.append(error(key, str(told)))
             return None
-
-
-def _shape(hf_dir: str) -> ModelShape:
-    return ModelShape.from_hf(load_hf_config(hf_dir), f"{hf_dir}/config.json")

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, padded_vocab_size
-from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.preflight.findings import Finding, error, note, warning
 from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.sizing.flops import Server
@@ -60,10 +59,8 @@ def check_layouts(config: PacedConfig) -> None:
     Raises:
         ConfigError: a size that does not divide a model, or a key for experts where there are none.
     """
-    student, teacher = (
-        Architecture.from_config(load_hf_config(path), f"{path}/config.json")
-        for path in (config.student.hf_path, config.teacher_hf_path)
-    )
+    student = Architecture.read(config.student.hf_path, "student.hf_path")
+    teacher = Architecture.read(config.teacher_hf_path, "teacher.hf_path")
     model, teacher_prefix = config.model, "teacher"
     if config.teacher_model == model:
         teacher_prefix = "model"
@@ -197,16 +194,16 @@ def batch(inputs: Inputs) -> Iterator[Finding]:
 def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
     """The plan's estimate against the GPU that this process sees."""
     total = _gpu_bytes() if inputs.config.trainer.accelerator != "cpu" else None
-    if total is None or inputs.student_shape is None or inputs.teacher_shape is None:
+    if total is None or inputs.student is None or inputs.teacher is None:
         return
     work = work_of(
         inputs.config, mean_prompt=1, mean_response=1, accelerator=Accelerator.gpu
     )  # means are of no account for memory
     layout, teacher = student_layout(inputs.config), teacher_plan(inputs.config)
-    for shape, cut in ((inputs.student_shape, layout), (inputs.teacher_shape, teacher.layout)):
+    for shape, cut in ((inputs.student, layout), (inputs.teacher, teacher.layout)):
         if not divides(shape, cut.tensor, cut.pipeline * cut.virtual):
             return
-    stages = stages_memory(inputs.student_shape, inputs.teacher_shape, layout, teacher, work)
+    stages = stages_memory(inputs.student, inputs.teacher, layout, teacher, work)
     rollout = inputs.config.rollout
     served = 0.0 if rollout.endpoints else rollout.gpu_memory_utilization * total
     server = Server(

@@ -12,10 +12,10 @@ import torch
 
 from nemo_paced.config import PacedConfig, Precision
 from nemo_paced.data.packing import TrainItem
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.sizing.flops import forward_flops
 from nemo_paced.sizing.hardware import GPUS
-from nemo_paced.sizing.shapes import ModelShape
 from nemo_paced.student.step import StepResult
 
 
@@ -23,8 +23,8 @@ class Throughput:
     """Of the models and ranks of one run."""
 
     def __init__(self, config: PacedConfig, parallel: Parallel) -> None:
-        self.student = ModelShape.read(config.student.hf_path, "student.hf_path")
-        self.teacher = ModelShape.read(config.teacher_hf_path, "teacher.hf_path")
+        self.student = Architecture.read(config.student.hf_path, "student.hf_path")
+        self.teacher = Architecture.read(config.teacher_hf_path, "teacher.hf_path")
         self.student_ranks = config.student_ranks
         self.teacher_ranks = config.teacher_ranks
         self.separate = bool(config.teacher.separate_ranks)  # its time is not seen here

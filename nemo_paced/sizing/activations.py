@@ -16,10 +16,11 @@ wide is divided by TP under sequence parallelism, what belongs to heads or MLP c
 from __future__ import annotations
 
 from nemo_paced.config import Recompute
-from nemo_paced.sizing.shapes import Accelerator, Layout, ModelShape, Work
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.sizing.shapes import Accelerator, Layout, Work
 
 
-def layer_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
+def layer_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
     """Kept by one layer for backward, bytes a token."""
     if layout.recompute is Recompute.full:
         return boundary_bytes(shape, layout, work)
@@ -28,7 +29,7 @@ def layer_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
     )
 
 
-def recomputed_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
+def recomputed_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
     """What a layer holds for a moment while it is computed again, bytes a token."""
     if layout.recompute is Recompute.none:
         return 0.0
@@ -42,37 +43,37 @@ def recomputed_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
     )
 
 
-def boundary_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
+def boundary_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
     """Of the hidden states between layers, bytes a token."""
     return work.precision_bytes * shape.hidden_size / _sequence_cut(layout)
 
 
-def final_norm_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
+def final_norm_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
     """Kept by the norm behind the last layer, bytes a token."""
     return _norms(shape, layout, work) / 2
 
 
-def backward_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
+def backward_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
     """Gradients of activations at the widest place of a layer's backward, bytes a token."""
     widest = max(3 * _mlp_width(shape, layout), 4 * shape.q_width / layout.tensor)
     return work.precision_bytes * widest
 
 
-def _norms(shape: ModelShape, layout: Layout, work: Work) -> float:
+def _norms(shape: Architecture, layout: Layout, work: Work) -> float:
     """Input and output of both norms; unfused: the float32 input and the normed value too."""
     e, h = work.precision_bytes, shape.hidden_size
     kept = 2 * e if work.accelerator is Accelerator.gpu else 4 + 2 * e
     return 2 * kept * h / _sequence_cut(layout)
 
 
-def _attention(shape: ModelShape, layout: Layout, work: Work) -> float:
+def _attention(shape: Architecture, layout: Layout, work: Work) -> float:
     core = 0.0
     if layout.recompute is Recompute.none:
         core = _core(shape, layout, work)
     return _qkv(shape, layout, work) + core
 
 
-def _qkv(shape: ModelShape, layout: Layout, work: Work) -> float:
+def _qkv(shape: Architecture, layout: Layout, work: Work) -> float:
     """Queries, keys and values as the core takes them, and what their norms keep."""
     e = work.precision_bytes
     q, kv = shape.q_width / layout.tensor, shape.kv_width / layout.tensor
@@ -88,7 +89,7 @@ def _qkv(shape: ModelShape, layout: Layout, work: Work) -> float:
     return kept
 
 
-def _core(shape: ModelShape, layout: Layout, work: Work) -> float:
+def _core(shape: Architecture, layout: Layout, work: Work) -> float:
     """Between the scores and the output projection."""
     heads, output = shape.num_heads / layout.tensor, shape.q_width / layout.tensor
     # log-sum-exp of each row; on the CPU the output once more, with its axes in another order
@@ -96,7 +97,7 @@ def _core(shape: ModelShape, layout: Layout, work: Work) -> float:
     return copies * work.precision_bytes * output + 4 * heads
 
 
-def _mlp(shape: ModelShape, layout: Layout, work: Work) -> float:
+def _mlp(shape: Architecture, layout: Layout, work: Work) -> float:
     """Gate and up, silu(gate), up + 0 (Megatron adds an offset), their product."""
     kept = 5 * work.precision_bytes * _mlp_width(shape, layout)
     if shape.experts:  # the permuted input and output of the experts, router probabilities
@@ -105,7 +106,7 @@ def _mlp(shape: ModelShape, layout: Layout, work: Work) -> float:
     return kept
 
 
-def _mlp_width(shape: ModelShape, layout: Layout) -> float:
+def _mlp_width(shape: Architecture, layout: Layout) -> float:
     """Columns that a token of a rank goes through; experts take evenly of all ranks' tokens."""
     if shape.experts:
         return shape.experts.per_token * shape.experts.ffn_hidden_size / layout.tensor

@@ -9,17 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from nemo_paced.config import Recompute
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing.hardware import Assumptions, Cluster
 from nemo_paced.sizing.memory import teacher_weights
 from nemo_paced.sizing.parameters import active_parameters, model_parameters, stage_parameters
-from nemo_paced.sizing.shapes import (
-    Layout,
-    ModelShape,
-    Placement,
-    TeacherPlan,
-    Work,
-    padded_vocab,
-)
+from nemo_paced.sizing.shapes import Layout, Placement, TeacherPlan, Work, padded_vocab
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +77,14 @@ class StepTime:
         return sum(getattr(self, f.name) for f in fields(self))
 
 
-def forward_flops(shape: ModelShape, tokens: float, sequence: float) -> float:
+def forward_flops(shape: Architecture, tokens: float, sequence: float) -> float:
     """Of the layers, without embedding and LM head."""
     attention = 2 * shape.q_width * sequence * shape.num_layers
     return tokens * (2 * active_parameters(shape) + attention)
 
 
 def step_flops(
-    student: ModelShape, teacher: ModelShape, layout: Layout, plan: TeacherPlan, work: Work
+    student: Architecture, teacher: Architecture, layout: Layout, plan: TeacherPlan, work: Work
 ) -> StepFlops:
     """Of one global batch. Sequences count with their padding (to the longest of the batch)."""
     sequence = work.attended(layout)
@@ -116,8 +110,8 @@ def step_flops(
 
 
 def step_time(
-    student: ModelShape,
-    teacher: ModelShape,
+    student: Architecture,
+    teacher: Architecture,
     layout: Layout,
     plan: TeacherPlan,
     work: Work,
@@ -144,7 +138,7 @@ def step_time(
 
 
 def rollout_seconds(
-    shape: ModelShape,
+    shape: Architecture,
     responses: int,
     work: Work,
     cluster: Cluster,
@@ -174,12 +168,12 @@ def rollout_seconds(
     )
 
 
-def kv_bytes(shape: ModelShape, work: Work) -> float:
+def kv_bytes(shape: Architecture, work: Work) -> float:
     """Keys and values of one token, all layers."""
     return 2 * work.precision_bytes * shape.num_layers * shape.kv_width
 
 
-def kv_cache_tokens(shape: ModelShape, work: Work, server: Server, assume: Assumptions) -> float:
+def kv_cache_tokens(shape: Architecture, work: Work, server: Server, assume: Assumptions) -> float:
     """Tokens that the GPUs of one server hold beside weights; at least 0."""
     weights = work.precision_bytes * model_parameters(shape)
     room = server.tensor * (server.memory - assume.server_overhead) - weights
@@ -195,8 +189,8 @@ def _idle(layout: Layout, work: Work, *, teacher: bool = False) -> float:
 
 
 def _communication(
-    student: ModelShape,
-    teacher: ModelShape,
+    student: Architecture,
+    teacher: Architecture,
     layout: Layout,
     plan: TeacherPlan,
     work: Work,
@@ -226,7 +220,7 @@ def _communication(
     ) / assume.bandwidth
 
 
-def _all_reduces(shape: ModelShape, layout: Layout, work: Work, *, teacher: bool) -> float:
+def _all_reduces(shape: Architecture, layout: Layout, work: Work, *, teacher: bool) -> float:
     """Bytes that a rank sends in one all-reduce of hidden states in each of its layers."""
     tokens = work.share(layout) * work.attended(layout, teacher=teacher) / layout.context
     layers = shape.num_layers // layout.pipeline
@@ -235,8 +229,8 @@ def _all_reduces(shape: ModelShape, layout: Layout, work: Work, *, teacher: bool
 
 
 def _memory_seconds(
-    student: ModelShape,
-    teacher: ModelShape,
+    student: Architecture,
+    teacher: Architecture,
     layout: Layout,
     plan: TeacherPlan,
     work: Work,

@@ -10,17 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from nemo_paced.config import Recompute
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing import activations
 from nemo_paced.sizing.parameters import Parameters, stage_parameters
-from nemo_paced.sizing.shapes import (
-    Accelerator,
-    Layout,
-    ModelShape,
-    Placement,
-    TeacherPlan,
-    Work,
-    padded_vocab,
-)
+from nemo_paced.sizing.shapes import Accelerator, Layout, Placement, TeacherPlan, Work, padded_vocab
 
 # logits of a chunk of the loss, elements: losses/linear_divergence.py
 CHUNK_ELEMENTS = {Accelerator.gpu: 2**27, Accelerator.cpu: 2**25}
@@ -78,8 +71,8 @@ class Memory:
 
 
 def stage_memory(
-    student: ModelShape,
-    teacher: ModelShape,
+    student: Architecture,
+    teacher: Architecture,
     layout: Layout,
     plan: TeacherPlan,
     work: Work,
@@ -117,7 +110,7 @@ def stage_memory(
 
 
 def stages_memory(
-    student: ModelShape, teacher: ModelShape, layout: Layout, plan: TeacherPlan, work: Work
+    student: Architecture, teacher: Architecture, layout: Layout, plan: TeacherPlan, work: Work
 ) -> list[Memory]:
     """Of a rank of each pipeline stage of the student."""
     return [
@@ -135,7 +128,7 @@ def optimizer_bytes(own: Parameters, layout: Layout, work: Work) -> float:
     return each * (dense + own.experts / max(1, layout.expert_data))
 
 
-def activation_bytes(shape: ModelShape, layout: Layout, work: Work, stage: int) -> float:
+def activation_bytes(shape: Architecture, layout: Layout, work: Work, stage: int) -> float:
     """Kept for backward by the micro-batches in flight.
 
     1F1B holds pipeline - stage of them; interleaved, a chunk of layers is what is counted, and the
@@ -155,7 +148,7 @@ def activation_bytes(shape: ModelShape, layout: Layout, work: Work, stage: int) 
     return in_flight * tokens * a_token
 
 
-def transient_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
+def transient_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
     """Of a layer's backward, with what it has computed again, and one weight's gradient."""
     sequence = work.sequence(layout)
     tokens = work.micro_batch_size * sequence / layout.context
@@ -169,7 +162,7 @@ def transient_bytes(shape: ModelShape, layout: Layout, work: Work) -> float:
 
 
 def loss_bytes(
-    student: ModelShape, teacher: ModelShape, layout: Layout, work: Work, rows: int
+    student: Architecture, teacher: Architecture, layout: Layout, work: Work, rows: int
 ) -> float:
     """Peak of ``linear_loss`` beyond weights: hidden states, their gradient, a chunk's logits, the
     head's gradient in float32 (and, in 16 bits, its copy)."""
@@ -186,19 +179,19 @@ def loss_bytes(
     return 2 * e * student.hidden_size * tokens + of_teacher + head + max(logits, copied)
 
 
-def head_bytes(teacher: ModelShape, layout: Layout, work: Work, rows: int) -> float:
+def head_bytes(teacher: Architecture, layout: Layout, work: Work, rows: int) -> float:
     """The teacher's LM head on the student's last stage; a top-k from the cache needs none."""
     return work.precision_bytes * rows // layout.tensor * teacher.hidden_size
 
 
-def signal_bytes(teacher: ModelShape, layout: Layout, work: Work) -> float:
+def signal_bytes(teacher: Architecture, layout: Layout, work: Work) -> float:
     """Of all responses of the rank's share: hidden states, or k log-probabilities and ids."""
     each = 8 * work.top_k + 4 if work.top_k else work.precision_bytes * teacher.hidden_size
     return each * work.share(layout) * work.response / layout.context
 
 
 def teacher_weights(
-    teacher: ModelShape, plan: TeacherPlan, work: Work, rows: int, stage: int | None = None
+    teacher: Architecture, plan: TeacherPlan, work: Work, rows: int, stage: int | None = None
 ) -> float:
     """Of one of the teacher's stages (``None``: of the largest), without the LM head."""
     linear = 1 if plan.fp8 else work.precision_bytes
@@ -213,7 +206,7 @@ def teacher_weights(
     return max(of(0), of(plan.layout.pipeline - 1))
 
 
-def teacher_forward(teacher: ModelShape, layout: Layout, work: Work) -> float:
+def teacher_forward(teacher: Architecture, layout: Layout, work: Work) -> float:
     """What one layer holds while it runs forward: nothing is kept for backward."""
     sequence = work.sequence(layout, teacher=True)
     tokens = work.teacher_micro_batch_size * sequence

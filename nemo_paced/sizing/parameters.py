@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nemo_paced.sizing.shapes import Layout, ModelShape
+from nemo_paced.hf.architectures import Architecture
+from nemo_paced.sizing.shapes import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Parameters:
         return self.dense + self.experts + self.vocabulary
 
 
-def stage_parameters(shape: ModelShape, layout: Layout, stage: int, padded: int) -> Parameters:
+def stage_parameters(shape: Architecture, layout: Layout, stage: int, padded: int) -> Parameters:
     """Of a rank of pipeline stage ``stage``; ``padded``: rows of the vocabulary over all ranks."""
     layers = layout.layers(shape.num_layers, stage)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
@@ -43,12 +44,12 @@ def stage_parameters(shape: ModelShape, layout: Layout, stage: int, padded: int)
     )
 
 
-def model_parameters(shape: ModelShape) -> int:
+def model_parameters(shape: Architecture) -> int:
     """Of the whole model, its vocabulary as in ``config.json``."""
     return stage_parameters(shape, Layout(), 0, shape.vocab_size).total
 
 
-def active_parameters(shape: ModelShape) -> int:
+def active_parameters(shape: Architecture) -> int:
     """Of the layers that one token goes through: no embedding, no LM head."""
     sparse = _sparse_layers(shape, range(shape.num_layers))
     used = 0
@@ -58,7 +59,7 @@ def active_parameters(shape: ModelShape) -> int:
     return shape.num_layers * _attention(shape, 1) + dense + sparse * used
 
 
-def _attention(shape: ModelShape, tensor: int) -> int:
+def _attention(shape: Architecture, tensor: int) -> int:
     """Of one layer, with both its norms."""
     h, q, kv = shape.hidden_size, shape.q_width, shape.kv_width
     weights = (q + 2 * kv) // tensor * h + q // tensor * h
@@ -66,20 +67,20 @@ def _attention(shape: ModelShape, tensor: int) -> int:
     return weights + bias + 2 * h + shape.qk_norm * 2 * shape.head_dim
 
 
-def _mlp(shape: ModelShape, tensor: int) -> int:
+def _mlp(shape: Architecture, tensor: int) -> int:
     return 3 * shape.ffn_hidden_size // tensor * shape.hidden_size
 
 
-def _router(shape: ModelShape) -> int:
+def _router(shape: Architecture) -> int:
     return shape.experts.count * shape.hidden_size if shape.experts else 0
 
 
-def _experts(shape: ModelShape) -> int:
+def _experts(shape: Architecture) -> int:
     """Of one layer, all of them; none is cut by tensor parallelism."""
     if shape.experts is None:
         return 0
     return shape.experts.count * 3 * shape.experts.ffn_hidden_size * shape.hidden_size
 
 
-def _sparse_layers(shape: ModelShape, layers: Iterable[int]) -> int:
+def _sparse_layers(shape: Architecture, layers: Iterable[int]) -> int:
     return sum(layer in shape.experts.layers for layer in layers) if shape.experts else 0

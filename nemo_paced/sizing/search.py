@@ -12,16 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nemo_paced.config import Recompute
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing.flops import Server, StepTime, step_time
 from nemo_paced.sizing.hardware import Assumptions, Cluster
 from nemo_paced.sizing.memory import Memory, stages_memory
-from nemo_paced.sizing.shapes import (
-    Layout,
-    ModelShape,
-    Placement,
-    TeacherPlan,
-    Work,
-)
+from nemo_paced.sizing.shapes import Layout, Placement, TeacherPlan, Work
 
 POWERS = (1, 2, 4, 8, 16, 32)
 
@@ -35,8 +30,8 @@ class Problem:
         served: how rollouts are timed, wherever they run.
     """
 
-    student: ModelShape
-    teacher: ModelShape
+    student: Architecture
+    teacher: Architecture
     cluster: Cluster
     server: Server | None
     served: Server
@@ -170,7 +165,7 @@ def _layouts(
                     yield layout, TeacherPlan(own, placement, fp8)
 
 
-def cuts(shape: ModelShape, cluster: Cluster, gpus: int, *, trained: bool) -> Iterator[Layout]:
+def cuts(shape: Architecture, cluster: Cluster, gpus: int, *, trained: bool) -> Iterator[Layout]:
     """Layouts over exactly ``gpus`` ranks that divide the model.
 
     Args:
@@ -200,7 +195,7 @@ def cuts(shape: ModelShape, cluster: Cluster, gpus: int, *, trained: bool) -> It
                 )
 
 
-def divides(shape: ModelShape, tensor: int, pipeline: int) -> bool:
+def divides(shape: Architecture, tensor: int, pipeline: int) -> bool:
     """Whether heads, key-value heads, MLP columns and layers can be cut so."""
     dense = shape.experts is None or len(shape.experts.layers) < shape.num_layers
     columns = (shape.num_heads, shape.num_kv_heads, *([shape.ffn_hidden_size] if dense else []))

@@ -1,21 +1,16 @@
-"""What a plan is made from: shapes of two models, a layout, the work of a step. Numbers only.
+"""What a plan is made from beside two architectures: a layout, the work of a step. Numbers only.
 
 No torch here or anywhere in this folder: a plan takes two ``config.json`` files and no GPU.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from typing import Any
 
 from nemo_paced.config import ModelConfig, PacedConfig, Recompute, ResponseSource
-from nemo_paced.errors import ConfigError
-from nemo_paced.hf.architectures import Architecture, Experts
+from nemo_paced.hf.architectures import Architecture
 
 
 class Placement(Enum):
@@ -32,79 +27,6 @@ class Accelerator(Enum):
 
     gpu = "gpu"
     cpu = "cpu"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """A model's sizes.
-
-    Attributes:
-        ffn_hidden_size: of the MLP of the layers without experts.
-        experts: ``None``: no layer has any.
-    """
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    tied: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    experts: Experts | None = None
-
-    @property
-    def q_width(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Of keys, or of values."""
-        return self.num_kv_heads * self.head_dim
-
-    @staticmethod
-    def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
-        """Of a Hugging Face configuration.
-
-        Raises:
-            ConfigError: an architecture that is not supported.
-        """
-        of = Architecture.from_config(dict(config), where)
-        return ModelShape(
-            num_layers=of.num_layers,
-            hidden_size=of.hidden_size,
-            ffn_hidden_size=of.ffn_hidden_size,
-            num_heads=of.num_heads,
-            num_kv_heads=of.num_kv_heads,
-            head_dim=of.head_dim,
-            vocab_size=of.vocab_size,
-            tied=of.tied,
-            qkv_bias=of.qkv_bias,
-            qk_norm=of.qk_norm,
-            experts=of.experts,
-        )
-
-    @staticmethod
-    def read(hf_dir: str, key: str) -> ModelShape:
-        """Of a directory with a ``config.json``; its weights are not needed.
-
-        Raises:
-            ConfigError: no such file, no JSON, or not supported.
-        """
-        path = Path(hf_dir) / "config.json"
-        if not hf_dir or not path.is_file():
-            raise ConfigError(
-                f"{key} is {hf_dir!r}: give a directory with the model's config.json (a plan needs "
-                "nothing else of it)"
-            )
-        try:
-            return ModelShape.from_hf(json.loads(path.read_text()), str(path))
-        except ValueError as told:
-            if isinstance(told, ConfigError):
-                raise
-            raise ConfigError(f"{path} is no JSON: {told}") from told
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +143,7 @@ class Work:
         return -(-self.global_batch_size // layout.data)
 
 
-def padded_vocab(student: ModelShape, teacher: ModelShape, work: Work, tensor: int) -> int:
+def padded_vocab(student: Architecture, teacher: Architecture, work: Work, tensor: int) -> int:
     """Rows of both LM heads over all ranks of the student's layout."""
     multiple = work.vocab_multiple * tensor
     return -(-max(student.vocab_size, teacher.vocab_size) // multiple) * multiple

@@ -17,7 +17,6 @@ from nemo_paced.config import (
 )
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.records import PassRate
 from nemo_paced.run.checkpoint import PASS_RATES_FILE
 from nemo_paced.run.checkpoint_files import STATE_FILE, read_state
@@ -158,7 +157,7 @@ def check_settings(config: PacedConfig) -> None:
             "trainer.devices to the student's ranks"
         )
     count = config.snr.last_layers
-    architecture = Architecture.from_config(load_hf_config(config.student.hf_path))
+    architecture = Architecture.read(config.student.hf_path, "student.hf_path")
     there = architecture.num_layers // config.model.pipeline_model_parallel_size
     if count > there:
         raise ConfigError(

@@ -67,7 +67,7 @@ def build_teacher(
             "be at most that, or 0 for the exact loss"
         )
     hf_dir = Path(config.teacher_hf_path)
-    architecture = Architecture.from_config(load_hf_config(hf_dir), f"{hf_dir}/config.json")
+    architecture = Architecture.read(hf_dir, "teacher.hf_path")
     dtype = DTYPES[config.trainer.compute_precision]
     fp8 = _fp8_choice(config, student, architecture.num_layers)
     parallel, held, remote = student, None, None
@@ -113,7 +113,7 @@ def serve_teacher(config: PacedConfig, parallel: Parallel) -> None:
     link = parallel.link
     assert link is not None and link.is_teacher, "called on the teacher's own ranks"
     hf_dir = Path(config.teacher_hf_path)
-    architecture = Architecture.from_config(load_hf_config(hf_dir), f"{hf_dir}/config.json")
+    architecture = Architecture.read(hf_dir, "teacher.hf_path")
     fp8 = _fp8_choice(config, parallel, architecture.num_layers)
     serve(
         _load(config, parallel, fp8, HF_FILES, quantized=True),

@@ -15,16 +15,11 @@ from nemo_paced.config import (
     TrainerConfig,
 )
 from nemo_paced.data.packing import TrainItem
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.sizing.memory import stage_memory
-from nemo_paced.sizing.shapes import (
-    Accelerator,
-    ModelShape,
-    student_layout,
-    teacher_plan,
-    work_of,
-)
+from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, work_of
 from nemo_paced.training.setup import build_models
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
@@ -91,8 +86,8 @@ def make_items(config):
 
 def expected(config, rank):
     """The plan's figures for this rank."""
-    student = ModelShape.read(config.student.hf_path, "student.hf_path")
-    teacher = ModelShape.read(config.teacher.hf_path, "teacher.hf_path")
+    student = Architecture.read(config.student.hf_path, "student.hf_path")
+    teacher = Architecture.read(config.teacher.hf_path, "teacher.hf_path")
     work = work_of(config, mean_prompt=32, mean_response=96, accelerator=Accelerator.cpu)
     layout = student_layout(config)
     stage = rank // (layout.world_size // layout.pipeline)

@@ -38,8 +38,7 @@ def test_a_recipe_fits_its_gpus_by_plan(name, capsys):
 
 
 def test_shapes_are_those_that_the_models_are_published_with():
-    from nemo_paced.hf.directory import load_hf_config
-    from nemo_paced.sizing.shapes import ModelShape
+    from nemo_paced.hf.architectures import Architecture
     from tests.unit.sizing import shapes
 
     for name, known in {
@@ -48,5 +47,4 @@ def test_shapes_are_those_that_the_models_are_published_with():
         "Qwen3-30B-A3B": shapes.QWEN3_30B_A3B,
         "Llama-3.1-8B-Instruct": shapes.LLAMA3_8B,
     }.items():
-        folder = str(MODELS / name)
-        assert ModelShape.from_hf(load_hf_config(folder), folder) == known
+        assert shapes.sizes(Architecture.read(MODELS / name, "hf_path")) == known

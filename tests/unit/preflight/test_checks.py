@@ -18,6 +18,7 @@ from nemo_paced.config import (
     TrainerConfig,
     WeightsConfig,
 )
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.preflight import files, loggers
 from nemo_paced.preflight import models as model_checks
 from nemo_paced.preflight.checks import check_inputs
@@ -31,7 +32,6 @@ from nemo_paced.preflight.findings import (
     warning,
 )
 from nemo_paced.quickstart.models import write_tokenizer
-from nemo_paced.sizing.shapes import ModelShape
 from tests.tiny import make_hf_model
 
 ROWS = 60  # of the embeddings; the tokenizer has 55 tokens
@@ -226,7 +226,7 @@ def test_uneven_batches_pass_and_mostly_empty_ones_are_told(config, tmp_path):
 
 
 def test_room_for_the_checkpoints_that_are_kept_and_one_more(config, tmp_path, monkeypatch):
-    shape = ModelShape.read(config.student.hf_path, "student.hf_path")
+    shape = Architecture.read(config.student.hf_path, "student.hf_path")
     each = files.checkpoint_bytes(shape, Precision.bf16)
     import transformers
 

@@ -17,16 +17,11 @@ from nemo_paced.config import (
     TrainerConfig,
 )
 from nemo_paced.data import packing
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.preflight import dry_run as dry_run_module
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.sizing.parameters import stage_parameters
-from nemo_paced.sizing.shapes import (
-    Accelerator,
-    ModelShape,
-    padded_vocab,
-    student_layout,
-    work_of,
-)
+from nemo_paced.sizing.shapes import Accelerator, padded_vocab, student_layout, work_of
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_hf_model
 
@@ -122,7 +117,7 @@ def test_first_middle_and_last_stage_hold_what_the_plan_counts(models, tmp_path)
     assert [(r.rank, r.stage) for r in ranks] == [(0, 0), (6, 1), (18, 3)]
     config = dry_run_module.shortened(config, Path(_new(tmp_path / "again")))
     student, teacher = (
-        ModelShape.read(path, "hf_path")
+        Architecture.read(path, "hf_path")
         for path in (config.student.hf_path, config.teacher_hf_path)
     )
     layout = student_layout(config)

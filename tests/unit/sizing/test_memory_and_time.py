@@ -19,14 +19,7 @@ from nemo_paced.sizing.hardware import GIB, GPUS, Assumptions, Cluster
 from nemo_paced.sizing.memory import stage_memory, stages_memory
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.sizing.search import Problem, cuts, evaluate, fewest_gpus, search
-from nemo_paced.sizing.shapes import (
-    Accelerator,
-    Layout,
-    ModelShape,
-    Placement,
-    TeacherPlan,
-    Work,
-)
+from nemo_paced.sizing.shapes import Accelerator, Layout, Placement, TeacherPlan, Work
 from tests.unit.sizing.shapes import LLAMA3_8B, QWEN3_1_7B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 
 WORK = Work(
@@ -272,7 +265,7 @@ def test_nemo_rls_nightly_distillation_fits_and_takes_its_order_of_time():
 
 def test_modelopts_distillation_costs_its_order_of_gpu_hours():
     """9B -> 7B, TP8: 600 H100-hours for 6.3 billion tokens."""
-    nine, seven = (ModelShape(n, 4096, 14336, 32, 8, 128, 128256) for n in (36, 27))
+    nine, seven = (replace(LLAMA3_8B, num_layers=n) for n in (36, 27))
     work = replace(WORK, prompt=4096, teacher_prompt=4096, response=4096, mean_response=4096)
     layout = Layout(tensor=8, sequence_parallel=True)
     time = step_time(

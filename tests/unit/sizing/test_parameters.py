@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing.parameters import active_parameters, model_parameters, stage_parameters
-from nemo_paced.sizing.shapes import Layout, ModelShape
+from nemo_paced.sizing.shapes import Layout
 from tests.tiny import FAMILIES, MOE_FAMILIES, make_hf_model
 from tests.unit.sizing.shapes import LLAMA3_8B, QWEN3_1_7B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 
@@ -20,7 +21,7 @@ def test_every_family_has_transformers_number_of_parameters(family, tmp_path):
 
     make_hf_model(family, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    shape = ModelShape.read(str(tmp_path), "student.hf_path")
+    shape = Architecture.read(str(tmp_path), "student.hf_path")
     assert model_parameters(shape) == sum(p.numel() for p in model.parameters())
 
 
@@ -56,13 +57,15 @@ def test_the_parts_of_all_ranks_make_the_whole(shape):
 
 def test_a_config_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"teacher.hf_path is 'nowhere'"):
-        ModelShape.read("nowhere", "teacher.hf_path")
+        Architecture.read("nowhere", "teacher.hf_path")
+    with pytest.raises(ConfigError, match=r"student.hf_path is empty"):
+        Architecture.read("", "student.hf_path")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is no JSON"):
-        ModelShape.read(str(tmp_path), "student.hf_path")
+        Architecture.read(str(tmp_path), "student.hf_path")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Other"]}))
     with pytest.raises(ConfigError, match="Other is not supported"):
-        ModelShape.read(str(tmp_path), "student.hf_path")
+        Architecture.read(str(tmp_path), "student.hf_path")
 
 
 def test_sizing_needs_no_torch():
