@@ -3,9 +3,6 @@
 Student and teacher have a :class:`Parallel` each. The student's groups are Megatron's global ones,
 since some of its code falls back to those; the teacher's are made beside them when its layout
 differs.
-
-Also the way rank 0 tells the others something without a collective: JSON through the key-value
-store that torch.distributed starts with, so that a wait of hours times out nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import math
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -25,8 +21,8 @@ from torch.distributed import ProcessGroup
 from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.parallel import cpu_megatron
-from nemo_paced.parallel import link as link_module
 from nemo_paced.parallel.link import Link, split_world
+from nemo_paced.parallel.messages import Messages
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +123,11 @@ class Parallel:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def messages(self) -> Messages:
+        """Messages among the ranks of this world that need no collective."""
+        return Messages.of_world()
 
     @property
     def grid(self) -> RankGrid:
@@ -278,31 +279,6 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
-def publish(key: str, value: Any) -> None:
-    """Give the other ranks a JSON value under a key of its own."""
-    link_module.publish(_store(), key, value)
-
-
-def await_value(key: str, timeout_s: float) -> Any:
-    """Wait for :func:`publish` of the same key on another rank.
-
-    Raises:
-        torch.distributed.DistStoreError: after ``timeout_s``.
-    """
-    return link_module.await_value(_store(), key, timeout_s)
-
-
-def are_published(keys: list[str]) -> bool:
-    """Whether all of these keys are there, without waiting."""
-    return bool(_store().check(keys))
-
-
-def forget(key: str) -> None:
-    """Drop a key that every rank has read."""
-    if torch.distributed.get_world_size() > 1:
-        _store().delete_key(key)
-
-
 def _on_gpu(accelerator: str) -> bool:
     available = torch.cuda.is_available()
     if accelerator == "gpu" and not available:
@@ -338,7 +314,3 @@ def _check_layout(model: ModelConfig, world_size: int, *, prefix: str) -> None:
             f"pipeline_model_parallel_size is {model.expert_layout_size}, which does not divide "
             "them"
         )
-
-
-def _store() -> torch.distributed.Store:
-    return torch.distributed.distributed_c10d._get_default_store()

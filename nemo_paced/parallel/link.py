@@ -8,9 +8,7 @@ either side waits with a timeout, and tensors point to point once both are known
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -19,34 +17,16 @@ import torch
 from torch.distributed import PrefixStore, Store
 
 from nemo_paced.errors import ConfigError
-
-# Rank 0 may sample pass rates of a whole data set between two messages; if it dies meanwhile, the
-# launcher ends the ranks that wait.
-MESSAGE_TIMEOUT_S = 7 * 24 * 3600.0
-
-
-def publish(store: Store, key: str, value: Any) -> None:
-    """Put a JSON value into a key-value store."""
-    payload: Any = zlib.compress(json.dumps(value).encode(), level=1)
-    store.set(key, payload)
-
-
-def await_value(store: Store, key: str, timeout_s: float) -> Any:
-    """Wait for :func:`publish` of the key.
-
-    Raises:
-        torch.distributed.DistStoreError: after ``timeout_s``.
-    """
-    store.wait([key], timedelta(seconds=timeout_s))
-    return json.loads(zlib.decompress(store.get(key)))
+from nemo_paced.parallel.messages import Messages
 
 
 class Link:
-    """This rank's end.
+    """This rank's end of what joins the student's and the teacher's worlds.
 
     Attributes:
         rank: in the job: student ranks first, then those of the teacher.
         students: how many are the student's.
+        messages: between the ranks of both worlds.
     """
 
     def __init__(
@@ -61,23 +41,12 @@ class Link:
         self.rank = rank
         self.size = size
         self.students = students
-        self._store = PrefixStore("link", store)
+        self.messages = Messages(PrefixStore("link", store))
         self._group = _make_group(PrefixStore("tensors", store), rank, size, device, timeout)
 
     @property
     def is_teacher(self) -> bool:
         return self.rank >= self.students
-
-    def publish(self, key: str, value: Any) -> None:
-        """Give the other world a JSON value under a key of its own."""
-        publish(self._store, key, value)
-
-    def await_value(self, key: str, timeout_s: float) -> Any:
-        """Wait for :meth:`publish` of the key, as :func:`await_value`."""
-        return await_value(self._store, key, timeout_s)
-
-    def forget(self, key: str) -> None:
-        self._store.delete_key(key)
 
     def transfer(
         self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]

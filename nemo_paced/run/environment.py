@@ -71,17 +71,15 @@ class Start:
 
 def record_start(run_dir: Path, parallel: Parallel, step: int) -> None:
     """Rank 0 adds this start to the run's file; called on every rank that trains."""
-    from nemo_paced.parallel.groups import await_value, forget, publish
-
     key = "environment/{}"
     own = [socket.gethostname(), device_name(parallel)]
     if parallel.rank:
-        publish(key.format(parallel.rank), own)
+        parallel.messages.publish(key.format(parallel.rank), own)
         return
     told = [own]
     for rank in range(1, parallel.world_size):
-        told.append(await_value(key.format(rank), _RANK_TIMEOUT_S))
-        forget(key.format(rank))
+        told.append(parallel.messages.wait(key.format(rank), _RANK_TIMEOUT_S))
+        parallel.messages.forget(key.format(rank))
     hosts, devices = zip(*told, strict=True)
     start = _start(step, len(set(hosts)), dict(Counter(devices)))
     _write(run_dir, [*read_starts(run_dir), start])

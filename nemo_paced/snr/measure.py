@@ -19,7 +19,6 @@ from nemo_paced.hf.model import PacedGPTModel, build_chunks
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.parallel.link import MESSAGE_TIMEOUT_S
 from nemo_paced.refit.weight_files import write_weights
 from nemo_paced.refit.weight_source import MegatronWeightSource
 from nemo_paced.run import checkpoint
@@ -109,7 +108,7 @@ def _measure(
             if driver is not None:
                 driver.finish_bin(block.bin, sums)
                 for key in given[-block.count :]:  # end_bin is collective: all have read them
-                    groups.forget(key)
+                    parallel.messages.forget(key)
 
 
 def _next_block(
@@ -128,10 +127,10 @@ def _everywhere(
 ) -> Any:
     """What rank 0 makes, on every rank; the others wait on a key, not in a collective."""
     if driver is None:
-        return groups.await_value(key, MESSAGE_TIMEOUT_S)
+        return parallel.messages.wait(key)
     value = make(driver)
     if parallel.world_size > 1:
-        groups.publish(key, value)
+        parallel.messages.publish(key, value)
     return value
 
 

@@ -20,7 +20,7 @@ import torch
 from nemo_paced.data.packing import Cut, TrainItem, cut_batch
 from nemo_paced.errors import PacedError
 from nemo_paced.parallel.groups import Parallel, RankGrid
-from nemo_paced.parallel.link import MESSAGE_TIMEOUT_S, Link
+from nemo_paced.parallel.link import Link
 from nemo_paced.teacher.model import Teacher
 from nemo_paced.teacher.reshard import exchange, routes
 
@@ -45,7 +45,9 @@ class RemoteTeacher:
 
     def announce(self, items: Sequence[TrainItem]) -> None:
         """Rank 0 tells the teacher of a batch that will be asked for; in the order of asking."""
-        self.link.publish(f"items/{self._next_announced}", [asdict(item) for item in items])
+        self.link.messages.publish(
+            f"items/{self._next_announced}", [asdict(item) for item in items]
+        )
         self._announced.append([item.response_id for item in items])
         self._next_announced += 1
 
@@ -63,9 +65,9 @@ class RemoteTeacher:
                 self.announce(items)
             announced = self._announced.popleft()
             assert announced == [i.response_id for i in items], "batches are asked for in order"
-            self.link.publish(f"want/{number}", True)
+            self.link.messages.publish(f"want/{number}", True)
         try:
-            self.link.await_value(f"ready/{number}", self.answer_timeout_s)
+            self.link.messages.wait(f"ready/{number}", self.answer_timeout_s)
         except torch.distributed.DistStoreError as error:
             raise PacedError(
                 f"the teacher, on ranks {self.link.students} to {self.link.size - 1}, has not "
@@ -79,11 +81,11 @@ class RemoteTeacher:
         """No batch comes any more: the teacher's ranks end."""
         if self.link.rank == 0:
             for number in range(self._next_asked, self._next_announced):  # announced ahead
-                self.link.publish(f"want/{number}", False)
-            self.link.publish(f"items/{self._next_announced}", None)
+                self.link.messages.publish(f"want/{number}", False)
+            self.link.messages.publish(f"items/{self._next_announced}", None)
             # where this rank hosts the store, leaving at once would take it from under them
             for rank in range(self.link.students, self.link.size):
-                self.link.await_value(f"closed/{rank}", self.answer_timeout_s)
+                self.link.messages.wait(f"closed/{rank}", self.answer_timeout_s)
 
 
 def serve(
@@ -93,24 +95,24 @@ def serve(
     parallel = teacher.parallel
     own = parallel.grid.beginning_at(link.students)
     number = 0
-    while (message := link.await_value(f"items/{number}", MESSAGE_TIMEOUT_S)) is not None:
+    while (message := link.messages.wait(f"items/{number}")) is not None:
         items = [_item(fields) for fields in message]
         hidden = teacher.hidden_states(cut_batch(items, cut, parallel, teacher=True))
         torch.distributed.barrier()
         if parallel.rank == 0:
-            link.publish(f"ready/{number}", True)
-        if not link.await_value(f"want/{number}", MESSAGE_TIMEOUT_S):
+            link.messages.publish(f"ready/{number}", True)
+        if not link.messages.wait(f"want/{number}"):
             break  # the run stops before that batch
         ways = routes(items, items, teacher=own, student=student)
         exchange(hidden, ways, link, parallel.device, width=width, dtype=dtype)
         torch.distributed.barrier()
         if parallel.rank == 0:
             for key in ("items", "want"):
-                link.forget(f"{key}/{number}")
+                link.messages.forget(f"{key}/{number}")
             if number:  # all of the student's ranks have read it before they asked for this one
-                link.forget(f"ready/{number - 1}")
+                link.messages.forget(f"ready/{number - 1}")
         number += 1
-    link.publish(f"closed/{link.rank}", True)
+    link.messages.publish(f"closed/{link.rank}", True)
     logger.info("teacher: %d batches answered", number)
 
 

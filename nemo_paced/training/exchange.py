@@ -19,9 +19,7 @@ from typing import Any, TypeVar
 
 from nemo_paced.config import PacedConfig, ResponseSource
 from nemo_paced.errors import WeightsLost
-from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.parallel.link import MESSAGE_TIMEOUT_S
 from nemo_paced.teacher.remote import RemoteTeacher
 from nemo_paced.training import schedule, stop
 from nemo_paced.training.batches import Batch
@@ -129,7 +127,7 @@ class BatchExchange:
     def read_everywhere(self) -> None:
         """A collective has gone through: every rank has read what was given before it."""
         while self._published:
-            groups.forget(self._published.pop())
+            self.parallel.messages.forget(self._published.pop())
 
     def tell(self, key: str, work: Callable[[Driver], T]) -> T:
         """Rank 0's result, plain data, on every rank; the others do not wait in a collective.
@@ -158,8 +156,8 @@ class BatchExchange:
 
     def _await(self, key: str) -> Any:
         if stop.requested():
-            groups.publish(_STOP_WANTED, self.parallel.rank)
-        message = groups.await_value(self._numbered(key), MESSAGE_TIMEOUT_S)
+            self.parallel.messages.publish(_STOP_WANTED, self.parallel.rank)
+        message = self.parallel.messages.wait(self._numbered(key))
         if message == _STOP:
             raise stop.StopRequested
         if message == _LOST:
@@ -171,7 +169,8 @@ class BatchExchange:
         """On rank 0: what the others wait for, or all stop here."""
         try:
             with stop.interruptible():
-                if self.parallel.world_size > 1 and groups.are_published([_STOP_WANTED]):
+                others = self.parallel.world_size > 1
+                if others and self.parallel.messages.are_there([_STOP_WANTED]):
                     raise stop.StopRequested
                 return make()
         except stop.StopRequested:
@@ -184,7 +183,7 @@ class BatchExchange:
 
     def _publish(self, key: str, message: Any) -> None:
         if self.parallel.world_size > 1:
-            groups.publish(self._numbered(key), message)
+            self.parallel.messages.publish(self._numbered(key), message)
             self._published.append(self._numbered(key))
 
     def _numbered(self, key: str) -> str:

@@ -14,7 +14,6 @@ import torch
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import PacedError
-from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.student.step import StepResult
 from nemo_paced.training.batches import Batch
@@ -149,7 +148,7 @@ class Watch:
         self._passed += 1
         if self.parallel.world_size > 1:
             told = [self._passed, step, phase, socket.gethostname(), time.time()]
-            groups.publish(f"reached/{self.parallel.rank}", told)
+            self.parallel.messages.publish(f"reached/{self.parallel.rank}", told)
 
     def _look(self) -> None:
         warned = False
@@ -171,9 +170,9 @@ class Watch:
     def _described(self) -> str:
         """Ranks that are behind the others and have not moved for a while; empty: none."""
         ranks = range(self.parallel.world_size)
-        if not groups.are_published([f"reached/{rank}" for rank in ranks]):
+        if not self.parallel.messages.are_there([f"reached/{rank}" for rank in ranks]):
             return ""  # some are still loading
-        told = [groups.await_value(f"reached/{rank}", 1.0) for rank in ranks]
+        told = [self.parallel.messages.wait(f"reached/{rank}", 1.0) for rank in ranks]
         furthest = max(passed for passed, *_ in told)
         behind = [
             f"rank {rank} ({host}) is at step {step}, {phase}, since {time.time() - since:.0f} s"

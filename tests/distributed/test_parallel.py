@@ -14,11 +14,11 @@ def _alone_in_a_collective(rank, world_size):
     parallel = groups.initialize(model, accelerator="cpu", timeout_s=2)
     begin = time.monotonic()
     if rank == 1:
-        groups.await_value("done", 30)
+        parallel.messages.wait("done", 30)
         return 0.0
     with pytest.raises(RuntimeError):
         torch.distributed.all_reduce(torch.ones(1), group=parallel.tp_group)
-    groups.publish("done", True)
+    parallel.messages.publish("done", True)
     return time.monotonic() - begin
 
 
@@ -40,12 +40,12 @@ def test_the_cpu_can_be_chosen_where_there_is_a_gpu():
 
 
 def _tell(rank, world_size):
-    groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
+    messages = groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=60).messages
     if rank == 0:
-        groups.publish("news", {"ids": list(range(1000))})
-    value = groups.await_value("news", 30)
+        messages.publish("news", {"ids": list(range(1000))})
+    value = messages.wait("news", 30)
     with pytest.raises(torch.distributed.DistStoreError):
-        groups.await_value("no such news", 0.1)
+        messages.wait("no such news", 0.1)
     return value
 
 
