@@ -10,14 +10,15 @@ YAML files hold only differences: ``conf/default.yaml`` names the schema (the da
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.errors import ConfigError
@@ -36,6 +37,16 @@ OVERRIDES = (
     *("hydra/job_logging=none", "hydra/hydra_logging=none"),
 )
 NEMO_HYDRA = "1.1"  # the behaviour that hydra_runner, which names no version, gets
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a command; a mistake in them is a ConfigError, and ``--help`` is the cli's."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=command, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; see nemo-paced {self.prog} --help")
 
 
 def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> None:
@@ -102,6 +113,27 @@ def to_config(cfg: Any) -> PacedConfig:
         if isinstance(cause, ConfigError):
             raise cause from None
         raise ConfigError(_explain(str(error))) from error
+
+
+def recipe_arguments(
+    known: argparse.Namespace, run_dir: Path | None, *, without: Sequence[str] = ()
+) -> list[str]:
+    """The recipe that was asked for, else that of the run that a command looks at.
+
+    A model is asked with the prompts it was trained with; another template would measure that.
+
+    Args:
+        known: parsed ``--config-path``, ``--config-name`` and, where the command has it, ``--cfg``.
+        without: lists of the run's configuration that are emptied: the servers of then.
+    """
+    given: list[str] = []
+    for flag in ("config_path", "config_name", "cfg"):
+        if value := getattr(known, flag, None):
+            given += [f"--{flag.replace('_', '-')}", value]
+    if run_dir is None or known.config_name or known.config_path:
+        return given
+    own = ["--config-path", str(run_dir), "--config-name", "config"]
+    return [*given, *own, *(f"{key}=[]" for key in without)]
 
 
 def load_config(path: Path) -> PacedConfig:

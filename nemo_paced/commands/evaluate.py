@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemo_paced.compose import with_config
+from nemo_paced.compose import Parser, recipe_arguments, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import Prompts
@@ -28,6 +28,7 @@ from nemo_paced.evaluation.results import (
 from nemo_paced.evaluation.run import Job
 from nemo_paced.evaluation.tables import show
 from nemo_paced.records import Problem
+from nemo_paced.run.config_file import CONFIG_FILE, run_of
 from nemo_paced.run.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ Problems = dict[str, list[Problem]]
 
 def main(arguments: list[str]) -> None:
     """The command ``evaluate``."""
-    parser = argparse.ArgumentParser(prog="nemo-paced evaluate", allow_abbrev=False)
+    parser = Parser("evaluate")
     parser.add_argument("model", type=Path)
     parser.add_argument("--problems", action="append", default=[], metavar="[NAME=]FILE")
     parser.add_argument("--lm-eval", metavar="TASK,...")
@@ -54,8 +55,13 @@ def main(arguments: list[str]) -> None:
     if known.baseline is not None and not known.baseline.exists():
         raise ConfigError(f"{_no_model(known.baseline)}, or the results.json of an evaluation")
     problems = load_named(known.problems)  # a mistake here need not wait for the configuration
+    named = known.config_name or known.config_path
+    run_dir = None if named else run_of(known.model.absolute())
+    if run_dir is not None:
+        Console(stderr=True).print(f"configuration of the run: {run_dir / CONFIG_FILE}")
+    recipe = recipe_arguments(known, run_dir, without=["rollout.endpoints"])
     with_config(
-        [*_config_arguments(known), *_short_overrides(known), *overrides],
+        [*recipe, *_short_overrides(known), *overrides],
         lambda config: _evaluate(config, known, problems),
     )
 
@@ -114,24 +120,6 @@ def _short_overrides(arguments: argparse.Namespace) -> list[str]:
         given.append(f"{block}.include_path='{arguments.lm_eval_tasks.absolute()}'")
     if arguments.lm_eval_args:
         given += [f"{block}.{pair}" for pair in arguments.lm_eval_args.split(",")]
-    return given
-
-
-def _config_arguments(arguments: argparse.Namespace) -> list[str]:
-    """The recipe that was asked for, else that of the run which the model lies in.
-
-    A model is asked with the prompts it was trained with; another template would measure that.
-    """
-    given: list[str] = []
-    for flag in ("config_path", "config_name"):
-        if value := getattr(arguments, flag):
-            given += [f"--{flag.replace('_', '-')}", value]
-    model = arguments.model.absolute()
-    for folder in (model, *model.parents[:2]):  # RUN, RUN/hf or RUN/checkpoints/step_...
-        if not given and (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists():
-            Console(stderr=True).print(f"configuration of the run: {folder / 'config.yaml'}")
-            own = ["--config-path", str(folder), "--config-name", "config"]
-            return [*own, "rollout.endpoints=[]"]  # the servers of then
     return given
 
 

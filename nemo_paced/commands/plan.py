@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from nemo_paced.compose import with_config
-from nemo_paced.config import PacedConfig, RolloutPlacement
+from nemo_paced.compose import Parser, with_config
+from nemo_paced.config import PacedConfig, RolloutPlacement, TeacherPlacement
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing import report
@@ -23,24 +23,12 @@ from nemo_paced.sizing.search import (
     fewest_gpus,
     search,
 )
-from nemo_paced.sizing.shapes import (
-    Accelerator,
-    Placement,
-    Work,
-    student_layout,
-    teacher_plan,
-    work_of,
-)
+from nemo_paced.sizing.shapes import Accelerator, Work, student_layout, teacher_plan, work_of
 
 SHOWN = 5
 MAX_GPUS = 1024
 # of data.max_*: responses rarely reach their limit, prompts are a good deal shorter than theirs
 MEAN_SHARE = 0.5
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(f"plan: {message}; see nemo-paced plan --help")
 
 
 def main(arguments: list[str]) -> None:
@@ -80,8 +68,8 @@ def show(config: PacedConfig, options: argparse.Namespace, console: Console) -> 
         say(f"- {line}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="nemo-paced plan", add_help=False, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser("plan")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
     parser.add_argument("--nodes", type=int, default=0)
     parser.add_argument("--gpus-per-node", type=int, default=8)
@@ -135,9 +123,9 @@ def _asked(
 def _search(
     config: PacedConfig, options: argparse.Namespace, problem: Problem, work: Work
 ) -> list[Candidate]:
-    placements = [Placement.colocated, Placement.offloaded, Placement.separate]
+    placements = [TeacherPlacement.colocated, TeacherPlacement.offloaded, TeacherPlacement.separate]
     if not work.on_policy:  # signals of fresh samples cannot be known before
-        placements.append(Placement.cached)
+        placements.append(TeacherPlacement.cached)
     fp8, where = teacher_plan(config).fp8, tuple(placements)
     if options.nodes:
         return search(problem, work, gpus=problem.cluster.gpus, fp8=fp8, placements=where)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
+from nemo_paced.compose import Parser
 from nemo_paced.errors import ConfigError
 from nemo_paced.report.comparison import compare_runs
 from nemo_paced.report.run_page import write_report
@@ -14,7 +14,7 @@ from nemo_paced.report.run_page import write_report
 
 def main(arguments: list[str]) -> None:
     """The command ``report``."""
-    parser = argparse.ArgumentParser(prog="nemo-paced report", allow_abbrev=False)
+    parser = Parser("report")
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--compare", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--out", type=Path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-from nemo_paced.compose import run_directory, with_config
+from nemo_paced.compose import Parser, run_directory, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.rollout.sampler import make_replicas
@@ -26,7 +25,7 @@ WATCH_S = 1.0
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="nemo-paced rollout-server", allow_abbrev=False)
+    parser = Parser("rollout-server")
     parser.add_argument("--model", choices=("student", "teacher"), default="student")
     known, rest = parser.parse_known_args(arguments)
     with_config(rest, lambda config: serve(config, known.model))

@@ -10,16 +10,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nemo_paced.compose import run_directory, with_config
+from nemo_paced.compose import Parser, recipe_arguments, run_directory, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.logs import launcher_rank
-from nemo_paced.run.config_file import save_config
+from nemo_paced.run.config_file import run_of, save_config
 
 
 def main(arguments: list[str]) -> None:
     """The command ``snr``."""
-    parser = argparse.ArgumentParser(prog="nemo-paced snr", allow_abbrev=False)
+    parser = Parser("snr")
     parser.add_argument("--step", type=int)
     parser.add_argument("--pass-rates", type=Path)
     parser.add_argument("--out", type=Path)
@@ -38,31 +38,11 @@ def main(arguments: list[str]) -> None:
     overrides = [a for a in rest if Path(a) not in models]
     if known.pass_rates is not None:
         overrides.append(f"snr.pass_rates={known.pass_rates}")
-    run_dir = None if model is None else _run_of(model)
+    run_dir = None if model is None else run_of(model)
     # a run may be older than a key of this block: ++ sets it either way, and the schema checks it
     overrides = [f"++{a}" if a.startswith("snr.") else a for a in overrides]
-    given = _config_arguments(known, run_dir)
+    given = recipe_arguments(known, run_dir, without=("rollout.endpoints", "references.endpoints"))
     with_config([*given, *overrides], lambda config: _snr(config, known, model, run_dir))
-
-
-def _run_of(model: Path) -> Path | None:
-    """The run that a model lies in: RUN, RUN/hf or RUN/checkpoints/step_..."""
-    for folder in (model, *model.parents[:2]):
-        if (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists():
-            return folder
-    return None
-
-
-def _config_arguments(known: argparse.Namespace, run_dir: Path | None) -> list[str]:
-    """The recipe that was asked for, else the run's own, without its servers."""
-    given: list[str] = []
-    for flag in ("config_path", "config_name", "cfg"):
-        if value := getattr(known, flag):
-            given += [f"--{flag.replace('_', '-')}", value]
-    if run_dir is None or known.config_name:
-        return given
-    own = ["--config-path", str(run_dir), "--config-name", "config"]
-    return [*given, *own, "rollout.endpoints=[]", "references.endpoints=[]"]
 
 
 def _snr(

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nemo_paced.compose import with_config
+from nemo_paced.compose import Parser, with_config
 from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.report import weight_errors
@@ -57,14 +57,9 @@ def measured_laws(path: Path) -> MeasuredLaws:
     return MeasuredLaws(snr, signal)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(f"{self.prog}: {message}; see nemo-paced {self.prog} --help")
-
-
 def weights(arguments: list[str]) -> None:
     """Print what a table of pass rates says of exponents, prior and weights."""
-    parser = _Parser(prog="weights", add_help=False, allow_abbrev=False)
+    parser = Parser("weights")
     parser.add_argument("--pass-rates", type=Path, required=True)
     parser.add_argument("--snr", type=Path)
     options, rest = parser.parse_known_args(arguments)
@@ -112,7 +107,7 @@ def show(
 
 def simulate_pass_rates(arguments: list[str]) -> None:
     """Print RMS errors of weights against rollouts for each distribution of pass rates."""
-    parser = _Parser(prog="pass-rates", add_help=False, allow_abbrev=False)
+    parser = Parser("pass-rates")
     parser.add_argument("--pass-rates", type=Path)
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=10)

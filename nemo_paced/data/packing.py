@@ -46,6 +46,12 @@ class TrainItem:
     token_weight: float
     server_logprobs: tuple[float, ...] = ()
 
+    @staticmethod
+    def from_plain(fields: dict[str, Any]) -> TrainItem:
+        """The item whose ``asdict`` went through JSON, which has lists for tuples."""
+        names = ("student_prompt_ids", "teacher_prompt_ids", "response_ids", "server_logprobs")
+        return TrainItem(**{**fields, **{name: tuple(fields[name]) for name in names}})
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:

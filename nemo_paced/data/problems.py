@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.grading.answers import last_boxed
 from nemo_paced.records import Problem
 
 # What DAPO-Math-17k wraps around each statement; our own template says the same.
@@ -21,7 +22,6 @@ _COLUMNS = {
     "solution": ("solution", "Solution"),
     "group": ("group", "subject"),
 }
-_BOXED = "\\boxed{"
 _DAPO_FIRST_LINE = "Solve the following math problem step by step."
 
 
@@ -101,7 +101,8 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
     if "prompt" in row and "reward_model" in row:
         row = _from_dapo(row, where)
     found = {name: _first(row, columns) for name, columns in _COLUMNS.items()}
-    found["answer"] = found["answer"] or _last_boxed(found["solution"])
+    if not found["answer"] and (boxed := last_boxed(found["solution"])) is not None:
+        found["answer"] = boxed[0]
     for name in ("id", "problem", "answer"):
         if not found[name].strip():
             known = _COLUMNS[name][1:]
@@ -120,17 +121,6 @@ def _first(row: dict[str, Any], columns: Sequence[str]) -> str:
 
 def _is_are(names: Sequence[str]) -> str:
     return f"{' and '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'}"
-
-
-def _last_boxed(solution: str) -> str:
-    r"""What the last ``\boxed{...}`` holds, braces in it matched; empty without a whole one."""
-    _, boxed, rest = solution.rpartition(_BOXED)
-    depth = 1 if boxed else 0
-    for index, character in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if boxed and depth == 0:
-            return rest[:index]
-    return ""
 
 
 def _from_dapo(row: dict[str, Any], where: str) -> dict[str, Any]:

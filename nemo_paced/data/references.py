@@ -7,7 +7,6 @@ reference says ``"dropped": true``; one that is merely missing is a mistake.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from nemo_paced.config import ReferencesConfig, WrongReferences
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
+from nemo_paced.files import write_whole
 from nemo_paced.records import Problem, Response, Rollout
 
 
@@ -49,9 +49,7 @@ class Reference:
 
 def write_references(path: Path, references: Sequence[Reference]) -> None:
     """In place of an earlier file only when whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r.to_row()) + "\n" for r in references))
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(r.to_row()) + "\n" for r in references))
 
 
 def read_references(

@@ -27,12 +27,12 @@ alone.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.files import write_json
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.hf.directory import model_fingerprint
 from nemo_paced.run.environment import installed_versions
@@ -88,10 +88,7 @@ class ResultsFile:
             },
             "versions": self.versions,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, content)
 
     @staticmethod
     def read(path: Path) -> ResultsFile:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,12 +15,15 @@ from nemo_paced.data.prompts import Prompts
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import Suite, run_suite
 from nemo_paced.evaluation.results import IN_WORDS
+from nemo_paced.files import digest
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem
 from nemo_paced.rollout.sampler import Sampler, served_dtype
 from nemo_paced.training import prepare
 
 logger = logging.getLogger(__name__)
+
+DIGITS = 12  # of a digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Job:
             name: [suite.questions, suite.metrics, suite.contents]
             for name, suite in self.tasks.items()
         }
-        return {name: _digest(content) for name, content in (sampled | chosen).items()}
+        return {name: digest([content], DIGITS) for name, content in (sampled | chosen).items()}
 
     def ask(
         self, hf_dir: Path, work_dir: Path, *, label: str, bar: Progress
@@ -111,7 +112,8 @@ class Job:
         asked = [(p.id, p.answer, prompts.student(p)) for p in self.problems[suite]]
         settings = {k: v for k, v in self.settings.items() if k not in (*IN_WORDS, "lm_eval")}
         grading = to_dict(self.config.grading)
-        return f"evaluation {suite} {_digest(settings, grading, prompts.stop_token_ids, asked)}"
+        content = [settings, grading, prompts.stop_token_ids, asked]
+        return f"evaluation {suite} {digest(content, DIGITS)}"
 
     def _ask_lm_eval(
         self, sampler: Sampler, work_dir: Path, label: str, bar: Progress
@@ -131,7 +133,7 @@ class Job:
             chat=settings.apply_chat_template,
         )
         # lm-eval itself keys answers by prompt alone
-        asked = _digest(self.settings["dtype"], self.limits.lm_eval)
+        asked = digest([self.settings["dtype"], self.limits.lm_eval], DIGITS)
         cache = work_dir / f"lm_eval_{asked}.db"
         bar.stop()  # lm-eval draws its own
         found = {}
@@ -177,7 +179,3 @@ def sampling_settings(config: PacedConfig, max_tokens: int | None = None) -> dic
         "verifier": config.grading.verifier,
         "seed": config.model.seed,
     }
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

@@ -57,7 +57,7 @@ _UNICODE = {
 def extract_answer(text: str) -> str | None:
     """The final answer: the last ``\\boxed{}`` or ``Answer:`` line, whichever stands later; without
     either the last number; ``None`` where there is none."""
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     lines = list(_ANSWER_LINE.finditer(text))
     line = lines[-1] if lines else None
     if boxed is not None and (line is None or boxed[1] >= line.start()):
@@ -70,7 +70,7 @@ def extract_answer(text: str) -> str | None:
 
 def extract_choice(text: str) -> str | None:
     """The last option A to J: of the final answer if one is marked, of the text otherwise."""
-    boxed, lines = _last_boxed(text), _ANSWER_LINE.findall(text)
+    boxed, lines = last_boxed(text), _ANSWER_LINE.findall(text)
     if boxed is not None or lines:
         final = _clean(extract_answer(text) or "")
         found = re.fullmatch(r"\(?([A-Ja-j])\)?\.?", final)
@@ -136,7 +136,7 @@ def symbolically_equal(extracted: str, answer: str) -> bool:
     )
 
 
-def _last_boxed(text: str) -> tuple[str, int] | None:
+def last_boxed(text: str) -> tuple[str, int] | None:
     """Content of the last closed ``\\boxed`` and the offset of its end."""
     for start in reversed(list(_BOXED.finditer(text))):
         begin = start.end()
@@ -158,7 +158,7 @@ def _clean(answer: str) -> str:
     answer = unicodedata.normalize("NFKC", answer).strip().strip("*`").strip()
     answer = re.sub(r"^\\[(\[]|\\[)\]]\.?$", "", answer)
     answer = re.sub(r"(?<!\\)\$", "", answer).strip().rstrip(".").strip()
-    if (boxed := _last_boxed(answer)) is not None:
+    if (boxed := last_boxed(answer)) is not None:
         answer = boxed[0]
     answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", answer)
     answer = re.sub(r"(?i)^\s*answer\s*:\s*", "", answer)

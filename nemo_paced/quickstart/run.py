@@ -6,7 +6,6 @@ by all arms, so that they differ only in what they are compared on.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemo_paced.compose import with_config
+from nemo_paced.compose import Parser, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import PacedError
@@ -48,7 +47,7 @@ console = Console(stderr=True)
 
 def main(arguments: list[str]) -> None:
     """The command ``quickstart``."""
-    parser = argparse.ArgumentParser(prog="nemo-paced quickstart", allow_abbrev=False)
+    parser = Parser("quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--arms", default=",".join(ARMS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from nemo_paced.files import write_whole
 from nemo_paced.report.sections.section import Section
 
 
@@ -32,9 +32,7 @@ def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part
     )
     environment.filters["breakable"] = _breakable
     text = environment.get_template("report.html.j2").render(title=title, lead=lead, parts=parts)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_whole(path, text)
     return path
 
 

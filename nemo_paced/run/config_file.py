@@ -9,6 +9,15 @@ from omegaconf import OmegaConf
 from nemo_paced.config import PacedConfig, to_dict
 
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+
+
+def run_of(model: Path) -> Path | None:
+    """The run directory that a model lies in, if any: RUN, RUN/hf or RUN/checkpoints/step_..."""
+    for folder in (model, *model.parents[:2]):
+        if (folder / CONFIG_FILE).exists() and (folder / METRICS_FILE).exists():
+            return folder
+    return None
 
 
 def save_config(config: PacedConfig, run_dir: Path) -> Path:

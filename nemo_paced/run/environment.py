@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.files import write_json
 
 if TYPE_CHECKING:
     from nemo_paced.parallel.groups import Parallel  # Megatron: not for those who read the file
@@ -110,11 +111,7 @@ def read_starts(run_dir: Path) -> list[Start]:
 
 
 def _write(run_dir: Path, starts: Sequence[Start]) -> None:
-    path = run_dir / ENVIRONMENT_FILE
-    temporary = path.with_suffix(".tmp")
-    content = {"starts": [asdict(start) for start in starts]}
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(run_dir / ENVIRONMENT_FILE, {"starts": [asdict(start) for start in starts]})
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

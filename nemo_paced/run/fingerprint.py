@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 
 from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.errors import CheckpointError
+from nemo_paced.files import digest
 from nemo_paced.records import Problem
 
 DATA_FILE = "data_fingerprint.json"
@@ -99,7 +99,7 @@ def check_data(run_dir: Path, problems: Sequence[Problem]) -> None:
         CheckpointError: counts the differences and names the first problems of each kind.
     """
     path = run_dir / DATA_FILE
-    now = {problem.id: _digest(problem) for problem in problems}
+    now = {problem.id: digest(asdict(problem)) for problem in problems}
     if not path.exists():
         path.write_text(json.dumps(now) + "\n")
         return
@@ -117,10 +117,6 @@ def check_data(run_dir: Path, problems: Sequence[Problem]) -> None:
         f"{'; '.join(told) or 'the same problems in another order'}. Give it the same file, or "
         "choose another exp_manager.name for a new run"
     )
-
-
-def _digest(problem: Problem) -> str:
-    return hashlib.sha256(json.dumps(asdict(problem)).encode()).hexdigest()[:16]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from pathlib import Path
 from typing import Any
+
+from nemo_paced.files import without_nan, write_whole
 
 
 class MetricsFile:
@@ -16,14 +16,12 @@ class MetricsFile:
         self.path = path
         if path.exists():
             kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < next_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            write_whole(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; NaN becomes null, as JSON has none."""
-        self._file.write(json.dumps({key: _plain(value) for key, value in values.items()}) + "\n")
+        self._file.write(json.dumps(without_nan(values)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -33,9 +31,3 @@ class MetricsFile:
 def _complete_lines(path: Path) -> list[str]:
     """Lines that end in a newline: a killed run may leave half of one."""
     return [line[:-1] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from nemo_paced.config import Recompute
+from nemo_paced.config import Recompute, TeacherPlacement
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing.hardware import Assumptions, Cluster
 from nemo_paced.sizing.memory import teacher_weights
 from nemo_paced.sizing.parameters import active_parameters, model_parameters, stage_parameters
-from nemo_paced.sizing.shapes import Layout, Placement, TeacherPlan, Work, padded_vocab
+from nemo_paced.sizing.shapes import Layout, TeacherPlan, Work, padded_vocab
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def step_flops(
     core = tokens * 2 * student.q_width * sequence * student.num_layers
     again = {Recompute.none: 0.0, Recompute.selective: core, Recompute.full: forward}
     teacher_sequence = work.attended(plan.layout, teacher=True)
-    runs = plan.placement is not Placement.cached
+    runs = plan.placement is not TeacherPlacement.cached
     responses = work.global_batch_size * work.mean_response
     # logits of both models, two gradients
     heads = 3 * student.hidden_size + (0 if work.top_k else teacher.hidden_size)
@@ -201,7 +201,7 @@ def _communication(
     again = 1.5 if layout.recompute is Recompute.full else 1.0
     # two all-reduces (or their halves) a layer forward, two backward
     tensor = 4 * again * _all_reduces(student, layout, work, teacher=False)
-    if plan.placement is not Placement.cached:
+    if plan.placement is not TeacherPlacement.cached:
         tensor += 2 * _all_reduces(teacher, plan.layout, work, teacher=True)
     # keys and values go round, and their gradients come back
     tokens = work.share(layout) * work.attended(layout) / layout.context
@@ -244,6 +244,6 @@ def _memory_seconds(
     # gradient, master weight and two moments are read, the last three and the weight written
     update = own * (16 + 12 + work.precision_bytes) / cluster.gpu.hbm
     fetched = 0.0
-    if plan.placement is Placement.offloaded:
+    if plan.placement is TeacherPlacement.offloaded:
         fetched = teacher_weights(teacher, plan, work, rows) / cluster.gpu.pcie
     return (update + fetched) / assume.bandwidth

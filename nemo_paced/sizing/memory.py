@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from nemo_paced.config import Recompute
+from nemo_paced.config import Recompute, TeacherPlacement
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing import activations
 from nemo_paced.sizing.parameters import Parameters, stage_parameters
-from nemo_paced.sizing.shapes import Accelerator, Layout, Placement, TeacherPlan, Work, padded_vocab
+from nemo_paced.sizing.shapes import Accelerator, Layout, TeacherPlan, Work, padded_vocab
 
 # logits of a chunk of the loss, elements: losses/linear_divergence.py
 CHUNK_ELEMENTS = {Accelerator.gpu: 2**27, Accelerator.cpu: 2**25}
@@ -85,11 +85,11 @@ def stage_memory(
     rows = padded_vocab(student, teacher, work, layout.tensor)
     own = stage_parameters(student, layout, stage, rows)
     is_last = stage == layout.pipeline - 1
-    resident = plan.placement is Placement.colocated
+    resident = plan.placement is TeacherPlacement.colocated
     same_stages = plan.layout.pipeline == layout.pipeline
     teacher_bytes = teacher_weights(teacher, plan, work, rows, stage if same_stages else None)
     # offloaded for each of its phases, cached while the cache is filled
-    comes = plan.placement in (Placement.offloaded, Placement.cached)
+    comes = plan.placement in (TeacherPlacement.offloaded, TeacherPlacement.cached)
     teacher_work = 0.0
     if resident or comes:
         teacher_work = teacher_forward(teacher, plan.layout, work) + comes * teacher_bytes

@@ -7,12 +7,12 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from nemo_paced.config import Recompute
+from nemo_paced.config import Recompute, TeacherPlacement
 from nemo_paced.sizing.flops import kv_cache_tokens, rollout_seconds, step_flops
 from nemo_paced.sizing.hardware import GIB
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.sizing.search import Candidate, Problem, lacking_gpus
-from nemo_paced.sizing.shapes import Layout, Placement, Work
+from nemo_paced.sizing.shapes import Layout, Work
 
 _PARTS = {
     "weights": "student weights",
@@ -145,7 +145,7 @@ def candidates_table(candidates: Sequence[Candidate]) -> Table:
 def overrides(candidate: Candidate, gpus_per_node: int) -> list[str]:
     """The settings of a layout, as they are typed."""
     layout, teacher = candidate.layout, candidate.teacher
-    separate = teacher.layout.world_size if teacher.placement is Placement.separate else 0
+    separate = teacher.layout.world_size if teacher.placement is TeacherPlacement.separate else 0
     ranks = layout.world_size + separate
     per_node = max(n for n in range(1, gpus_per_node + 1) if ranks % n == 0)
     settings: dict[str, object] = {
@@ -202,7 +202,7 @@ def describe_layout(layout: Layout) -> str:
 
 def describe_teacher(candidate: Candidate) -> str:
     plan = candidate.teacher
-    if plan.placement is Placement.cached:
+    if plan.placement is TeacherPlacement.cached:
         return plan.placement.value
     size = f"TP{plan.layout.tensor} PP{plan.layout.pipeline}"
     return f"{plan.placement.value} {size}{' fp8' if plan.fp8 else ''}"

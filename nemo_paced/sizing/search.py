@@ -11,12 +11,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nemo_paced.config import Recompute
+from nemo_paced.config import Recompute, TeacherPlacement
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.sizing.flops import Server, StepTime, step_time
 from nemo_paced.sizing.hardware import Assumptions, Cluster
 from nemo_paced.sizing.memory import Memory, stages_memory
-from nemo_paced.sizing.shapes import Layout, Placement, TeacherPlan, Work
+from nemo_paced.sizing.shapes import Layout, TeacherPlan, Work
 
 POWERS = (1, 2, 4, 8, 16, 32)
 
@@ -58,7 +58,11 @@ class Candidate:
 
     @property
     def gpus(self) -> int:
-        own = self.teacher.layout.world_size if self.teacher.placement is Placement.separate else 0
+        own = (
+            self.teacher.layout.world_size
+            if self.teacher.placement is TeacherPlacement.separate
+            else 0
+        )
         return self.layout.world_size + own
 
     @property
@@ -74,7 +78,7 @@ def evaluate(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work)
         memory.peak + (server.memory if server and stage < server.stages(layout) else 0.0)
         for stage, memory in enumerate(stages)
     )
-    if teacher.placement is Placement.separate:  # on the GPUs behind the student's
+    if teacher.placement is TeacherPlacement.separate:  # on the GPUs behind the student's
         beside = server.memory if server and server.gpus > layout.world_size else 0.0
         needed = max(needed, _separate_teacher(problem, layout, teacher, work) + beside)
     time = step_time(
@@ -100,7 +104,7 @@ def lacking_gpus(candidate: Candidate, problem: Problem) -> int:
 
 
 def search(
-    problem: Problem, work: Work, *, gpus: int, fp8: bool, placements: tuple[Placement, ...]
+    problem: Problem, work: Work, *, gpus: int, fp8: bool, placements: tuple[TeacherPlacement, ...]
 ) -> list[Candidate]:
     """Every layout of ``gpus`` GPUs that fits, cheapest first."""
     found = [
@@ -113,7 +117,7 @@ def search(
 
 
 def fewest_gpus(
-    problem: Problem, work: Work, *, limit: int, fp8: bool, placements: tuple[Placement, ...]
+    problem: Problem, work: Work, *, limit: int, fp8: bool, placements: tuple[TeacherPlacement, ...]
 ) -> list[Candidate]:
     """The fitting layouts of the smallest number of GPUs (a power of two) that has one."""
     for gpus in itertools.takewhile(lambda n: n <= limit, (2**k for k in range(20))):
@@ -138,7 +142,7 @@ def _cost(candidate: Candidate) -> tuple[float, ...]:
     return (
         round(candidate.time.total, 3),
         layout.tensor * layout.pipeline * layout.context,
-        list(Placement).index(candidate.teacher.placement),
+        list(TeacherPlacement).index(candidate.teacher.placement),
         list(Recompute).index(layout.recompute),
         candidate.needed,
     )
@@ -152,10 +156,10 @@ def _micro_batches(work: Work) -> Iterator[Work]:
 
 
 def _layouts(
-    problem: Problem, gpus: int, *, fp8: bool, placements: tuple[Placement, ...]
+    problem: Problem, gpus: int, *, fp8: bool, placements: tuple[TeacherPlacement, ...]
 ) -> Iterator[tuple[Layout, TeacherPlan]]:
     for placement in placements:
-        if placement is Placement.separate:
+        if placement is TeacherPlacement.separate:
             splits = [(gpus - own, own) for own in POWERS if own < gpus]
         else:
             splits = [(gpus, gpus)]
@@ -204,6 +208,6 @@ def divides(shape: Architecture, tensor: int, pipeline: int) -> bool:
 
 def _separate_teacher(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work) -> float:
     """Of a GPU that holds the teacher alone."""
-    alone = replace(teacher, placement=Placement.colocated)
+    alone = replace(teacher, placement=TeacherPlacement.colocated)
     memory = stages_memory(problem.student, problem.teacher, layout, alone, work)[0]
     return problem.assume.reserve + memory.teacher + memory.teacher_work

@@ -9,17 +9,14 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from nemo_paced.config import ModelConfig, PacedConfig, Recompute, ResponseSource
+from nemo_paced.config import (
+    ModelConfig,
+    PacedConfig,
+    Recompute,
+    ResponseSource,
+    TeacherPlacement,
+)
 from nemo_paced.hf.architectures import Architecture
-
-
-class Placement(Enum):
-    """``teacher.placement``, and ``separate``: on GPUs of its own."""
-
-    colocated = "colocated"
-    offloaded = "offloaded"
-    cached = "cached"
-    separate = "separate"
 
 
 class Accelerator(Enum):
@@ -70,7 +67,7 @@ class TeacherPlan:
     """Attributes: fp8, the linear layers' weights are held in 8 bits."""
 
     layout: Layout
-    placement: Placement = Placement.colocated
+    placement: TeacherPlacement = TeacherPlacement.colocated
     fp8: bool = False
 
 
@@ -157,9 +154,7 @@ def student_layout(config: PacedConfig) -> Layout:
 def teacher_plan(config: PacedConfig) -> TeacherPlan:
     """As the configuration asks for it."""
     layout = _layout(config.teacher_model, config.teacher_ranks)
-    return TeacherPlan(
-        layout, Placement(config.teacher.placement.value), config.teacher.fp8.enabled
-    )
+    return TeacherPlan(layout, config.teacher.placement, config.teacher.fp8.enabled)
 
 
 def _layout(model: ModelConfig, world_size: int) -> Layout:

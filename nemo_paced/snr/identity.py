@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from nemo_paced.config import PacedConfig, ResponseSource, to_dict
 from nemo_paced.data.prompts import Prompts
+from nemo_paced.files import digest
 from nemo_paced.records import PassRate, Problem
 from nemo_paced.rollout.sampler import served_dtype
 from nemo_paced.rollout.sampling import SamplingSettings
@@ -50,9 +49,9 @@ def measurement_identity(
         "references": to_dict(config.references),
         "sampling": _sampling(config) if sampled else None,
         "max_response_length": config.data.max_response_length,
-        "problems": _digest([asdict(problem) for problem in problems]),
-        "prompts": _digest([prompts.stop_token_ids, asked]),
-        "pass_rates": _digest(counts),
+        "problems": digest([asdict(problem) for problem in problems]),
+        "prompts": digest([prompts.stop_token_ids, asked]),
+        "pass_rates": digest(counts),
         "precision": config.trainer.compute_precision.value,
     }
 
@@ -63,7 +62,7 @@ def rollout_purpose(
     """Names what the samples depend on: a store that was filled by another model or with other
     settings or prompts holds none of them. (Grading is not part of it: nothing asks for it.)"""
     asked = [(p.id, prompts.student(p)) for p in problems]
-    return f"snr {_digest([_named(model), _sampling(config), prompts.stop_token_ids, asked])}"
+    return f"snr {digest([_named(model), _sampling(config), prompts.stop_token_ids, asked])}"
 
 
 def sampling_settings(config: PacedConfig) -> SamplingSettings:
@@ -84,7 +83,3 @@ def _sampling(config: PacedConfig) -> dict[str, Any]:
 def _named(model: Path) -> str:
     """A checkpoint's path is enough: what a step has written does not change."""
     return model_identity(model) if is_hf(model) else str(model)
-
-
-def _digest(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.files import write_json
 from nemo_paced.snr.estimates import BlockSums
 
 FOLDER = "snr"  # of a run directory
@@ -71,10 +71,7 @@ class SnrRecord:
         tree = {name: getattr(self, name) for name in names}
         tree["bins"] = [_bin_tree(one) for one in self.bins]
         tree["estimates"] = estimates
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(_finite(tree), indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, tree)
 
     @staticmethod
     def read(path: Path) -> SnrRecord:
@@ -105,12 +102,3 @@ def _bin_of(tree: dict[str, Any]) -> BinRecord:
     if tree["sums"] is not None:
         tree["sums"] = BlockSums(**{k: np.array(v, dtype=float) for k, v in tree["sums"].items()})
     return BinRecord(**tree)
-
-
-def _finite(tree: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from nemo_paced.data.packing import TrainItem
+from nemo_paced.files import write_whole
 from nemo_paced.losses.topk import TopKTeacher
 from nemo_paced.teacher.signal import ResponseSignal
 
@@ -91,14 +91,10 @@ class SignalCache:
         }
         content = safetensors.torch.save(tensors)
         path = self._path(item)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(hashlib.sha256(content).digest() + content)
-            os.replace(temporary, path)
+            write_whole(path, hashlib.sha256(content).digest() + content)
         except OSError as error:
             logger.warning("teacher cache: %s was not written: %s", path, error)
-            temporary.unlink(missing_ok=True)
 
     def _path(self, item: TrainItem) -> Path:
         key = json.dumps(

@@ -13,7 +13,6 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -96,7 +95,7 @@ def serve(
     own = parallel.grid.beginning_at(link.students)
     number = 0
     while (message := link.messages.wait(f"items/{number}")) is not None:
-        items = [_item(fields) for fields in message]
+        items = [TrainItem.from_plain(fields) for fields in message]
         hidden = teacher.hidden_states(cut_batch(items, cut, parallel, teacher=True))
         torch.distributed.barrier()
         if parallel.rank == 0:
@@ -114,8 +113,3 @@ def serve(
         number += 1
     link.messages.publish(f"closed/{link.rank}", True)
     logger.info("teacher: %d batches answered", number)
-
-
-def _item(fields: dict[str, Any]) -> TrainItem:
-    names = ("student_prompt_ids", "teacher_prompt_ids", "response_ids", "server_logprobs")
-    return TrainItem(**{**fields, **{name: tuple(fields[name]) for name in names}})

@@ -30,7 +30,8 @@ class Batch:
 
     @staticmethod
     def from_message(message: dict[str, Any]) -> Batch:
-        return Batch([_item(fields) for fields in message["items"]], message["metrics"])
+        items = [TrainItem.from_plain(fields) for fields in message["items"]]
+        return Batch(items, message["metrics"])
 
 
 def build_items(
@@ -77,8 +78,3 @@ def build_items(
             )
         )
     return items
-
-
-def _item(fields: dict[str, Any]) -> TrainItem:
-    names = ("student_prompt_ids", "teacher_prompt_ids", "response_ids", "server_logprobs")
-    return TrainItem(**{**fields, **{name: tuple(fields[name]) for name in names}})

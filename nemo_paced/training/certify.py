@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from nemo_paced.data.packing import MicroBatch, TrainItem, cut_batch
 from nemo_paced.losses.kinds import Divergence
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.parallel.pipeline import call_model, run_schedule
+from nemo_paced.run.environment import installed_versions
 from nemo_paced.student.step import Step
 from nemo_paced.teacher.cache import model_identity
 from nemo_paced.teacher.fp8.certificate import Certificate
@@ -87,7 +87,7 @@ def certify(
         identity=_identity(models.config, models.parallel),
         backend=fp8.backend.value,
         recipe=fp8.recipe.value,
-        versions=_versions(),
+        versions=installed_versions(_LIBRARIES),
         responses=responses.value,
         problems=len({item.problem_id for item in items}),
         divergence=divergence.kind.value,
@@ -208,13 +208,3 @@ def _identity(config: PacedConfig, parallel: Parallel) -> dict[str, Any]:
         "temperature": config.loss.temperature,
         "device": torch.cuda.get_device_name(parallel.device) if on_gpu else "cpu",
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -9,13 +9,13 @@ settled; the posterior weight does not mind how sampling was stopped.)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from nemo_paced.config import Estimator, WeightsConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.files import replacing
 from nemo_paced.records import PassRate, Problem, Rollout
 from nemo_paced.weights.schemes import problem_weights
 from nemo_paced.weights.summary import drift_metrics
@@ -117,9 +117,8 @@ class PassRateTable:
         frame = pandas.DataFrame(
             {name: [getattr(row, name) for row in self.rows] for name in COLUMNS}
         )
-        temporary = path.with_name(f".{path.name}.tmp")
-        frame.to_parquet(temporary, index=False)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            frame.to_parquet(temporary, index=False)
 
     @staticmethod
     def read(path: Path, problems: Sequence[Problem] | None = None) -> PassRateTable:

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "nemo_paced"
 # lowest first; what stands on one line may not import its neighbours
 LAYERS = (
-    {"losses", "records", "errors", "logs"},
+    {"losses", "records", "errors", "logs", "files"},
     {"settings"},
     {"config"},
     {"parallel", "compose"},
@@ -25,9 +25,9 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # every other line may import these neighbours
-SHARED = {"errors", "records", "logs"}
+SHARED = {"errors", "records", "logs", "files"}
 # what may be taken into somebody else's trainer by itself
-STANDS_ALONE = {"losses": {"errors"}, "weights": {"errors", "config", "records"}}
+STANDS_ALONE = {"losses": {"errors"}, "weights": {"errors", "config", "records", "files"}}
 WIDEST = 12
 
 

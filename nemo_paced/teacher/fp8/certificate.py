@@ -7,12 +7,12 @@ A file of the run directory, written before the first step (``training/certify.p
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nemo_paced.errors import ConfigError, PacedError
+from nemo_paced.files import write_json
 
 CERTIFICATE_FILE = "fp8_certificate.json"
 
@@ -73,10 +73,7 @@ class Certificate:
 
     def write(self, run_dir: Path) -> None:
         """Whole or not at all."""
-        path = run_dir / CERTIFICATE_FILE
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(temporary, path)
+        write_json(run_dir / CERTIFICATE_FILE, asdict(self))
 
     def require(self, max_kl: float) -> None:
         """Stop a run whose teacher FP8 moves too far.

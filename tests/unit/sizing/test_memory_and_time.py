@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_paced.config import Recompute
+from nemo_paced.config import Recompute, TeacherPlacement
 from nemo_paced.sizing import activations
 from nemo_paced.sizing.flops import (
     Server,
@@ -19,7 +19,7 @@ from nemo_paced.sizing.hardware import GIB, GPUS, Assumptions, Cluster
 from nemo_paced.sizing.memory import stage_memory, stages_memory
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.sizing.search import Problem, cuts, evaluate, fewest_gpus, search
-from nemo_paced.sizing.shapes import Accelerator, Layout, Placement, TeacherPlan, Work
+from nemo_paced.sizing.shapes import Accelerator, Layout, TeacherPlan, Work
 from tests.unit.sizing.shapes import LLAMA3_8B, QWEN3_1_7B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 
 WORK = Work(
@@ -36,7 +36,7 @@ H100 = Cluster(GPUS["h100"], 1)
 SERVER = Server(1, 0.3 * 80 * GIB, 128)
 
 
-def memory(layout=None, placement=Placement.colocated, work=WORK, stage=0, **teacher):
+def memory(layout=None, placement=TeacherPlacement.colocated, work=WORK, stage=0, **teacher):
     layout = layout or Layout()
     plan = TeacherPlan(Layout(**teacher), placement)
     return stage_memory(QWEN3_1_7B, QWEN3_8B, layout, plan, work, stage)
@@ -119,7 +119,7 @@ def test_context_parallelism_divides_activations_and_signal():
 
 
 def test_where_the_teacher_is_decides_which_phase_holds_it():
-    colocated, offloaded, cached = (memory(placement=p) for p in list(Placement)[:3])
+    colocated, offloaded, cached = (memory(placement=p) for p in list(TeacherPlacement)[:3])
     assert colocated.teacher > 0 == offloaded.teacher == cached.teacher
     assert offloaded.teacher_phase == colocated.teacher_phase
     assert offloaded.student_phase == colocated.student_phase - colocated.teacher
@@ -221,7 +221,7 @@ def test_servers_lie_on_the_first_gpus_whatever_stage_is_there(layout, servers, 
 
 def test_the_fullest_gpu_counts_the_servers_of_its_stage():
     layout = Layout(pipeline=4, recompute=Recompute.full)
-    plan = TeacherPlan(layout, Placement.colocated)
+    plan = TeacherPlan(layout, TeacherPlacement.colocated)
 
     def needed(server):
         return evaluate(replace(problem(), server=server), layout, plan, WORK)
@@ -238,7 +238,7 @@ def test_the_fullest_gpu_counts_the_servers_of_its_stage():
 
 
 def test_a_separate_teachers_gpu_counts_the_server_on_it():
-    plan = TeacherPlan(Layout(), Placement.separate)
+    plan = TeacherPlan(Layout(), TeacherPlacement.separate)
     work = replace(WORK, response=64, prompt=64)  # the teacher's GPU is the fullest
     one, two = (
         evaluate(
@@ -280,7 +280,7 @@ def problem(cluster=H100, student=QWEN3_1_7B, teacher=QWEN3_32B):
     return Problem(student, teacher, cluster, SERVER, SERVER, Assumptions())
 
 
-EVERYWHERE = (Placement.colocated, Placement.offloaded, Placement.cached, Placement.separate)
+EVERYWHERE = tuple(TeacherPlacement)
 
 
 def test_what_is_found_divides_fits_and_is_sorted():
@@ -295,7 +295,7 @@ def test_what_is_found_divides_fits_and_is_sorted():
 
 
 def test_a_32b_teacher_beside_its_student_takes_more_than_one_h100():
-    only = {"fp8": False, "placements": (Placement.colocated,)}
+    only = {"fp8": False, "placements": (TeacherPlacement.colocated,)}
     found = fewest_gpus(problem(), WORK, limit=64, **only)
     assert found and found[0].gpus in (2, 4)
     small = problem(Cluster(GPUS["b200"], 1))
