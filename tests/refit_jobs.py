@@ -210,6 +210,20 @@ def _look(process, folder, job):
     raise AssertionError(f"it ended before it was looked at: {process.communicate()[0][-4000:]}")
 
 
+def kill_a_server(process):
+    """Of a job's servers one, which is not in the midst of an update: such a run would end."""
+    client = _servers(process)
+    ranks = [rank.pid for rank, _ in _running(process, "nemo_paced.commands.worker")]
+    while True:
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        with _stopped(ranks), suppress(RolloutError):
+            if not any(answer["is_paused"] for answer in client.call("GET", "/is_paused")):
+                server, _ = _running(process, "vllm.entrypoints.openai.api_server")[-1]
+                os.killpg(os.getpgid(server.pid), signal.SIGKILL)
+                return
+        time.sleep(0.05)
+
+
 def _look_once(client, job):
     """Of servers whose trainer is stopped; ``None`` where an update is under way, or, of one that
     is to sleep meanwhile, while it is awake."""

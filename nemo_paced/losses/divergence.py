@@ -37,7 +37,7 @@ from torch.distributed import ProcessGroup
 from nemo_paced.losses import kernels as torch_kernels
 from nemo_paced.losses.adaptive_kl import head_tail_gaps
 from nemo_paced.losses.kernels import TINY, RowNumbers
-from nemo_paced.losses.kinds import Divergence, DivergenceKind
+from nemo_paced.losses.kinds import KL_SHARES, Divergence, DivergenceKind
 from nemo_paced.losses.options import Options
 from nemo_paced.losses.vocab_parallel import begin_all_gather, begin_all_reduce
 
@@ -158,10 +158,7 @@ def solve(
         gaps_2N = head_tail_gaps(student_NV, teacher_NV, of, options)
         c_3N[:2] = gaps_2N / gaps_2N.sum(0).clamp_min(TINY)
     else:
-        c_3N[0], c_3N[1] = (
-            float(chosen.needs_forward_kl),
-            float(chosen.needs_reverse_kl),
-        )
+        c_3N[0], c_3N[1] = KL_SHARES[chosen.kind]
     return Solved(c_3N[0] * forward_N + c_3N[1] * reverse_N, of)
 
 

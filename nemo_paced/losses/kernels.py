@@ -16,11 +16,12 @@ Axes: N rows (tokens), V this rank's columns that belong to the true vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from nemo_paced.losses.kinds import DivergenceKind
+from nemo_paced.losses.kinds import Divergence, DivergenceKind
 from nemo_paced.losses.options import Options
 from nemo_paced.losses.vocab_parallel import LOG_ZERO, row_blocks
 
@@ -194,7 +195,7 @@ def gradient(
 
     With u = dL/dS it is S (u - sum S u) for each kind. With c the numbers 6, 7, 8 of a row:
 
-        forward, reverse, adaptive   c6 (S - T) + c7 S (log S - log T - c8)
+        forward, reverse, both KLs   c6 (S - T) + c7 S (log S - log T - c8)
         jsd                          (1-b) S (log S - log M - c7)
         skew_forward_kl              (1-a) S (c7 - T / M)
         skew_reverse_kl              S (log S - log M - c6 - a (S / M - c7))
@@ -203,17 +204,21 @@ def gradient(
     """
     scale_N = scale_N / options.divergence.temperature
     buffers = Buffers(student_NV, options, 5)
-    write = {
-        DivergenceKind.forward_kl: _forward_kl_gradient,
-        DivergenceKind.reverse_kl: _reverse_kl_gradient,
-        DivergenceKind.adaptive_kl: _adaptive_kl_gradient,
-    }.get(options.divergence.kind, _mixture_gradient)
+    write = _gradient_of(options.divergence)
     for rows in row_blocks(student_NV, options.block_rows):
         out = out_NV[rows, : options.valid]
         blocks = buffers(rows)
         scale_N1 = scale_N[rows, None]
         write(student_NV[rows], teacher_NV[rows], of[rows], scale_N1, options, blocks, out)
         out_NV[rows, options.valid :] = 0
+
+
+def _gradient_of(divergence: Divergence) -> Callable[..., None]:
+    if divergence.is_mixture:
+        return _mixture_gradient
+    if divergence.needs_both_kls:
+        return _both_kls_gradient
+    return _forward_kl_gradient if divergence.needs_forward_kl else _reverse_kl_gradient
 
 
 def _forward_kl_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, out) -> None:
@@ -232,7 +237,7 @@ def _reverse_kl_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, 
     torch.mul(log_s.sub_(log_t), s, out=out)
 
 
-def _adaptive_kl_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, out) -> None:
+def _both_kls_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, out) -> None:
     s, log_s, t, log_t = blocks[:4]
     _both(student_NV, of, 3, options, s, log_s)
     _both(teacher_NV, of, 0, options, t, log_t)

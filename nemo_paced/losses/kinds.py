@@ -17,6 +17,13 @@ class DivergenceKind(Enum):
     adaptive_kl = "adaptive_kl"  # both KLs, mixed at each token by the gaps over head and tail
 
 
+# kinds that are a fixed sum of both KLs: shares of forward and of reverse KL
+KL_SHARES = {
+    DivergenceKind.forward_kl: (1.0, 0.0),
+    DivergenceKind.reverse_kl: (0.0, 1.0),
+}
+
+
 # not slots: the defaults are read from the class where settings repeat them
 @dataclass(frozen=True)
 class Divergence:
@@ -59,15 +66,26 @@ class Divergence:
 
     @property
     def needs_forward_kl(self) -> bool:
-        return self.kind in (DivergenceKind.forward_kl, DivergenceKind.adaptive_kl)
+        return self._kl_shares[0] > 0
 
     @property
     def needs_reverse_kl(self) -> bool:
-        return self.kind in (DivergenceKind.reverse_kl, DivergenceKind.adaptive_kl)
+        return self._kl_shares[1] > 0
+
+    @property
+    def needs_both_kls(self) -> bool:
+        return self.needs_forward_kl and self.needs_reverse_kl
 
     @property
     def is_mixture(self) -> bool:
+        """Whether distributions are compared with a mixture of both."""
         return not (self.needs_forward_kl or self.needs_reverse_kl)
+
+    @property
+    def _kl_shares(self) -> tuple[float, float]:
+        if self.kind is DivergenceKind.adaptive_kl:
+            return (0.5, 0.5)  # in the mean; each token has its own
+        return KL_SHARES.get(self.kind, (0.0, 0.0))
 
     @property
     def mixture_shares(self) -> tuple[float, float]:

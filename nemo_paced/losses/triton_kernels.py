@@ -185,6 +185,8 @@ def _gradient_kernel(
     stride_out,
     share_t,
     share_s,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -212,12 +214,12 @@ def _gradient_kernel(
         gap = (x_s - x_t) * per_temperature - (c8 + log_sum_s - log_sum_t)
         log_s = x_s * per_temperature - log_sum_s
         m = _mixture(t, s, share_t, share_s)
-        if KIND == "forward_kl":
-            grad = s - t
-        elif KIND == "reverse_kl":
-            grad = s * gap
-        elif KIND == "adaptive_kl":
+        if FORWARD and REVERSE:
             grad = c6 * (s - t) + c7 * (s * gap)
+        elif FORWARD:
+            grad = s - t
+        elif REVERSE:
+            grad = s * gap
         elif KIND == "jsd":
             grad = share_s * (s * (log_s - tl.log(m) - c7))
         elif KIND == "skew_forward_kl":
@@ -269,7 +271,7 @@ def gradient(
     out_NV: torch.Tensor,
 ) -> None:
     """As :func:`nemo_paced.losses.kernels.gradient`; ``out_NV`` may be ``student_NV`` itself."""
-    rows_NV = _by_rows(out_NV)
+    rows_NV, chosen = _by_rows(out_NV), options.divergence
     _launch(
         _gradient_kernel,
         student_NV,
@@ -279,8 +281,10 @@ def gradient(
         scale_N.contiguous(),
         rows_NV,
         rows_NV.stride(0),
-        *(options.divergence.mixture_shares if options.divergence.is_mixture else (0.0, 0.0)),
-        KIND=options.divergence.kind.value,
+        *(chosen.mixture_shares if chosen.is_mixture else (0.0, 0.0)),
+        FORWARD=chosen.needs_forward_kl,
+        REVERSE=chosen.needs_reverse_kl,
+        KIND=chosen.kind.value,
     )
     if rows_NV is not out_NV:
         out_NV.copy_(rows_NV)

@@ -8,12 +8,12 @@ import sys
 import time
 
 import pandas
-import psutil
 import pytest
 
 from nemo_paced.run.environment import read_starts
 from nemo_paced.run.metric_names import METRICS
 from tests.jobs import STEPS, command, left_of, left_running, metrics, run, train_arguments
+from tests.refit_jobs import kill_a_server
 
 pytestmark = pytest.mark.slow
 
@@ -190,9 +190,7 @@ def test_a_server_that_dies_mid_run_is_started_again_with_the_current_weights(un
     while not path.exists() or len(path.read_text().splitlines()) < 9:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    family = psutil.Process(process.pid).children(recursive=True)
-    servers = [p for p in family if "vllm.entrypoints.openai.api_server" in p.cmdline()]
-    os.killpg(os.getpgid(servers[-1].pid), signal.SIGKILL)
+    kill_a_server(process)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out[-4000:]
     assert "starting it again" in out

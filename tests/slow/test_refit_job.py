@@ -4,30 +4,18 @@ The gloo transport has the shape of vLLM's NCCL one: what is tested of the loop 
 The jobs of tests/refit_jobs.py are started on GPUs too, by tests/gpu/test_refit_gpu.py.
 """
 
-import os
 import re
-import signal
 import time
 
-import psutil
 import pytest
 
 from nemo_paced.serving.client import RolloutClient
 from tests.jobs import command, metrics, train_arguments
-from tests.refit_jobs import CPU_JOBS, asleep, check_job
+from tests.refit_jobs import CPU_JOBS, asleep, check_job, kill_a_server
 from tests.rollout_servers import make_sidecar
 from tests.tiny import make_hf_model
 
 pytestmark = pytest.mark.slow
-
-
-def server_of(process):
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if "vllm.entrypoints.openai.api_server" in child.cmdline() and (
-            "nemo_paced.serving.supervisor" not in child.cmdline()
-        ):
-            return child.pid
-    raise AssertionError("no server runs")
 
 
 @pytest.mark.parametrize("replicas", [1, 2])  # with two, the other one goes on meanwhile
@@ -43,7 +31,7 @@ def test_a_server_that_lost_its_weights_is_sent_them_by_all_ranks_again(tmp_path
     while not path.exists() or '"stage": "reverse_kl"' not in path.read_text():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(os.getpgid(server_of(process)), signal.SIGKILL)
+    kill_a_server(process)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out[-4000:]
     assert len(re.findall("died: starting it again", out)) == 1
