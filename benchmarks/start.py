@@ -23,8 +23,9 @@ import psutil
 
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import RolloutConfig
-from nemo_paced.serving import sidecar as sidecar_module
+from nemo_paced.serving.engine import Served
 from nemo_paced.serving.sidecar import Sidecar, free_ports
+from nemo_paced.serving.vllm_engine import Vllm, gpu_count
 from nemo_paced.serving.vllm_platform import FORK_VARIABLE
 
 QUICKSTART = ("--config-name", "quickstart")
@@ -49,24 +50,25 @@ def command_s(arguments: tuple[str, ...], folder: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-class SpawningSidecar(Sidecar):
+class Spawning(Vllm):
     """On vLLM's own platform."""
 
-    def _environment(self) -> dict[str, str]:
-        return {k: v for k, v in super()._environment().items() if k != FORK_VARIABLE}
+    def environment(self, served: Served) -> dict[str, str]:
+        return {k: v for k, v in super().environment(served).items() if k != FORK_VARIABLE}
 
 
-def server(kind: type[Sidecar], folder: Path) -> dict[str, float]:
+def server(engine: Vllm, folder: Path) -> dict[str, float]:
     """Seconds of a start by the wall clock and of processors, and memory, GiB."""
-    one = kind(
+    served = Served(
         ASSETS / "student",
         RolloutConfig(),
+        host="127.0.0.1",
+        port=free_ports("127.0.0.1", 1)[0],
         max_model_len=64,
         dtype="float32",
-        log_path=folder / f"{kind.__name__}.log",
-        port=free_ports("127.0.0.1", 1)[0],
         api_key="benchmark",
     )
+    one = Sidecar(served, folder / f"{type(engine).__name__}.log", engine)
     began = time.monotonic()
     with one:
         one.start()
@@ -77,12 +79,15 @@ def server(kind: type[Sidecar], folder: Path) -> dict[str, float]:
     return {"wall_s": wall, "processor_s": processor, "memory_gib": memory}
 
 
+ENGINES = {"server, forked": Vllm(), "server, spawned": Spawning()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    assert not sidecar_module.gpu_count(), "of vLLM's CPU build"
+    assert not gpu_count(), "of vLLM's CPU build"
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -93,11 +98,11 @@ def main() -> None:
                     found.append(command_s(arguments, Path(fresh)))
             figures[label] = {"processor_s": statistics.median(found)}
         turns = [
-            {kind: server(kind, folder) for kind in (Sidecar, SpawningSidecar)}
+            {label: server(engine, folder) for label, engine in ENGINES.items()}
             for _ in range(options.repeats)
         ]
-    for kind, label in ((Sidecar, "server, forked"), (SpawningSidecar, "server, spawned")):
-        of = [turn[kind] for turn in turns]
+    for label in ENGINES:
+        of = [turn[label] for turn in turns]
         figures[label] = {key: statistics.median(one[key] for one in of) for key in of[0]}
     for label, values in figures.items():
         told = "  ".join(f"{key} {value:6.2f}" for key, value in values.items())

@@ -232,18 +232,17 @@ def _look_once(client, job):
         if not asleep(client):
             return None
         free = torch.cuda.mem_get_info(0)[0]
-        client.call("POST", "/wake_up")  # and so it stays: the trainer wakes it again
+        client.control.wake()  # and so it stays: the trainer wakes it again
         freed = free - torch.cuda.mem_get_info(0)[0]
     if any(answer["is_paused"] for answer in client.call("GET", "/is_paused")):
         return None
-    versions = {answer["weight_version"] for answer in client.call("GET", "/weight_info")}
+    versions = set(client.control.weight_versions())
     assert len(versions) == 1, f"servers of one trainer have the weights of steps {versions}"
     return Look(int(versions.pop()), _checksums(client), freed)
 
 
 def _checksums(client):
-    answers = client.call("POST", "/weight_checker", json={"action": "checksum"})
-    return [answer["checksums"] for answer in answers]
+    return client.control.checksums()
 
 
 def _servers(process):

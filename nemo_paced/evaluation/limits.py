@@ -92,10 +92,10 @@ def _left(whose: str, context: int, longest_prompt: int) -> int:
 
 def _served_context(endpoint: str, key: str, models: Iterable[Path]) -> int:
     """``--max-model-len`` of a running server, which is asked whether it serves the model."""
-    client = RolloutClient([endpoint], key, request_timeout_s=PROBE_TIMEOUT_S)
-    card = client.call("GET", "/v1/models")[0]["data"][0]
-    version = client.call("GET", "/weight_info")[0].get("weight_version")
-    root = Path(card.get("root", ""))
+    control = RolloutClient([endpoint], key, request_timeout_s=PROBE_TIMEOUT_S).control
+    card = control.models()[0][0]
+    (version,) = control.weight_versions()
+    root = Path(card.root or "")
     as_started = version in AS_STARTED
     for model in models:
         if root.resolve() != model.resolve() or not as_started:
@@ -103,4 +103,5 @@ def _served_context(endpoint: str, key: str, models: Iterable[Path]) -> int:
             logger.warning(
                 "%s serves %s; what it answers is put down to %s", endpoint, weights, model
             )
-    return int(card["max_model_len"])
+    assert card.max_model_len is not None, "vLLM says it of every model"
+    return card.max_model_len

@@ -17,7 +17,8 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import postprocess_generated_text
 
 from nemo_paced.hf.tokenizer import stop_token_ids
-from nemo_paced.serving.completions import SERVED_NAME
+from nemo_paced.serving.engine import SERVED_NAME
+from nemo_paced.serving.vllm_engine import COMPLETIONS
 
 FAILED = (aiohttp.ClientError, asyncio.TimeoutError)  # of a request, after all its retries
 MAX_TRIES = 5
@@ -49,7 +50,7 @@ class ServedModel(LocalCompletionsAPI):
     ) -> None:
         super().__init__(
             model=SERVED_NAME,
-            base_url=[f"{endpoint}/v1/completions" for endpoint in endpoints],
+            base_url=[f"{endpoint}{COMPLETIONS.path}" for endpoint in endpoints],
             header={"Authorization": f"Bearer {api_key}"},
             tokenizer=str(hf_dir),
             tokenizer_backend="huggingface",

@@ -10,12 +10,13 @@ from nemo_paced.config import RolloutPlacement
 from nemo_paced.errors import ConfigError
 from nemo_paced.preflight.findings import Finding, error
 from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.preflight.probe import probe_servers
 from nemo_paced.run.checkpoint_files import checkpoints
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.backends import choose_backend
-from nemo_paced.serving.probe import probe_servers
 from nemo_paced.serving.replicas import replica_devices
-from nemo_paced.serving.sidecar import gpu_count, listen_address
+from nemo_paced.serving.sidecar import listen_address
+from nemo_paced.serving.vllm_engine import gpu_count
 from nemo_paced.training.references import to_be_sampled
 
 

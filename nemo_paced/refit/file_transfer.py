@@ -43,11 +43,11 @@ def check_weight_routes(client: RolloutClient, backend: RefitBackend) -> None:
         ConfigError: names a server that does not.
     """
     for endpoint in client.endpoints:
-        one = client.only(endpoint, timeout_s=ROUTE_TIMEOUT_S)
+        control = client.only(endpoint, timeout_s=ROUTE_TIMEOUT_S).control
         try:
-            one.call("GET", "/weight_info")
+            control.weight_versions()
             if backend is RefitBackend.file:
-                one.call("POST", "/init_weight_transfer_engine", json={"init_info": {}})
+                control.join_group({})
         except RolloutError as error:
             raise ConfigError(
                 f"rollout.endpoints: {endpoint} does not take new weights, which this run has to "

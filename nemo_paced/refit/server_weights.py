@@ -79,7 +79,7 @@ class ServerWeights:
                 return None
             for endpoint, served in zip(self.client.endpoints, before, strict=True):
                 if self._sent is not None and served == self._sent:  # still in the old group
-                    self._only(endpoint).call("POST", "/shutdown_weight_transfer_engine")
+                    self._only(endpoint).control.leave_group()
             return meeting(self.backend, self.sync)
         except BaseException:
             self.abandon()

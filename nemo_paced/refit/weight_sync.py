@@ -6,8 +6,6 @@ importing vLLM. Servers of one update form one group: their workers are numbered
 
 from __future__ import annotations
 
-import base64
-import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,26 +25,25 @@ class WeightSync:
 
     def __init__(self, client: RolloutClient, swap: WeightSwap) -> None:
         self.client = client
+        self.control = client.control
         self.swap = swap
         self.version = ""  # what the servers call the weights of the next update
 
     def pause(self) -> None:
         """Until :meth:`resume` no server computes; what is under way is finished or held."""
-        mode = "keep" if self.swap is WeightSwap.in_flight else "wait"
-        self.client.call("POST", "/pause", params={"mode": mode, "clear_cache": "true"})
+        self.control.pause(finish_requests=self.swap is not WeightSwap.in_flight)
 
     def resume(self) -> None:
-        # Cached keys and values are of the old weights; requests that are held compute theirs anew.
-        self.client.call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
-        self.client.call("POST", "/resume")
+        """The servers go on, with the weights that they have now."""
+        self.control.resume()
 
     def num_workers(self) -> list[int]:
         """Ranks of each server."""
-        return [int(answer["world_size"]) for answer in self.client.call("GET", "/get_world_size")]
+        return self.control.num_workers()
 
     def versions(self) -> list[str | None]:
         """What each server was last sent; vLLM says "default" of the weights it started with."""
-        return [answer.get("weight_version") for answer in self.client.call("GET", "/weight_info")]
+        return self.control.weight_versions()
 
     def check_same_weights(self) -> None:
         """Compare vLLM's checksums of every parameter over the servers.
@@ -54,8 +51,7 @@ class WeightSync:
         Raises:
             RolloutError: names servers and parameters that differ.
         """
-        answers = self.client.call("POST", "/weight_checker", json={"action": "checksum"})
-        first, *others = [answer["checksums"] for answer in answers]
+        first, *others = self.control.checksums()
         for endpoint, found in zip(self.client.endpoints[1:], others, strict=True):
             names = sorted(name for name in first if found.get(name) != first[name])
             if names or len(found) != len(first):
@@ -67,50 +63,32 @@ class WeightSync:
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Every server joins; blocks until the trainer has joined too."""
         if "rank_offset" not in init_info:
-            self._post("/init_weight_transfer_engine", {"init_info": init_info})
+            self.control.join_group(init_info)
             return
         infos, offset = [], init_info["rank_offset"]
         for workers in self.num_workers():
-            infos.append({"init_info": {**init_info, "rank_offset": offset}})
+            infos.append({**init_info, "rank_offset": offset})
             offset += workers
-        self._post_each("/init_weight_transfer_engine", infos)
+        self._join_each(infos)
 
     def start_weight_update(self) -> None:
-        self.client.call("POST", "/start_weight_update")
+        self.control.begin_update()
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Blocks until every server has loaded what is sent."""
-        parts = [update_info] if isinstance(update_info, dict) else update_info
-        safe = [_json_safe(part) for part in parts]
-        one = isinstance(update_info, dict)
-        self._post("/update_weights", {"update_info": safe[0] if one else safe})
+        self.control.load(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        version = weight_version or self.version
-        self._post("/finish_weight_update", {"weight_version": version})
+        self.control.end_update(weight_version or self.version)
 
-    def _post(self, path: str, body: dict[str, Any]) -> None:
-        self.client.call("POST", path, json=body)
-
-    def _post_each(self, path: str, bodies: Sequence[dict[str, Any]]) -> None:
-        """Of every server its own, at once: they wait for each other."""
+    def _join_each(self, infos: Sequence[dict[str, Any]]) -> None:
+        """Each server by its own, at once: they wait for each other."""
         timeout_s = self.client.request_timeout_s
-        with ThreadPoolExecutor(len(bodies)) as pool:
-            posted = [
-                pool.submit(
-                    self.client.only(endpoint, timeout_s=timeout_s).call, "POST", path, json=body
-                )
-                for endpoint, body in zip(self.client.endpoints, bodies, strict=True)
+        ones = [self.client.only(e, timeout_s=timeout_s) for e in self.client.endpoints]
+        with ThreadPoolExecutor(len(infos)) as pool:
+            joined = [
+                pool.submit(one.control.join_group, info)
+                for one, info in zip(ones, infos, strict=True)
             ]
-            for answer in posted:
-                answer.result()
-
-
-def _json_safe(update_info: dict[str, Any]) -> dict[str, Any]:
-    """CUDA IPC handles are tuples of bytes: pickled for the server, which asks for our key."""
-    if "ipc_handles" not in update_info:
-        return update_info
-    rest = {name: value for name, value in update_info.items() if name != "ipc_handles"}
-    rest.pop("ipc_handles_pickled", None)
-    pickled = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
-    return {**rest, "ipc_handles_pickled": pickled}
+            for server in joined:
+                server.result()

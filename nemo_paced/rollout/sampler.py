@@ -31,7 +31,7 @@ from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.backends import choose_backend
 from nemo_paced.serving.client import RolloutClient
 from nemo_paced.serving.replicas import Replicas
-from nemo_paced.serving.sidecar import gpu_count
+from nemo_paced.serving.vllm_engine import gpu_count
 
 logger = logging.getLogger(__name__)
 
@@ -201,12 +201,12 @@ class Sampler:
     def _wake(self) -> None:
         """Servers on the trainer's GPUs take their memory again; nothing where they have it."""
         if self.replicas is not None and self.replicas.sleep:
-            self.client.call("POST", "/wake_up")
+            self.client.control.wake()
 
     def _sleep(self) -> None:
         """Weights to host memory, keys and values dropped: the GPUs are the trainer's."""
         if self.replicas is not None and self.replicas.sleep:
-            self.client.call("POST", "/sleep", params={"level": 1, "mode": "wait"})
+            self.client.control.sleep()
 
     def _client_of(self, endpoints: Sequence[str]) -> RolloutClient:
         every = endpoints is self.weights.client.endpoints

@@ -1,4 +1,4 @@
-"""HTTP client of OpenAI-compatible vLLM servers.
+"""HTTP client of rollout servers: samples, and the engine's control routes.
 
 Asynchronous inside, a plain call outside. Requests in flight are bounded; each goes to the server
 with the fewest. A transport error, no answer in time or a 5xx is tried again, at another server
@@ -26,8 +26,6 @@ import httpx
 from nemo_paced.errors import RolloutError
 from nemo_paced.serving.balancer import Balancer
 from nemo_paced.serving.completions import (
-    COMPLETIONS,
-    GENERATE,
     Aborted,
     Completion,
     MalformedAnswer,
@@ -35,6 +33,8 @@ from nemo_paced.serving.completions import (
     SampleRequest,
     read_completions,
 )
+from nemo_paced.serving.engine import Control, Engine
+from nemo_paced.serving.vllm_engine import VLLM
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,6 @@ PROBE_TIMEOUT_S = 10.0  # a server that is well answers at once
 # Less than the 5 s after which vLLM's server closes an idle connection: a request sent on one that
 # is being closed would look like a server that died.
 KEEP_ALIVE_S = 3.0
-# unknown, switched off (vLLM without --enable-scale-out), of another method, not for this model
-NO_SUCH_ROUTE = (404, 403, 405, 501)
-# more samples of a request than the server decodes at once
-TOO_MANY = b"sampling_params.n must be at most"
-
 OnResult = Callable[[SampleRequest, list[Completion]], None]
 
 
@@ -61,7 +56,7 @@ class RolloutClient:
         request_timeout_s: from sending a request to the end of its answer.
         max_retries: of one request, after its first attempt.
         revive: brings a server back that does not answer (see :class:`Balancer`); without it we
-            wait until its ``/health`` is well again.
+            wait until it says that it is well again.
         patience_s: how long no server at all may answer.
     """
 
@@ -75,6 +70,7 @@ class RolloutClient:
         max_retries: int = 4,
         revive: Callable[[str], bool] | None = None,
         patience_s: float = 60.0,
+        engine: Engine = VLLM,
     ) -> None:
         self.endpoints = [endpoint.rstrip("/") for endpoint in endpoints]
         self.max_in_flight = max_in_flight
@@ -82,14 +78,20 @@ class RolloutClient:
         self.max_retries = max_retries
         self.revive = revive or self.healthy
         self.patience_s = patience_s
+        self.engine = engine
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._routes: dict[str, Route] = {}  # of the endpoints that lack the first choice
 
     def only(self, endpoint: str, *, timeout_s: float) -> RolloutClient:
         """A client of one of the servers."""
-        client = RolloutClient([endpoint], "", request_timeout_s=timeout_s)
+        client = RolloutClient([endpoint], "", request_timeout_s=timeout_s, engine=self.engine)
         client._headers = self._headers
         return client
+
+    @property
+    def control(self) -> Control:
+        """The engine's control routes, on every server at once."""
+        return self.engine.control(self.call)
 
     def sample(self, requests: Sequence[SampleRequest], on_result: OnResult) -> None:
         """Sample all requests, in this order; ``on_result`` is called for each when it is finished.
@@ -129,16 +131,14 @@ class RolloutClient:
                 except httpx.TransportError as error:
                     raise RolloutError(f"{endpoint}{path}: {error!r}") from error
                 if response.status_code != httpx.codes.OK:
-                    raise RolloutError(
-                        f"{endpoint}{path} answered {response.status_code}: {response.text[:300]}"
-                    )
+                    raise RouteRefused(endpoint, path, response.status_code, response.text[:300])
                 return response.json() if response.content else {}
 
             return list(pool.map(one, self.endpoints))
 
     def healthy(self, endpoint: str) -> bool:
         try:
-            self.only(endpoint, timeout_s=PROBE_TIMEOUT_S).call("GET", "/health")
+            self.only(endpoint, timeout_s=PROBE_TIMEOUT_S).control.check_health()
         except RolloutError:
             return False
         return True
@@ -204,17 +204,19 @@ class RolloutClient:
     async def _ask(
         self, session: aiohttp.ClientSession, endpoint: str, request: SampleRequest
     ) -> list[Completion]:
-        route = self._routes.get(endpoint, GENERATE)
+        routes = self.engine.routes
+        route = self._routes.get(endpoint, routes[0])
         url, body = endpoint + route.path, route.body(request)
         async with session.post(url, json=body, allow_redirects=False) as response:
             status, content = response.status, await response.read()
-        if route is GENERATE and status in NO_SUCH_ROUTE:
-            self._fall_back(endpoint, status)
+        if route is not routes[-1] and status in self.engine.no_such_route:
+            self._fall_back(endpoint, route, status)
             return await self._ask(session, endpoint, request)
         if status >= httpx.codes.INTERNAL_SERVER_ERROR:
             raise _TryAgain(f"status {status}: {_excerpt(content, 200)}")
         if status != httpx.codes.OK:
-            remedy = ": set rollout.max_num_seqs to this server's" if TOO_MANY in content else ""
+            too_many = self.engine.too_many_samples in content
+            remedy = ": set rollout.max_num_seqs to this server's" if too_many else ""
             raise RolloutError(
                 f"{endpoint} refused to sample problem {request.key!r}: "
                 f"{status} {_excerpt(content, 300)}{remedy}"
@@ -230,17 +232,28 @@ class RolloutClient:
                 f"{_excerpt(content, 200)}"
             ) from error
 
-    def _fall_back(self, endpoint: str, status: int) -> None:
-        if endpoint not in self._routes:  # several requests may find out at once
-            self._routes[endpoint] = COMPLETIONS
+    def _fall_back(self, endpoint: str, lacking: Route, status: int) -> None:
+        routes = self.engine.routes
+        following = routes[routes.index(lacking) + 1]
+        if self._routes.get(endpoint) is not following:  # several requests may find out at once
+            self._routes[endpoint] = following
             logger.info(
                 "%s answers %d at %s: %s is used, which does not tell the version of the weights",
-                *(endpoint, status, GENERATE.path, COMPLETIONS.path),
+                *(endpoint, status, lacking.path, following.path),
             )
 
 
 def _excerpt(content: bytes, characters: int) -> str:
     return content[: 4 * characters].decode(errors="replace")[:characters]
+
+
+class RouteRefused(RolloutError):
+    """A server did not answer 200."""
+
+    def __init__(self, endpoint: str, path: str, status: int, text: str) -> None:
+        super().__init__(f"{endpoint}{path} answered {status}: {text}")
+        self.path = path
+        self.status = status
 
 
 class _TryAgain(Exception):

@@ -1,10 +1,4 @@
-"""What is asked of a server and what it answers: token ids out, ids and log-probabilities in.
-
-Two routes say the same in different words. ``/inference/v1/generate`` is vLLM's own for token ids:
-it alone tells which weights sampled each token, takes the sampling parameters as they are (no
-defaults of the server's generation config) and costs the server less. ``/v1/completions`` is there
-for servers without it.
-"""
+"""What is asked of a server and what it answers: token ids out, ids and log-probabilities in."""
 
 from __future__ import annotations
 
@@ -12,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-SERVED_NAME = "nemo-paced"  # what our servers call their model, student or teacher
 NO_LOGPROB = -9999.0  # vLLM's number for a log-probability that is not finite, or that it lacks
 
 
@@ -65,61 +58,6 @@ class Route:
     path: str
     body: Callable[[SampleRequest], dict[str, Any]]
     read_choice: Callable[[dict[str, Any]], Completion]
-
-
-def _sampling(request: SampleRequest) -> dict[str, Any]:
-    return {
-        "n": request.n,
-        "seed": request.seed,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "max_tokens": request.max_tokens,
-        "stop_token_ids": list(request.stop_token_ids),
-        "logprobs": 0,  # of the sampled token alone
-        "detokenize": False,
-    }
-
-
-def _generate_body(request: SampleRequest) -> dict[str, Any]:
-    return {
-        "model": SERVED_NAME,
-        "token_ids": list(request.prompt_ids),
-        "sampling_params": _sampling(request),
-    }
-
-
-def _completions_body(request: SampleRequest) -> dict[str, Any]:
-    return {
-        "model": SERVED_NAME,
-        "prompt": list(request.prompt_ids),
-        **_sampling(request),
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,  # a server without a tokenizer has no other names
-    }
-
-
-def _generated(choice: dict[str, Any]) -> Completion:
-    return Completion(
-        tuple(int(token) for token in choice["token_ids"]),
-        tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"]),
-        choice["finish_reason"],
-        tuple(
-            (str(span["version"]), int(span["end"]) - int(span["start"]))
-            for span in choice.get("weight_versions") or ()
-        ),
-    )
-
-
-def _completed(choice: dict[str, Any]) -> Completion:
-    return Completion(
-        tuple(int(token) for token in choice["token_ids"]),
-        tuple(float(value) for value in choice["logprobs"]["token_logprobs"]),
-        choice["finish_reason"],
-    )
-
-
-GENERATE = Route("/inference/v1/generate", _generate_body, _generated)
-COMPLETIONS = Route("/v1/completions", _completions_body, _completed)
 
 
 def read_completions(answer: Any, request: SampleRequest, route: Route) -> list[Completion]:

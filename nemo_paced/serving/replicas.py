@@ -12,7 +12,9 @@ from pathlib import Path
 from nemo_paced.config import RolloutConfig, RolloutPlacement
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.serving.backends import choose_backend
-from nemo_paced.serving.sidecar import Sidecar, free_ports, gpu_count, listen_address
+from nemo_paced.serving.engine import Served
+from nemo_paced.serving.sidecar import Sidecar, free_ports, listen_address
+from nemo_paced.serving.vllm_engine import gpu_count
 
 logger = logging.getLogger(__name__)
 
@@ -51,22 +53,26 @@ class Replicas:
         colocated = config.placement is RolloutPlacement.colocated
         devices = replica_devices(config, gpus, visible, first=0 if colocated else trainer_gpus)
         self.sleep = bool(colocated and gpus and trainer_gpus)
-        self.backend = choose_backend(config, gpus, [listen_address(config.host)])
+        host = listen_address(config.host)
+        self.backend = choose_backend(config, gpus, [host])
         self.sidecars = {
             sidecar.endpoint: sidecar
-            for index, port in enumerate(ports or free_ports(listen_address(config.host), count))
+            for index, port in enumerate(ports or free_ports(host, count))
             for sidecar in [
                 Sidecar(
-                    model_dir,
-                    config,
-                    max_model_len=max_model_len,
-                    dtype=dtype,
-                    log_path=log_path.with_stem(f"{log_path.stem}_{index}") if index else log_path,
-                    port=port,
-                    api_key=self.api_key,
-                    devices=devices[index],
-                    refit=self.backend,
-                    sleeps=self.sleep,
+                    Served(
+                        Path(model_dir),
+                        config,
+                        host=host,
+                        port=port,
+                        max_model_len=max_model_len,
+                        dtype=dtype,
+                        api_key=self.api_key,
+                        devices=devices[index],
+                        refit=self.backend,
+                        sleeps=self.sleep,
+                    ),
+                    log_path.with_stem(f"{log_path.stem}_{index}") if index else log_path,
                 )
             ]
         }
@@ -95,7 +101,7 @@ class Replicas:
         Raises:
             RolloutError: one did not start, with the end of its log; the others are stopped.
         """
-        (model,) = {sidecar.model_dir.name for sidecar in self.sidecars.values()}
+        (model,) = {sidecar.served.model_dir.name for sidecar in self.sidecars.values()}
         logger.info("starting vLLM on %s: %s", model, ", ".join(self.endpoints))
         with ThreadPoolExecutor(len(self.sidecars)) as pool:
             try:

@@ -1,10 +1,8 @@
-"""One server beside the trainer: vLLM's OpenAI-compatible server as a child process."""
+"""One server beside the trainer, as a child process."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -13,13 +11,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
-
-from nemo_paced.config import RefitBackend, RolloutConfig
 from nemo_paced.errors import RolloutError
-from nemo_paced.serving.api_key import API_KEY_VARIABLE
-from nemo_paced.serving.completions import SERVED_NAME
-from nemo_paced.serving.vllm_platform import FORK_VARIABLE
+from nemo_paced.serving.client import RolloutClient
+from nemo_paced.serving.engine import Engine, Served
+from nemo_paced.serving.vllm_engine import VLLM
 
 logger = logging.getLogger(__name__)
 
@@ -27,53 +22,23 @@ LOG_TAIL_LINES = 25
 
 
 class Sidecar:
-    """Starts, watches and ends one vLLM server; use as a context manager.
+    """Starts, watches and ends one server; use as a context manager.
 
-    The server listens on ``rollout.host`` (loopback unless told otherwise), asks for a key made for
-    this run on every route, and dies with this process, whatever ends it.
+    The server asks for a key on every route, and dies with this process, whatever ends it.
 
     Args:
-        model_dir: Hugging Face directory to serve.
-        max_model_len: longest prompt plus response, tokens.
-        dtype: ``float32`` or ``bfloat16``.
         log_path: where the server's output goes.
-        port: where it listens.
-        api_key: what every route asks for.
-        devices: ``CUDA_VISIBLE_DEVICES`` of the server; ``None`` for those of this process.
-        refit: how it gets new weights.
-        sleeps: its GPUs are somebody else's too.
     """
 
-    def __init__(
-        self,
-        model_dir: str | Path,
-        config: RolloutConfig,
-        *,
-        max_model_len: int,
-        dtype: str,
-        log_path: Path,
-        port: int,
-        api_key: str,
-        devices: str | None = None,
-        refit: RefitBackend = RefitBackend.file,
-        sleeps: bool = False,
-    ) -> None:
-        self.model_dir = Path(model_dir)
-        self.config = config
-        self.max_model_len = max_model_len
-        self.dtype = dtype
+    def __init__(self, served: Served, log_path: Path, engine: Engine = VLLM) -> None:
+        self.served = served
         self.log_path = log_path
-        self.host = listen_address(config.host)
-        self.port = port
-        self.api_key = api_key
-        self.devices = devices
-        self.refit = refit
-        self.sleeps = sleeps
+        self.engine = engine
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{self.served.host}:{self.served.port}"
 
     def __enter__(self) -> Sidecar:
         return self
@@ -90,12 +55,13 @@ class Sidecar:
         """
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
+            command = self.engine.command(self.served)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nemo_paced.serving.supervisor", *self._command()],
+                [sys.executable, "-m", "nemo_paced.serving.supervisor", *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env=self.engine.environment(self.served),
                 start_new_session=True,  # outlives a killed group just long enough to clean up
             )
         self._wait_until_healthy(progress)
@@ -128,91 +94,25 @@ class Sidecar:
             self._process.wait()
         self._process = None
 
-    def _command(self) -> list[str]:
-        arguments = {
-            "--model": str(self.model_dir),
-            "--served-model-name": SERVED_NAME,
-            "--host": self.host,
-            "--port": str(self.port),
-            "--dtype": self.dtype,
-            "--max-model-len": str(self.max_model_len),
-            "--max-num-seqs": str(self.config.max_num_seqs),
-            "--tensor-parallel-size": str(self.config.tensor_parallel_size),
-            # the model's generation_config.json must not change how we sample
-            "--generation-config": "vllm",
-            "--middleware": "nemo_paced.serving.api_key.ApiKeyMiddleware",
-            "--weight-transfer-config": json.dumps({"backend": self.refit.value}),
-        }
-        python = self.config.python or sys.executable
-        command = [python, "-m", "vllm.entrypoints.openai.api_server"]
-        for name, value in arguments.items():
-            command += [name, value]
-        # token ids travel: the server needs no tokenizer
-        command += ["--skip-tokenizer-init", "--disable-uvicorn-access-log"]
-        command += ["--enable-scale-out"]  # /inference/v1/generate
-        if self.sleeps:
-            command.append("--enable-sleep-mode")
-        if gpu_count():
-            return [*command, "--gpu-memory-utilization", str(self.config.gpu_memory_utilization)]
-        # On CPU vLLM 0.32 dies on a seeded request whose prefill is cut in two ("CPU Generator does
-        # not use offset"), so prompts are prefilled whole.
-        batched_tokens = max(self.max_model_len, 4096)
-        return [
-            *command,
-            "--enforce-eager",
-            "--no-enable-chunked-prefill",
-            "--max-num-batched-tokens",
-            str(batched_tokens),
-        ]
-
-    def _environment(self) -> dict[str, str]:
-        special = {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
-        if self.refit is RefitBackend.ipc:  # handles travel pickled, on a route that our key guards
-            special["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-        if not gpu_count():
-            special[FORK_VARIABLE] = "1"
-            # a core for HTTP, as vLLM reserves it
-            threads = str(max(1, len(os.sched_getaffinity(0)) - 1))
-            special["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
-        return {
-            **_without_torchrun(os.environ),
-            **special,
-            API_KEY_VARIABLE: self.api_key,
-            "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes, which our key guards
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.config.kv_cache_gib))),
-            "VLLM_PLUGINS": "nemo_paced",  # every installed package may bring some: seconds each
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-
     def _wait_until_healthy(self, progress: Callable[[str], None] | None) -> None:
         began = time.monotonic()
-        headers = {"Authorization": f"Bearer {self.api_key}"}
-        with httpx.Client(trust_env=False, timeout=5.0, headers=headers) as client:
-            while True:
-                waited = time.monotonic() - began
-                if not self.alive():
-                    raise RolloutError(
-                        f"the rollout server ended while starting.\n{self._log_tail()}"
-                    )
-                if waited > self.config.start_timeout_s:
-                    self.stop()
-                    raise RolloutError(
-                        f"the rollout server was not healthy after {waited:.0f} s "
-                        f"(rollout.start_timeout_s {self.config.start_timeout_s:g}).\n"
-                        f"{self._log_tail()}"
-                    )
-                try:
-                    if client.get(f"{self.endpoint}/health").status_code == httpx.codes.OK:
-                        if progress:
-                            progress("")
-                        return
-                except httpx.TransportError:
-                    pass  # not listening yet
-                if progress:
-                    progress(f"starting vLLM on {self.model_dir.name}, {waited:.0f} s")
-                time.sleep(0.5)
+        client = RolloutClient([self.endpoint], self.served.api_key, engine=self.engine)
+        while not client.healthy(self.endpoint):
+            waited = time.monotonic() - began
+            if not self.alive():
+                raise RolloutError(f"the rollout server ended while starting.\n{self._log_tail()}")
+            if waited > self.served.config.start_timeout_s:
+                self.stop()
+                raise RolloutError(
+                    f"the rollout server was not healthy after {waited:.0f} s "
+                    f"(rollout.start_timeout_s {self.served.config.start_timeout_s:g}).\n"
+                    f"{self._log_tail()}"
+                )
+            if progress:
+                progress(f"starting vLLM on {self.served.model_dir.name}, {waited:.0f} s")
+            time.sleep(0.5)
+        if progress:
+            progress("")
 
     def _log_tail(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
@@ -236,16 +136,3 @@ def listen_address(host: str) -> str:
         if address.family == socket.AF_INET:
             return str(address.address)
     return host
-
-
-def gpu_count() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:
-    """vLLM would take the trainer's rank variables for its own."""
-    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-    return {k: v for k, v in environment.items() if k not in own and not k.startswith(prefixes)}

@@ -162,13 +162,13 @@ def test_running_servers_are_asked_within_their_context(few, tmp_path):
               f"rollout.endpoints=['{sidecar.endpoint}']")  # fmt: skip
     with sidecar:
         sidecar.start()
-        environment = {API_KEY_VARIABLE: sidecar.api_key}
+        environment = {API_KEY_VARIABLE: sidecar.served.api_key}
         told = run(model, *common, "evaluation.max_response_length=30000", **environment)
         assert f"the context of {sidecar.endpoint} is 32" in told and "serves" not in told
         assert 8 <= ResultsFile.read(out).settings["max_tokens"] < 32
         told = run(ASSETS / "teacher", *common, **environment)
         assert f"serves {model}; what it answers is put down to" in told
-        client = RolloutClient([sidecar.endpoint], sidecar.api_key)
+        client = RolloutClient([sidecar.endpoint], sidecar.served.api_key)
         sync = WeightSync(client, WeightSwap.between_requests)
         send_files(sync, [ASSETS / "student" / "model.safetensors"], "step 7")
         told = run(model, *common, **environment)

@@ -55,7 +55,7 @@ def test_a_server_tells_whether_it_sleeps(tmp_path):
     model = make_hf_model("qwen3", tmp_path / "model", vocab_size=128, hidden_size=64)
     with make_sidecar(model, tmp_path) as sidecar:
         sidecar.start()
-        client = RolloutClient([sidecar.endpoint], sidecar.api_key)
+        client = RolloutClient([sidecar.endpoint], sidecar.served.api_key)
         assert not asleep(client)
         client.call("POST", "/pause", params={"mode": "wait"})
         assert not asleep(client), "it waits for an update"

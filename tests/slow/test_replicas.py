@@ -72,7 +72,7 @@ def sample(served, step, on_progress=None, num_samples=8):
 
 
 def served_version(client):
-    return client.call("GET", "/weight_info")[0]["weight_version"]
+    return client.control.weight_versions()[0]
 
 
 def signal_server(sidecar, number=signal.SIGKILL):

@@ -16,7 +16,8 @@ from nemo_paced.errors import RolloutError
 from nemo_paced.refit.file_transfer import send_files
 from nemo_paced.refit.weight_sync import WeightSync
 from nemo_paced.serving.client import RolloutClient
-from nemo_paced.serving.completions import COMPLETIONS, SampleRequest
+from nemo_paced.serving.completions import SampleRequest
+from nemo_paced.serving.vllm_engine import COMPLETIONS
 from tests.rollout_servers import make_sidecar
 from tests.tiny import make_hf_model
 
@@ -97,7 +98,7 @@ def test_a_response_under_way_at_an_update_says_which_tokens_are_of_which_weight
     sidecar = make_sidecar(models[0], tmp_path, max_model_len=512)
     with sidecar, ThreadPoolExecutor(1) as pool:
         sidecar.start()
-        client = RolloutClient([sidecar.endpoint], sidecar.api_key)
+        client = RolloutClient([sidecar.endpoint], sidecar.served.api_key)
         sync = WeightSync(client, WeightSwap.in_flight)
         old = "default"  # what vLLM calls the weights that it started with
         sample(client, request())  # the first one compiles
@@ -128,19 +129,19 @@ def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(fami
     sidecar = make_sidecar(models[0], tmp_path)
     with sidecar:
         sidecar.start()
-        assert sidecar.api_key not in (tmp_path / "sidecar.log").read_text()
+        assert sidecar.served.api_key not in (tmp_path / "sidecar.log").read_text()
         with httpx.Client(trust_env=False) as stranger:
             for method, path in ROUTES:
                 for headers in ({}, {"Authorization": "Bearer wrong"}):
                     answer = stranger.request(method, sidecar.endpoint + path, headers=headers)
                     assert answer.status_code == 401, (method, path)
-        client = RolloutClient([sidecar.endpoint], sidecar.api_key)
+        client = RolloutClient([sidecar.endpoint], sidecar.served.api_key)
         sync = WeightSync(client, WeightSwap.between_requests)
         assert worst_gap(models[0], client) < 1e-4
         for version, model in enumerate([models[1], models[2], models[0]]):
             send_files(sync, [model / "model.safetensors"], str(version))
             assert worst_gap(model, client) < 1e-4
-            assert client.call("GET", "/weight_info")[0]["weight_version"] == str(version)
+            assert client.control.weight_versions() == [str(version)]
             for completion in sample(client, request())["p"]:
                 assert completion.weight_versions == ((str(version), len(completion.token_ids)),)
         # the same seed gives the same samples; another one others
@@ -161,7 +162,9 @@ def test_served_weights_follow_each_update_and_every_route_asks_for_the_key(fami
             ["pgrep", "-P", str(sidecar._process.pid)], capture_output=True, text=True, check=True
         ).stdout.split()
         os.killpg(int(group[0]), signal.SIGKILL)
-        fast = RolloutClient([sidecar.endpoint], sidecar.api_key, max_retries=1, patience_s=5)
+        fast = RolloutClient(
+            [sidecar.endpoint], sidecar.served.api_key, max_retries=1, patience_s=5
+        )
         with pytest.raises(RolloutError, match=r"failed 2 times|no rollout server"):
             sample(fast, request())
         deadline = time.monotonic() + 10

@@ -21,9 +21,9 @@ from nemo_paced.config import (
 from nemo_paced.preflight import servers
 from nemo_paced.preflight.findings import Severity
 from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.preflight.probe import probe_servers
 from nemo_paced.serving.api_key import API_KEY_VARIABLE, ApiKeyMiddleware
-from nemo_paced.serving.completions import SERVED_NAME
-from nemo_paced.serving.probe import probe_servers
+from nemo_paced.serving.engine import SERVED_NAME
 from nemo_paced.serving.sidecar import free_ports
 
 KEY = "the-key-of-the-servers"

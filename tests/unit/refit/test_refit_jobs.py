@@ -12,7 +12,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.preflight import servers
 from nemo_paced.preflight.checks import check_inputs
 from nemo_paced.preflight.findings import Severity
-from nemo_paced.serving import backends, replicas, sidecar
+from nemo_paced.serving import backends, replicas, vllm_engine
 from tests import refit_jobs
 from tests.refit_jobs import CPU_JOBS, GPU_JOBS, composed
 
@@ -20,7 +20,7 @@ from tests.refit_jobs import CPU_JOBS, GPU_JOBS, composed
 def on_gpus(monkeypatch, count):
     """As on a machine with so many GPUs and every package; nothing is started."""
     monkeypatch.setattr(backends, "importable", lambda package: True)
-    for module in (servers, replicas, sidecar):
+    for module in (servers, replicas, vllm_engine):
         monkeypatch.setattr(module, "gpu_count", lambda: count)
 
 
@@ -52,7 +52,7 @@ def test_a_gpu_job_passes_every_check_with_its_number_of_gpus(monkeypatch, tmp_p
     assert served.backend is config.rollout.refit and served.sleep == job.sleeps
     parser = make_arg_parser(FlexibleArgumentParser())
     for one in served.sidecars.values():
-        command = one._command()
+        command = one.engine.command(one.served)
         known = parser.parse_args(command[command.index("-m") + 2 :])
         assert known.enable_sleep_mode == job.sleeps
     if not job.sleeps:

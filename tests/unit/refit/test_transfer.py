@@ -16,11 +16,12 @@ from vllm.entrypoints.serve.dev.sleep import api_router as sleep_router
 from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement, WeightSwap
 from nemo_paced.errors import ConfigError, RolloutError, WeightsLost
 from nemo_paced.refit.server_weights import ServerWeights
-from nemo_paced.refit.weight_sync import WeightSync, _json_safe
+from nemo_paced.refit.weight_sync import WeightSync
 from nemo_paced.serving import backends
 from nemo_paced.serving.backends import choose_backend
 from nemo_paced.serving.client import RolloutClient
 from nemo_paced.serving.replicas import Replicas
+from nemo_paced.serving.vllm_engine import _json_safe
 
 HERE, ELSEWHERE = ["127.0.0.1"], ["127.0.0.1", "10.0.0.7"]
 
@@ -61,7 +62,8 @@ def test_the_server_is_started_for_the_transport_and_to_sleep(monkeypatch, tmp_p
             tmp_path, config, max_model_len=8, dtype="bfloat16", log_path=tmp_path / "l", **options
         )
         (sidecar,) = replicas.sidecars.values()
-        return replicas, sidecar._command(), sidecar._environment()
+        engine, served = sidecar.engine, sidecar.served
+        return replicas, engine.command(served), engine.environment(served)
 
     replicas, command, environment = started(trainer_gpus=8)
     assert replicas.sleep and "--enable-sleep-mode" in command

@@ -1,7 +1,7 @@
 """Whether servers that somebody else runs can be asked, before anything waits for them.
 
-Two requests of each, all servers at once: ``/health``, and ``/v1/models``, which also vLLM's own
-``--api-key`` guards.
+Two requests of each, all servers at once: whether it is well, and what it serves, which also vLLM's
+own ``--api-key`` guards.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
-from nemo_paced.serving.completions import SERVED_NAME
+from nemo_paced.errors import RolloutError
+from nemo_paced.serving.client import RolloutClient, RouteRefused
+from nemo_paced.serving.engine import SERVED_NAME, ModelCard
 
 TIMEOUT_S = 5.0  # of connecting and of each answer: a server that is well answers at once
 DENIED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
@@ -40,37 +41,34 @@ def probe_servers(
     Args:
         max_model_len: longest prompt plus response, tokens.
     """
-    headers = {"Authorization": f"Bearer {api_key}"}
-    with (
-        httpx.Client(headers=headers, trust_env=False, timeout=timeout_s) as client,
-        ThreadPoolExecutor(max(1, len(endpoints))) as pool,
-    ):
-        found = pool.map(lambda e: _probe(client, e.rstrip("/"), max_model_len), endpoints)
+    with ThreadPoolExecutor(max(1, len(endpoints))) as pool:
+        clients = [RolloutClient([e], api_key, request_timeout_s=timeout_s) for e in endpoints]
+        found = pool.map(lambda client: _probe(client, max_model_len), clients)
         return [refusal for refusal in found if refusal is not None]
 
 
-def _probe(client: httpx.Client, endpoint: str, max_model_len: int) -> Refusal | None:
+def _probe(client: RolloutClient, max_model_len: int) -> Refusal | None:
+    (endpoint,) = client.endpoints
     try:
-        for path in ("/health", "/v1/models"):
-            answer = client.get(endpoint + path)
-            if answer.status_code in DENIED:
-                return Refusal(
-                    endpoint,
-                    "refuses the key",
-                    "export the one that it was started with: servers/student/api_key (or "
-                    "servers/teacher) in the run directory of its rollout-server",
-                )
-            if answer.status_code != httpx.codes.OK:
-                return Refusal(
-                    endpoint,
-                    f"answers {answer.status_code} to {path}",
-                    "look into the server's log",
-                )
-        return _check_model(endpoint, answer.json()["data"], max_model_len)
-    except (httpx.TransportError, httpx.InvalidURL) as error:
+        client.control.check_health()
+        (models,) = client.control.models()
+        return _check_model(endpoint, models, max_model_len)
+    except RouteRefused as refused:
+        if refused.status in DENIED:
+            return Refusal(
+                endpoint,
+                "refuses the key",
+                "export the one that it was started with: servers/student/api_key (or "
+                "servers/teacher) in the run directory of its rollout-server",
+            )
+        return Refusal(
+            endpoint, f"answers {refused.status} to {refused.path}", "look into the server's log"
+        )
+    except (RolloutError, httpx.InvalidURL) as error:
+        cause = error.__cause__ or error
         return Refusal(
             endpoint,
-            f"does not answer ({type(error).__name__}: {error})",
+            f"does not answer ({type(cause).__name__}: {cause})",
             "start it with `nemo-paced rollout-server`, on an address or interface that this node "
             "reaches (rollout.host), and see whether the port is open",
         )
@@ -80,9 +78,9 @@ def _probe(client: httpx.Client, endpoint: str, max_model_len: int) -> Refusal |
         )
 
 
-def _check_model(endpoint: str, models: list[dict[str, Any]], max_model_len: int) -> Refusal | None:
+def _check_model(endpoint: str, models: list[ModelCard], max_model_len: int) -> Refusal | None:
     """The model that we ask for by name, and its longest sequence."""
-    lengths = {model["id"]: model.get("max_model_len") for model in models}
+    lengths = {model.name: model.max_model_len for model in models}
     if SERVED_NAME not in lengths:
         return Refusal(
             endpoint,
