@@ -19,6 +19,7 @@ from nemo_paced.files import digest
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem
 from nemo_paced.rollout.sampler import Sampler, served_dtype
+from nemo_paced.run.progress import bar_task, server_notes
 from nemo_paced.training import prepare
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Job:
             log_path=work_dir / "logs" / "server.log",
             prompt_limit=config.data.max_prompt_length,
             max_model_len=self.limits.context,
-            notify=prepare.server_notes(bar),
+            notify=server_notes(bar),
         )
         with sampler:
             found = {
@@ -160,7 +161,7 @@ def evaluate(
         purpose: of the samples in the store; ``None``: the label.
         max_tokens: of a response; ``None``: what the model's context leaves.
     """
-    with prepare.bar_task(bar, f"evaluate {label}", len(problems)) as advance:
+    with bar_task(bar, f"evaluate {label}", len(problems)) as advance:
         rollouts = sampler.sample(
             problems,
             purpose=purpose or f"evaluation {label}",

@@ -29,7 +29,7 @@ from nemo_paced.logs import PART_VARIABLE
 from nemo_paced.records import Problem
 from nemo_paced.refit.file_transfer import send_files
 from nemo_paced.rollout.sampler import Sampler
-from nemo_paced.run.progress import progress_bar
+from nemo_paced.run.progress import progress_bar, server_notes
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
 from nemo_paced.training.references import REFERENCES_FILE, sample_references
@@ -91,7 +91,7 @@ class Quickstart:
                 self.config,
                 self.out / "shared",
                 prompts,
-                prepare.server_notes(bar),
+                server_notes(bar),
                 max_model_len=self._longest_sequence(),
             ) as sampler:
                 with self._part("pass rates: 8 rollouts of the student a problem"):

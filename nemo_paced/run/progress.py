@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,14 @@ from nemo_paced.run.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
 
+LINE_EVERY_S = 60.0
+
 
 def progress_bar(*, enabled: bool = True) -> Progress:
     """A bar with what it is doing, how far, how long it took and how long is left.
 
-    Drawn on a terminal only; elsewhere (a job's log file) :class:`RunLog` writes lines instead.
+    Drawn on a terminal only; elsewhere (a job's log file) :class:`RunLog` writes lines instead, and
+    so do :func:`bar_task` and :func:`server_notes` of what takes longer than ``LINE_EVERY_S``.
     """
     console = Console(file=sys.stderr)
     return Progress(
@@ -43,6 +49,60 @@ def progress_bar(*, enabled: bool = True) -> Progress:
         console=console,
         disable=not (enabled and console.is_terminal),
     )
+
+
+@contextmanager
+def bar_task(bar: Progress, description: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A task of the progress bar for the length of a ``with``; yields progress(done, total)."""
+    task = bar.add_task(description, total=total, note="")
+    lines = _Lines(bar)
+
+    def advance(done: int, of: int) -> None:
+        bar.update(task, completed=done)
+        left = lines.passed_s() / done * (of - done) if done else 0.0
+        lines.say("%s: %d of %d, about %.0f s left", description, done, of, left)
+
+    try:
+        yield advance
+    finally:
+        bar.remove_task(task)
+
+
+def server_notes(bar: Progress) -> Callable[[str], None]:
+    """Shows what a starting server says, for as long as it says something."""
+    task = bar.add_task("rollout server", total=None, note="", visible=False)
+    lines: _Lines | None = None
+
+    def show(note: str) -> None:
+        nonlocal lines
+        bar.update(task, note=note, visible=bool(note))
+        if note:
+            lines = lines or _Lines(bar)
+            lines.say("%s", note)
+        else:
+            lines = None  # another start is one of its own
+
+    return show
+
+
+class _Lines:
+    """Log lines of something long, at most one in ``LINE_EVERY_S``, where no bar is drawn."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._wanted = bar.disable
+        self._lock = threading.Lock()  # answers are handed over by several threads
+        self._began = self._said = time.monotonic()
+
+    def passed_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def say(self, text: str, *values: object) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if not self._wanted or now - self._said < LINE_EVERY_S:
+                return
+            self._said = now
+        logger.info(text, *values)
 
 
 class RunLog:

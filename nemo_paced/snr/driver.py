@@ -21,7 +21,7 @@ from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Response
 from nemo_paced.rollout.sampler import Sampler
-from nemo_paced.run.progress import progress_bar
+from nemo_paced.run.progress import bar_task, progress_bar, server_notes
 from nemo_paced.snr.estimates import BlockSums
 from nemo_paced.snr.identity import measurement_identity, rollout_purpose, sampling_settings
 from nemo_paced.snr.plan import (
@@ -117,7 +117,7 @@ class SnrDriver:
                 store_dir=folder / "rollouts",
                 log_path=folder / "servers" / "student" / "server.log",
                 prompt_limit=self.config.data.max_prompt_length,
-                notify=prepare.server_notes(self.bar),
+                notify=server_notes(self.bar),
                 trainer_gpus=self.config.trainer.devices,
             )
         )
@@ -129,7 +129,7 @@ class SnrDriver:
             self._sample()
         total = sum(self.bins[index].problems for index in missing)
         began, done = time.monotonic(), 0
-        with prepare.bar_task(self.bar, "gradients", total) as advance:
+        with bar_task(self.bar, "gradients", total) as advance:
             for index in missing:
                 planned = self.bins[index]
                 for number, names in enumerate(planned.blocks):
@@ -161,7 +161,7 @@ class SnrDriver:
     def _sample(self) -> None:
         self.sampler.send_weights()  # nothing where the server has them from its files
         wanted = list(self.problems.values())
-        with prepare.bar_task(self.bar, "rollouts", len(wanted)) as advance:
+        with bar_task(self.bar, "rollouts", len(wanted)) as advance:
             found = self.sampler.sample(
                 wanted,
                 purpose=rollout_purpose(self.config, self.model, wanted, self.prompts),

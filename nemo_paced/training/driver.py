@@ -25,7 +25,7 @@ from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.sampling import SamplingSettings, sampling_seed
 from nemo_paced.run import checkpoint
 from nemo_paced.run.fingerprint import check_data
-from nemo_paced.run.progress import RunLog
+from nemo_paced.run.progress import RunLog, bar_task, server_notes
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.training import prepare
 from nemo_paced.training.batches import Batch, build_items
@@ -79,7 +79,7 @@ class Driver:
                 self.config,
                 self.run_dir,
                 self.prompts,
-                prepare.server_notes(self.log.bar),
+                server_notes(self.log.bar),
                 beside_trainer=True,
                 meanwhile=self.log.open_loggers,
             )
@@ -171,7 +171,7 @@ class Driver:
         missing = [item for item in items if not cache.has(item)]
         logger.info("teacher cache: %d of %d responses to compute", len(missing), len(items))
         size = self.config.model.global_batch_size
-        with prepare.bar_task(self.log.bar, "teacher signals", len(missing)) as advance:
+        with bar_task(self.log.bar, "teacher signals", len(missing)) as advance:
             for begin in range(0, len(missing), size):
                 yield Batch(missing[begin : begin + size], {})
                 advance(min(begin + size, len(missing)), len(missing))
@@ -199,9 +199,7 @@ class Driver:
 
     def validate(self, step: int) -> dict[str, float]:
         """mean@k of the served student on the held-out problems."""
-        with prepare.bar_task(
-            self.log.bar, f"validation at step {step}", len(self.validation)
-        ) as on:
+        with bar_task(self.log.bar, f"validation at step {step}", len(self.validation)) as on:
             rollouts = self.sampler.sample(
                 self.validation,
                 purpose="validation",

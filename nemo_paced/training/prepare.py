@@ -7,8 +7,7 @@ to answer before is in ``references.py``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.progress import Progress
@@ -21,7 +20,7 @@ from nemo_paced.hf.tokenizer import check_same_tokens
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler, evaluation_length
 from nemo_paced.rollout.sampling import SamplingSettings
-from nemo_paced.run.progress import progress_bar
+from nemo_paced.run.progress import bar_task, progress_bar, server_notes
 from nemo_paced.weights.pass_rates import PassRateTable
 from nemo_paced.weights.rounds import sample_in_rounds
 
@@ -135,22 +134,6 @@ def save_table(table: PassRateTable, run_dir: Path, step: int) -> None:
     """As the version of ``step``, and as the one that the next checkpoint takes along."""
     table.write(run_dir / "pass_rates" / f"step_{step:08d}.parquet")
     table.write(run_dir / PASS_RATES_FILE)
-
-
-@contextmanager
-def bar_task(bar: Progress, description: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A task of the progress bar for the length of a ``with``; yields progress(done, total)."""
-    task = bar.add_task(description, total=total, note="")
-    try:
-        yield lambda done, total: bar.update(task, completed=done)
-    finally:
-        bar.remove_task(task)
-
-
-def server_notes(bar: Progress) -> Callable[[str], None]:
-    """Shows what a starting server says, for as long as it says something."""
-    task = bar.add_task("rollout server", total=None, note="", visible=False)
-    return lambda note: bar.update(task, note=note, visible=bool(note))
 
 
 def pass_rates(config: PacedConfig, run_dir: Path) -> Path:

@@ -35,8 +35,8 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
-from nemo_paced.run.progress import progress_bar
-from nemo_paced.training.prepare import bar_task, check_prompts, make_prompts, server_notes
+from nemo_paced.run.progress import bar_task, progress_bar, server_notes
+from nemo_paced.training.prepare import check_prompts, make_prompts
 
 logger = logging.getLogger(__name__)
 
