@@ -199,4 +199,4 @@ def test_a_trainers_server_has_room_for_what_it_is_asked(tmp_path, interval, eva
     )
     model = hf_directory(tmp_path / "model", context=600)
     replicas = make_replicas(config, model, 16, tmp_path / "log")
-    assert [s.max_model_len for s in replicas.sidecars.values()] == [length]
+    assert [s.served.max_model_len for s in replicas.sidecars.values()] == [length]
