@@ -3,9 +3,10 @@
 The head of a row is the set of tokens in order of falling teacher probability (ties by lower id)
 whose cumulative mass stays at or below ``head_mass``; the first token is always in it. Sorting
 would need the whole vocabulary on one rank. Positive floats order like their bits, so the head's
-border is found by radix selection instead: three histograms of mass over 11, 11 and 10 bits, each
-summed over the ranks, then one exchange to break ties by id. Five collectives with the gaps' own,
-whatever the data; a flat teacher's head may hold half of the vocabulary at no further cost.
+border is found by radix selection instead: three histograms of mass over 10, 11 and 10 bits, each
+summed over the ranks, then one exchange to break ties by id. These make five collectives with the
+sum of the gaps, whatever the data; a flat teacher's head may hold half of the vocabulary at no
+further cost.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ _ROUNDS = ((21, 1024), (10, 2048), (0, 1024))
 def head_tail_gaps(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, of: RowNumbers, options: Options
 ) -> torch.Tensor:
-    """Sums of |T - S| over head and tail: float32 [2, N], no gradient.
+    """Sums of |T - S| over the teacher's head and tail: float32 [2, N], no gradient.
 
     Args:
         student_NV, teacher_NV: logits [N, v/tp].
-        of: their maxima, log-sums and shares of the mass.
+        of: maxima, log-sums and shares of the mass of both models' rows.
     """
     tp_group, head_mass = options.tp_group, options.divergence.akl_head_mass
 
     buffers = Buffers(teacher_NV, options, 2)
 
     def teacher(rows: slice) -> torch.Tensor:
-        # by exp of numbers that all ranks share: equal logits have equal bits on every rank
+        # exp of numbers that all ranks share, so that equal logits have equal bits on every rank
         own = of[rows]
         t = log_probs(teacher_NV[rows], own.column(0), own.column(1), options, buffers(rows)[0])
         return t.exp_()
@@ -76,7 +77,7 @@ def head_tail_gaps(
 def _add_histogram(
     mass_NB: torch.Tensor, t: torch.Tensor, border_N: torch.Tensor, shift: int, buckets: int
 ) -> None:
-    """Add the mass of the tokens that share the border's higher bits, by their next bits."""
+    """Add the mass of tokens that share the border's higher bits to buckets of their next bits."""
     bits = t.view(torch.int32)
     bucket = (bits >> shift) & (buckets - 1)
     higher = shift + buckets.bit_length() - 1
@@ -92,7 +93,7 @@ def _descend(
     head_mass: float,
     shift: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bucket in which the cumulative mass passes ``head_mass``, and the mass above it."""
+    """Border [N] with the bits of the bucket where ``head_mass`` is passed, and mass above it."""
     from_top_NB = mass_NB.flip(1).cumsum(1) + above_N[:, None]
     passed_NB = from_top_NB > head_mass
     last = mass_NB.shape[1] - 1

@@ -46,7 +46,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """Value of each row, float32 [N], and what its gradient is computed from."""
+    """Divergence of each row, nats, float32 [N], and what its gradient is computed from."""
 
     value_N: torch.Tensor
     of: RowNumbers
@@ -61,7 +61,7 @@ def divergence(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Divergence of each token.
+    """Divergence of each token over the full vocabulary; its gradient goes to the student alone.
 
     Args:
         student_logits: [..., v/tp], any float dtype; the gradient has the same dtype.
@@ -78,7 +78,8 @@ def divergence(
         that is the same on every rank; each rank then holds its own columns' gradient.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit each other or ``vocab_size``, a ``chunk_size`` below 1,
+            or an unknown kind.
     """
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(
@@ -131,10 +132,10 @@ def kernels_for(logits: torch.Tensor) -> ModuleType:
 def solve(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
 ) -> Generator[None, None, Solved]:
-    """Value of each row and what its gradient needs; yields where it waits for other ranks.
+    """Divergence of each row of logits [N, v/tp]; a generator that yields while ranks exchange.
 
     While it waits the caller may do other work; every rank must resume its generators in the same
-    order. ``finish`` runs one through.
+    order. :func:`finish` runs one through. What it returns also holds what the gradient needs.
     """
     kernels, chosen = kernels_for(student_NV), options.divergence
     gather = begin_all_gather(
@@ -163,7 +164,7 @@ def solve(
 
 
 def finish(steps: Generator[None, None, _Result]) -> _Result:
-    """Run a generator like :func:`solve`'s to its end."""
+    """Run a generator like that of :func:`solve` to its end and return its result."""
     while True:
         try:
             next(steps)
@@ -174,7 +175,11 @@ def finish(steps: Generator[None, None, _Result]) -> _Result:
 def _merge(
     gathered_RKN: torch.Tensor, options: Options
 ) -> tuple[RowNumbers, torch.Tensor, torch.Tensor]:
-    """The row numbers 0 to 5, forward KL [N] and reverse KL [N] (0 where not asked for)."""
+    """Row numbers 0 to 5, forward KL [N] and reverse KL [N] (0 where the kind needs none).
+
+    Args:
+        gathered_RKN: ``local_stats`` of every rank, [ranks, 4 + dots, N].
+    """
     chosen = options.divergence
     max_t_RN, sum_t_RN, max_s_RN, sum_s_RN = gathered_RKN[:, :4].unbind(1)
     max_t_N, max_s_N = max_t_RN.amax(0), max_s_RN.amax(0)

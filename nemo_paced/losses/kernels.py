@@ -30,7 +30,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, slots=True)
 class RowNumbers:
-    """What forward keeps of each row for backward: float32 [9, N], merged over the ranks.
+    """Nine numbers of each row that forward keeps for backward: float32 [9, N], merged over ranks.
 
     Rows: maximum, log of the sum of shifted exponentials over the whole vocabulary, and this rank's
     share of the mass, of the teacher (0, 1, 2) and the student (3, 4, 5); then what the kind's
@@ -44,12 +44,12 @@ class RowNumbers:
         return RowNumbers(self.numbers_9N[:, rows])
 
     def column(self, index: int) -> torch.Tensor:
-        """One number of each row, [N, 1]."""
+        """Number ``index`` of each row, [N, 1]."""
         return self.numbers_9N[index, :, None]
 
 
 class Buffers:
-    """Float32 blocks [rows, V] of one pass, written anew for each row block."""
+    """Float32 scratch blocks [rows, V] of one pass; a call with a slice of rows gives views."""
 
     def __init__(self, logits_NV: torch.Tensor, options: Options, count: int) -> None:
         rows = next(row_blocks(logits_NV, options.block_rows), slice(0, 0))
@@ -64,7 +64,7 @@ class Buffers:
 def shift(
     logits_NV: torch.Tensor, max_N1: torch.Tensor, options: Options, out: torch.Tensor
 ) -> torch.Tensor:
-    """(logits - maximum) / temperature of the valid columns, with -inf made finite.
+    """(logits - maximum) / temperature of the valid columns, -inf made finite: ``out`` [N, V].
 
     The maximum is subtracted first: dividing logits near 1e4 would round their differences.
     """
@@ -75,19 +75,19 @@ def shift(
 
 
 def row_max(logits_NV: torch.Tensor, options: Options) -> torch.Tensor:
-    """Float32 [N, 1]; finite."""
+    """Largest valid logit of each row, float32 [N, 1], with -inf made finite."""
     return logits_NV[:, : options.valid].amax(1, keepdim=True).float().clamp_min_(LOG_ZERO)
 
 
 def local_stats(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
 ) -> torch.Tensor:
-    """What this rank tells the others of each row, float32 [4 + dots, N].
+    """Statistics of each row over this rank's columns, which the ranks exchange: [4 + dots, N].
 
-    Maximum and sum of exponentials of teacher, then of student; then, by kind, the dot products
-    sum e^(zT-mT) [(zT-mT) - (zS-mS)] (forward KL) and sum e^(zS-mS) [(zS-mS) - (zT-mT)] (reverse
-    KL), z being logits over temperature. Each maximum is this rank's own, of the logits, not
-    divided; ``LOG_ZERO`` where it has no valid column.
+    Float32: maximum and sum of exponentials of teacher, then of student; then, by kind, the dot
+    products sum e^(zT-mT) [(zT-mT) - (zS-mS)] (forward KL) and sum e^(zS-mS) [(zS-mS) - (zT-mT)]
+    (reverse KL), z being logits over temperature. Each maximum is this rank's own, of the logits,
+    not divided; ``LOG_ZERO`` where it has no valid column.
     """
     forward, reverse = options.divergence.needs_forward_kl, options.divergence.needs_reverse_kl
     packed_KN = student_NV.new_zeros(
@@ -120,7 +120,7 @@ def local_stats(
 def probabilities(
     logits_NV: torch.Tensor, share_N1: torch.Tensor, options: Options, out: torch.Tensor
 ) -> torch.Tensor:
-    """Probabilities over the whole vocabulary of this rank's valid columns: float32 [N, V]."""
+    """Probabilities, over the whole vocabulary, of this rank's valid columns: float32 [N, V]."""
     if options.divergence.temperature != 1.0 and options.valid:
         shift(logits_NV, row_max(logits_NV, options), options, out)
     else:
@@ -143,13 +143,17 @@ def log_probs(
 def _both(
     logits_NV: torch.Tensor, of: RowNumbers, first: int, options: Options, p: torch.Tensor, log_p
 ) -> None:
-    """Probabilities and log-probabilities of the model whose numbers begin at ``first``."""
+    """Write one model's probabilities to ``p`` and their logarithms to ``log_p``: [N, V].
+
+    Args:
+        first: of the model's row numbers: 0 for the teacher, 3 for the student.
+    """
     probabilities(logits_NV, of.column(first + 2), options, p)
     log_probs(logits_NV, of.column(first), of.column(first + 1), options, log_p)
 
 
 def _mixture(t: torch.Tensor, s: torch.Tensor, options: Options, out: torch.Tensor) -> torch.Tensor:
-    """M, never 0: where both underflow, whatever multiplies it is 0 too."""
+    """The mixture M of T and S, never 0: where both underflow, whatever multiplies it is 0 too."""
     share_t, share_s = options.divergence.mixture_shares
     return torch.mul(t, share_t, out=out).add_(s, alpha=share_s).clamp_min_(TINY)
 
@@ -157,10 +161,10 @@ def _mixture(t: torch.Tensor, s: torch.Tensor, options: Options, out: torch.Tens
 def mixture_sums(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, of: RowNumbers, options: Options
 ) -> torch.Tensor:
-    """This rank's part of the two sums a row that value and gradient need, float32 [2, N].
+    """Two sums of each row over this rank's columns, for divergences with a mixture M: [2, N].
 
-    jsd: KL(T || M), KL(S || M); skew_forward_kl: KL(T || M), sum S T / M;
-    skew_reverse_kl: KL(S || M), sum S^2 / M.
+    Float32; value and gradient need them. jsd: KL(T || M), KL(S || M); skew_forward_kl:
+    KL(T || M), sum S T / M; skew_reverse_kl: KL(S || M), sum S^2 / M.
     """
     sums_2N = student_NV.new_zeros((2, student_NV.shape[0]), dtype=torch.float32)
     buffers = Buffers(student_NV, options, 5)
@@ -193,7 +197,8 @@ def gradient(
 ) -> None:
     """Write scale x d loss / d student logits to ``out_NV``, which may be ``student_NV`` itself.
 
-    With u = dL/dS it is S (u - sum S u) for each kind. With c the numbers 6, 7, 8 of a row:
+    With u = dL/dS it is S (u - sum S u) for each kind. With c6, c7, c8 the numbers of
+    :class:`RowNumbers`, a the skew, b the JSD's share of the teacher and M the mixture:
 
         forward, reverse, both KLs   c6 (S - T) + c7 S (log S - log T - c8)
         jsd                          (1-b) S (log S - log M - c7)
@@ -232,7 +237,7 @@ def _reverse_kl_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, 
     s, log_s, log_t = blocks[:3]
     probabilities(student_NV, of.column(5) * scale_N1, options, s)
     shift(student_NV, of.column(3), options, log_s)
-    # log-sums and the value are numbers of the row: one subtraction for the three
+    # both log-sums and the KL are one number a row each: one addition for the three
     shift(teacher_NV, of.column(0), options, log_t).add_(of.column(8) + of.column(4) - of.column(1))
     torch.mul(log_s.sub_(log_t), s, out=out)
 

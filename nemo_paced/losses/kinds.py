@@ -1,4 +1,4 @@
-"""What is minimised between teacher T and student S: a kind of divergence with its parameters."""
+"""Kinds of divergence between teacher T and student S, and a kind with its parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class DivergenceKind(Enum):
-    """What is minimised between teacher T and student S."""
+    """Divergence between teacher T and student S that a stage minimises."""
 
     forward_kl = "forward_kl"  # KL(T || S)
     reverse_kl = "reverse_kl"  # KL(S || T)
@@ -24,10 +24,10 @@ KL_SHARES = {
 }
 
 
-# not slots: the defaults are read from the class where settings repeat them
+# without slots, so that settings/stages.py can read the defaults from the class
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence between next-token distributions, ready to be computed.
+    """A kind of divergence between next-token distributions, with its parameters.
 
     Skewed KLs are those of arXiv 2402.03898, adaptive KL is (g_head forward_kl + g_tail reverse_kl)
     / (g_head + g_tail) of arXiv 2404.02657.
@@ -61,7 +61,7 @@ class Divergence:
 
     @classmethod
     def of(cls, kind: Divergence | DivergenceKind | str) -> Divergence:
-        """The divergence itself, or the one of this kind with the default parameters."""
+        """A divergence as it is, or the one of a kind with the default parameters."""
         return kind if isinstance(kind, cls) else cls(DivergenceKind(kind))
 
     @property
@@ -78,18 +78,18 @@ class Divergence:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether distributions are compared with a mixture of both."""
+        """Whether the kind compares distributions with a mixture M of both."""
         return not (self.needs_forward_kl or self.needs_reverse_kl)
 
     @property
     def _kl_shares(self) -> tuple[float, float]:
         if self.kind is DivergenceKind.adaptive_kl:
-            return (0.5, 0.5)  # in the mean; each token has its own
+            return (0.5, 0.5)  # both are above 0; each token has shares of its own
         return KL_SHARES.get(self.kind, (0.0, 0.0))
 
     @property
     def mixture_shares(self) -> tuple[float, float]:
-        """Shares of teacher and student in M."""
+        """Shares of teacher and student in the mixture M; of kinds that have one."""
         share_t = {
             DivergenceKind.jsd: self.jsd_beta,
             DivergenceKind.skew_forward_kl: self.skew,

@@ -2,7 +2,7 @@
 
     loss = sum_n token_weights[n] x divergence(hidden_T[n] W_T^T, hidden_S[n] W_S^T)
 
-It walks chunks of tokens. A chunk's student and teacher logits come out of two GEMMs, the row
+The loss walks chunks of tokens. A chunk's student and teacher logits come out of two GEMMs, the row
 numbers travel in the collectives of :mod:`~nemo_paced.losses.divergence`, the gradient of the
 logits is written over the student's logits, and two GEMMs more turn it into the chunk's gradient of
 the hidden states and its part of the head's. As the loss is one scalar, the gradient is known up to
@@ -22,7 +22,7 @@ sources:
     ============================  ======  ==============================================
     from hidden states, N = 512   peak    collectives
     ============================  ======  ==============================================
-    this                          1.40    one a chunk (JSD, skew: two); one for hidden
+    ``linear_divergence``         1.40    one a chunk (JSD, skew: two); one for hidden
     logits, then ``divergence``   3.04    one (two); one for hidden
     plain PyTorch                 8.00    no tensor parallelism
     Liger, chunks of 64           1.63    no tensor parallelism
@@ -33,7 +33,7 @@ sources:
     TRL generalised JSD           7.00    no tensor parallelism
     ============================  ======  ==============================================
 
-Ours grows with the number of tokens by the gradient of the hidden states alone.
+The peak of ``linear_divergence`` grows with the tokens by the gradient of hidden states alone.
 
 Not covered: a gradient to teacher or token weights, biases of the heads, second derivatives, a
 second backward of the same graph (it raises).
@@ -55,14 +55,20 @@ from nemo_paced.losses.options import Options
 from nemo_paced.losses.topk import TopKTeacher, solve_topk
 from nemo_paced.losses.vocab_parallel import group_size, sum_gradient, target_log_probs
 
-# elements of a chunk of one model's logits: enough tokens for efficient GEMMs
+# elements of one model's logits in a chunk: enough tokens for efficient GEMMs
 CPU_CHUNK_ELEMENTS = 2**25
 GPU_CHUNK_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkAnswer:
-    """Value of each row [C], and ``write_gradient(scale_C)``: over the student's logits."""
+    """Divergence of each of a chunk's C tokens, and the way to its gradient.
+
+    Attributes:
+        value_C: float32, nats.
+        write_gradient: given float32 scales [C], overwrites the chunk's student logits [C, v/tp]
+            with scale x d value / d logits.
+    """
 
     value_C: torch.Tensor
     write_gradient: Callable[[torch.Tensor], None]
@@ -78,6 +84,7 @@ class HiddenTeacher:
     def solve(
         self, student_CV: torch.Tensor, rows: slice, options: Options
     ) -> Generator[None, None, ChunkAnswer]:
+        """Divergence of a chunk of student logits [C, v/tp]; yields while ranks exchange."""
         teacher_CV = self.hidden_NH[rows] @ self.weight_VH.t()
         solved = yield from solve(student_CV, teacher_CV, options)
 
@@ -91,13 +98,14 @@ class HiddenTeacher:
 
 @dataclass(frozen=True, slots=True)
 class TopKChunks:
-    """The teacher as the top-k and tail of each token [N]."""
+    """The teacher as its k likeliest tokens and the mass of the rest, of N tokens."""
 
     teacher: TopKTeacher
 
     def solve(
         self, student_CV: torch.Tensor, rows: slice, options: Options
     ) -> Generator[None, None, ChunkAnswer]:
+        """Top-k divergence of a chunk of student logits [C, v/tp]; yields while ranks exchange."""
         solved = yield from solve_topk(student_CV, self.teacher[rows], options)
 
         def write_gradient(scale_C: torch.Tensor) -> None:
@@ -111,7 +119,7 @@ TeacherSignal = HiddenTeacher | TopKChunks
 
 @dataclass(frozen=True, slots=True)
 class LinearLoss:
-    """What :func:`linear_loss` computes; the same on every rank of the group.
+    """Result of :func:`linear_loss`, the same on every rank of the tensor-parallel group.
 
     Attributes:
         loss: float32 scalar, sum of token weight x divergence.
@@ -138,7 +146,7 @@ def linear_divergence(
     chunk_size: int | None = None,
     return_per_token: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of the divergences of tokens, from hidden states and LM heads.
+    """Weighted sum of token divergences, computed from hidden states and LM heads.
 
     Args:
         student_hidden: [..., h], the same on every rank of the group.
@@ -189,14 +197,20 @@ def linear_loss(
     chunk_size: int | None = None,
     targets_N: torch.Tensor | None = None,
 ) -> LinearLoss:
-    """The same for any kind of teacher signal, without the reduction of the hidden gradient.
+    """Weighted sum of token divergences for any teacher signal; the hidden gradient is not reduced.
 
     A rank's gradient of ``student_hidden_NH`` is its own columns' part: the caller sums it over the
     tensor-parallel group, as after any column-parallel layer (all-reduce, or reduce-scatter under
     sequence parallelism).
 
     Args:
-        targets_N: int64 ids in the whole vocabulary, to report log-probabilities of.
+        student_hidden_NH: [N, h], the same on every rank of the group.
+        student_weight_VH: [v/tp, h], this rank's rows of the student's LM head.
+        teacher: hidden states with an LM head, or top-k, of the same N tokens.
+        token_weights_N: problem weight and normaliser of each token; no gradient.
+        chunk_size: as for :func:`linear_divergence`.
+        targets_N: int64 ids in the whole vocabulary, to report log-probabilities of (one all-gather
+            a chunk more).
     """
     loss, per_token_N, log_probs_N = _LinearFunction.apply(
         student_hidden_NH,
@@ -273,7 +287,7 @@ class _LinearFunction(torch.autograd.Function):
             for begin in range(0, num_tokens, chunk_size)
         )
         _run(map(chunk_steps, chunks), ahead=int(group_size(options.tp_group) > 1))
-        # not by save_for_backward: backward hands them over instead of copying them
+        # not by save_for_backward: backward hands the gradients over instead of copying them
         ctx.gradients = gradients.results()
         ctx.mark_non_differentiable(per_token_N, log_probs_N)
         return (token_weights_N * per_token_N).sum(), per_token_N, log_probs_N
@@ -292,7 +306,7 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of hidden states and head for a loss of factor 1, gathered chunk by chunk."""
+    """Gradients of the unscaled loss in hidden states and LM head, collected chunk by chunk."""
 
     def __init__(
         self,
@@ -303,7 +317,7 @@ class _Gradients:
     ) -> None:
         self.student_hidden_NH, self.student_weight_VH = hidden_NH, weight_VH
         self.hidden_NH = torch.empty_like(hidden_NH) if wanted and needs[0] else None
-        # summed in float32: bfloat16 would lose what the later chunks add
+        # the head's is summed in float32: bfloat16 would lose what the later chunks add
         self.weight_VH = (
             torch.empty_like(weight_VH, dtype=torch.float32) if wanted and needs[1] else None
         )
@@ -314,6 +328,7 @@ class _Gradients:
         return self.hidden_NH is not None or self.weight_VH is not None
 
     def add(self, rows: slice, grad_logits_CV: torch.Tensor) -> None:
+        """Add what the gradient of a chunk's logits [C, v/tp] gives."""
         if self.hidden_NH is not None:
             torch.mm(grad_logits_CV, self.student_weight_VH, out=self.hidden_NH[rows])
         if self.weight_VH is not None:
@@ -325,6 +340,7 @@ class _Gradients:
             self._nothing_added = False
 
     def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of hidden states [N, h] and head [v/tp, h] in the dtypes of these."""
         if self.weight_VH is None:
             return self.hidden_NH, None
         return self.hidden_NH, self._zeroed_if_empty().to(self.student_weight_VH.dtype)
@@ -335,17 +351,17 @@ class _Gradients:
 
 
 def _add_product(sum_VH: torch.Tensor, a_VC: torch.Tensor, b_CH: torch.Tensor) -> None:
-    """sum += a b, in float32."""
+    """Add the product a b to ``sum_VH``, which is float32."""
     if a_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(a_VC, b_CH)
     elif sum_VH.device.type == "cuda":
         torch.addmm(sum_VH, a_VC, b_CH, out_dtype=sum_VH.dtype, out=sum_VH)
-    else:  # the CPU has no mixed GEMM: one rounding a chunk
+    else:  # the CPU has no GEMM from 16 bits into float32: one rounding a chunk
         sum_VH.add_(a_VC @ b_CH)
 
 
 def _run(chunks: Iterator[Generator[None, None, None]], *, ahead: int) -> None:
-    """Run every chunk, each up to its first collective ``ahead`` chunks before it is finished."""
+    """Run chunks in order, each begun, up to its first collective, ``ahead`` chunks early."""
     begun: deque[Generator[None, None, None]] = deque()
     for steps in chunks:
         next(steps, None)

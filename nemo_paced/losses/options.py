@@ -1,4 +1,4 @@
-"""What every kernel of this folder is told."""
+"""Options of the divergence kernels: a divergence, and a rank's part of the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from nemo_paced.losses.vocab_parallel import valid_columns
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A divergence, and this rank's part of the vocabulary.
+    """A divergence and this rank's part of the vocabulary, as every kernel takes them.
 
     Attributes:
+        tp_group: the group over which the vocabulary is split; ``None``: not split.
         valid: columns of this rank that belong to the true vocabulary.
         block_rows: rows of a block that stays in cache; ``None``: chosen by width and device.
     """
@@ -34,10 +35,16 @@ class Options:
         vocab_size: int | None,
         block_rows: int | None = None,
     ) -> Options:
-        """Options for student and teacher of these local vocabulary widths.
+        """Options for a student's and a teacher's logits of these local vocabulary widths.
+
+        Args:
+            divergence: as for :meth:`Divergence.of`.
+            widths: columns v/tp of the student's and of the teacher's logits on this rank.
+            vocab_size: the true vocabulary over all ranks; ``None``: all columns belong to it.
 
         Raises:
-            ValueError: widths that do not fit each other or ``vocab_size``.
+            ValueError: widths that do not fit each other or ``vocab_size``, ``block_rows`` below 1,
+                or an unknown kind.
         """
         if block_rows is not None and block_rows < 1:
             raise ValueError(f"chunk_size is {block_rows}: it must be at least 1 row")

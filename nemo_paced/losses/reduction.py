@@ -1,4 +1,4 @@
-"""From problem weights to token weights: a loss is a sum, divided once by one global number.
+"""Token weights from problem weights: a loss is a sum, divided once by one global number.
 
     token_sum      (1/N) sum_i w_i sum_t D_it                      the paper's
     sequence_mean  (1/N) sum_i w_i (1/len_i) sum_t D_it
@@ -12,7 +12,7 @@ cut into micro-batches and data-parallel ranks.
 Megatron, for its part, divides all gradients by the number of tokens that the loss functions
 report, summed over the global batch. It is told the tokens that went through the model: with that
 divisor its auxiliary losses (MoE load balancing) come out as means over micro-batches, as in
-pre-training. Ours is multiplied by the same number first (:func:`for_megatron`).
+pre-training. The loss here is multiplied by the same number first (:func:`for_megatron`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ def token_weight(
     num_problems: int,
     total_tokens: int,
 ) -> float:
-    """What each token's divergence of one response is multiplied by.
+    """Factor of every token's divergence in one response.
 
     Args:
         reduction: ``token_sum``, ``sequence_mean`` or ``token_mean``.
-        weight: of the problem, unit mean over the training set.
+        weight: the problem's, of mean 1 over the training set.
         response_length: tokens of this response.
         num_problems: N of the global batch.
         total_tokens: n, response tokens of the global batch.
+
+    Raises:
+        ValueError: another reduction.
     """
     if reduction == "token_sum":
         return weight / num_problems
@@ -49,7 +52,7 @@ def token_weight(
 def for_megatron(
     loss: torch.Tensor, *, num_tokens: int, total_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first two values of a ``loss_func`` under ``calculate_per_token_loss``.
+    """First two return values of Megatron's ``loss_func`` under ``calculate_per_token_loss``.
 
     Args:
         loss: scalar, the sum to minimise: this micro-batch's part of it.

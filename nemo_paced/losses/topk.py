@@ -1,9 +1,9 @@
-"""A teacher cut down to its k likeliest tokens and the mass of all others as one more outcome.
+"""Divergence from a teacher cut down to its k likeliest tokens and the mass of all others.
 
-The divergence is exact between the two distributions over these k + 1 outcomes. Merging outcomes
-can only bring two distributions closer (data-processing inequality), so it is a lower bound of the
-full one for every kind but adaptive KL, and unlike a renormalised top-k it leaves no student mass
-outside of the objective.
+All others count as one more outcome, and the divergence is exact between the two distributions over
+these k + 1 outcomes. Merging outcomes can only bring two distributions closer (data-processing
+inequality), so it is a lower bound of the full one for every kind but adaptive KL, and unlike a
+renormalised top-k it leaves no student mass outside of the objective.
 
 With q the student's k + 1 probabilities and g = dL / d log q, the gradient of a top token's logit
 is its g, and that of any other token g_tail x (its share of the student's tail): no more is needed
@@ -34,10 +34,10 @@ from nemo_paced.losses.vocab_parallel import (
 
 @dataclass(frozen=True, slots=True)
 class TopKTeacher:
-    """The teacher's signal of tokens [...]; the same on every rank of a tensor-parallel group.
+    """The teacher's top-k signal of tokens [...], the same on every tensor-parallel rank.
 
     Attributes:
-        log_probs: float32 [..., k], nats, at the distillation temperature; falling.
+        log_probs: float32 [..., k], nats, at the distillation temperature; falling along k.
         ids: int32 [..., k], token ids in the whole vocabulary.
         tail_log_prob: float32 [...], log of the mass of all other tokens; ``LOG_ZERO`` for none.
     """
@@ -51,7 +51,7 @@ class TopKTeacher:
 
     @staticmethod
     def cat(parts: Sequence[TopKTeacher]) -> TopKTeacher:
-        """Along the first axis."""
+        """The signals joined along their first axis."""
         return TopKTeacher(
             torch.cat([part.log_probs for part in parts]),
             torch.cat([part.ids for part in parts]),
@@ -60,7 +60,7 @@ class TopKTeacher:
 
     @classmethod
     def empty(cls, k: int, device: torch.device) -> TopKTeacher:
-        """Of no token."""
+        """The signal of no token: [0, k]."""
         none_NK = torch.zeros((0, k), device=device)
         return cls(none_NK, none_NK.int(), none_NK.new_zeros(0))
 
@@ -77,7 +77,10 @@ class TopKTeacher:
         temperature: float = 1.0,
         vocab_size: int | None = None,
     ) -> TopKTeacher:
-        """Of final hidden states [N, h] and an LM head [v/tp, h]; logits a chunk at a time."""
+        """Top-k signal of final hidden states [N, h] under an LM head [v/tp, h].
+
+        Only the logits of ``chunk_size`` tokens exist at a time. Raises as :meth:`from_logits`.
+        """
         parts = [
             cls.from_logits(
                 chunk_CH @ weight_VH.t(),
@@ -101,10 +104,10 @@ class TopKTeacher:
         temperature: float = 1.0,
         vocab_size: int | None = None,
     ) -> TopKTeacher:
-        """Of logits [..., v/tp]; two all-gathers, of 2 k and of 2 numbers a token.
+        """Top-k signal of logits [..., v/tp]; two all-gathers, of 2 k and of 2 numbers a token.
 
         Raises:
-            ValueError: k is not between 1 and the vocabulary's size.
+            ValueError: k is not between 1 and the vocabulary's size, or a temperature not above 0.
         """
         width = logits.shape[-1]
         ranks = 1 if tp_group is None else tp_group.size()
@@ -143,6 +146,9 @@ def topk_divergence(
 
     Arguments as for :func:`~nemo_paced.losses.divergence.divergence`; the divergence's temperature
     must be that of the teacher's log-probabilities.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     width = student_logits.shape[-1]
     options = Options.of(kind, (width, width), tp_group=tp_group, vocab_size=vocab_size)
@@ -181,13 +187,14 @@ class _TopKFunction(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class SolvedTopK:
-    """Value of each row and what its gradient is computed from; O = k + 1 outcomes.
+    """Top-k divergence of each row and what its gradient is computed from; O = k + 1 outcomes.
 
     Attributes:
-        value_N: float32.
+        value_N: float32, nats.
         grad_NO: d value / d log of the student's outcome, at temperature 1.
-        local_NK: columns of the top tokens, see :func:`_local_ids`.
-        max_N, tail_N: what the student's logits are relative to, and its tail's log-mass then.
+        local_NK: int64, columns of the top tokens on this rank, see :func:`_local_ids`.
+        max_N: the student's largest logit, which its logits are taken relative to.
+        tail_N: log-mass of the student's tail, on the same footing.
     """
 
     value_N: torch.Tensor
@@ -219,7 +226,10 @@ class SolvedTopK:
 def solve_topk(
     student_NV: torch.Tensor, teacher: TopKTeacher, options: Options
 ) -> Generator[None, None, SolvedTopK]:
-    """As :func:`~nemo_paced.losses.divergence.solve`, on the teacher's k + 1 outcomes."""
+    """Divergence of each row of student logits [N, v/tp] on the teacher's k + 1 outcomes.
+
+    A generator that yields while ranks exchange, like :func:`~nemo_paced.losses.divergence.solve`.
+    """
     tp_group, temperature, valid = options.tp_group, options.divergence.temperature, options.valid
     local_NK = _local_ids(teacher.ids.long(), student_NV.shape[1], valid, tp_group)
     k = local_NK.shape[1]
@@ -249,11 +259,11 @@ def solve_topk(
 def _tail(
     logits_NV: torch.Tensor, local_NK: torch.Tensor, valid: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum and sum of exponentials [2, N] of all but the top, and the top's logits [N, K].
+    """Maximum and sum of exponentials [2, N] outside the top tokens, and the top's logits [N, K].
 
-    Of this rank's columns; logits of top tokens that another rank owns are ``LOG_ZERO``.
+    All are of this rank's columns; logits of top tokens that another rank owns are ``LOG_ZERO``.
     """
-    # one column more takes what is scattered for tokens of other ranks
+    # the column added at the end takes what is scattered for tokens of other ranks
     z = torch.nn.functional.pad(logits_NV[:, :valid].float(), (0, 1), value=LOG_ZERO)
     top_NK = z.gather(1, local_NK).clamp_min_(LOG_ZERO)
     z.scatter_(1, local_NK, LOG_ZERO)
@@ -278,7 +288,7 @@ def _global_top(
     num_rows, width = logits_NV.shape
     local = min(k, valid)
     values_NK = logits_NV.new_full((num_rows, k), LOG_ZERO, dtype=torch.float32)
-    # an exact integer in float64 as in int64; ids of another dtype would be a second collective
+    # float64 holds ids exactly; sent as int64 they would need a collective of their own
     ids_NK = torch.zeros((num_rows, k), dtype=torch.float64, device=logits_NV.device)
     first = 0 if tp_group is None else tp_group.rank() * width
     if local:
@@ -295,6 +305,6 @@ def _global_top(
 def _local_ids(
     ids_NK: torch.Tensor, width: int, valid: int, tp_group: ProcessGroup | None
 ) -> torch.Tensor:
-    """Columns of this rank, and ``valid`` (one past the last) for tokens of other ranks."""
+    """This rank's column of each token id; ``valid`` (one past the last) for tokens of others."""
     local_NK = ids_NK - (0 if tp_group is None else tp_group.rank() * width)
     return torch.where((local_NK >= 0) & (local_NK < valid), local_NK, valid)

@@ -1,8 +1,8 @@
-"""The arithmetic of ``kernels.py`` for CUDA: each pass reads the logits once and keeps no block.
+"""Triton kernels of a row of logits: each pass reads the logits once and keeps no block.
 
 A pass in PyTorch goes over a row block several times and writes its intermediate blocks to memory;
-on a GPU memory is what the time goes into. Here one program holds one row, walks its vocabulary in
-tiles that stay in registers, and moves of N rows of V columns only
+on a GPU memory is what the time goes into. Here one program holds one row and walks its vocabulary
+in tiles that stay in registers. Through memory go only
 
     local_stats    both models' logits, read once: the maxima are not known before the sums, so the
                    sums and dot products are moved along whenever a tile holds a larger logit
@@ -10,7 +10,7 @@ tiles that stay in registers, and moves of N rows of V columns only
     gradient       both models' logits, read once, and the gradient, written once
 
 in the dtype of the logits; the arithmetic is in float32. The three functions and what they return
-are those of ``kernels.py``, their reference.
+are those of ``kernels.py``, their reference in PyTorch.
 
 Not covered: logits on another device than the current one. Checked in Triton's interpreter against
 the reference, and compiled for an H100; not timed, or run, on a GPU yet: tile width and warps are
@@ -36,9 +36,9 @@ from nemo_paced.losses.vocab_parallel import LOG_ZERO
 MAX_TILE = 4096
 NUM_WARPS = 8
 
-# Triton lets a kernel see globals of this type only
+# as constexpr: Triton lets a kernel see globals of this type only
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
-# below a logit of -inf: the exponential is 0 even in a row that holds nothing but -inf
+# logit of padding, below that of -inf: its exponential is 0 even in a row of nothing but -inf
 _PADDING = tl.constexpr(2 * LOG_ZERO)
 _TINY = tl.constexpr(TINY)
 
@@ -58,7 +58,7 @@ def _logits(row_ptr, cols, width, valid):
 
 @triton.jit
 def _mixture(t, s, share_t, share_s):
-    """M, never 0: where both underflow, whatever multiplies it is 0 too."""
+    """The mixture M of T and S, never 0: where both underflow, whatever multiplies it is 0 too."""
     return tl.maximum(share_t * t + share_s * s, _TINY, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -81,7 +81,7 @@ def _local_stats_kernel(
     lanes = tl.arange(0, TILE)
     max_t = tl.full((), _LOG_ZERO, tl.float32)
     max_s = tl.full((), _LOG_ZERO, tl.float32)
-    # one of each for each lane: added up across lanes once, at the end
+    # sums are kept for each lane and added up across lanes once, at the end
     sum_t = tl.zeros((TILE,), tl.float32)
     sum_s = tl.zeros((TILE,), tl.float32)
     forward = tl.zeros((TILE,), tl.float32)
@@ -234,7 +234,10 @@ def _gradient_kernel(
 def local_stats(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
 ) -> torch.Tensor:
-    """As :func:`nemo_paced.losses.kernels.local_stats`: float32 [4 + dots, N]."""
+    """Statistics of each row that the ranks exchange, float32 [4 + dots, N].
+
+    As :func:`nemo_paced.losses.kernels.local_stats`.
+    """
     forward, reverse = options.divergence.needs_forward_kl, options.divergence.needs_reverse_kl
     packed_KN = student_NV.new_empty(
         (4 + forward + reverse, student_NV.shape[0]), dtype=torch.float32
@@ -247,7 +250,10 @@ def local_stats(
 def mixture_sums(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, of: RowNumbers, options: Options
 ) -> torch.Tensor:
-    """As :func:`nemo_paced.losses.kernels.mixture_sums`: float32 [2, N]."""
+    """Two sums of each row for divergences with a mixture, float32 [2, N].
+
+    As :func:`nemo_paced.losses.kernels.mixture_sums`.
+    """
     sums_2N = student_NV.new_empty((2, student_NV.shape[0]), dtype=torch.float32)
     _launch(
         _mixture_sums_kernel,
@@ -270,7 +276,10 @@ def gradient(
     options: Options,
     out_NV: torch.Tensor,
 ) -> None:
-    """As :func:`nemo_paced.losses.kernels.gradient`; ``out_NV`` may be ``student_NV`` itself."""
+    """Write scale x d loss / d student logits to ``out_NV``, which may be ``student_NV`` itself.
+
+    As :func:`nemo_paced.losses.kernels.gradient`.
+    """
     rows_NV, chosen = _by_rows(out_NV), options.divergence
     _launch(
         _gradient_kernel,
@@ -298,7 +307,7 @@ def _launch(
     *arguments: torch.Tensor | float,
     **constants: bool | str,
 ) -> None:
-    """One program for each row; ``arguments`` follow those that all kernels have."""
+    """Launch one program for each row; ``arguments`` follow those that all kernels have."""
     student_NV, teacher_NV = _by_rows(student_NV), _by_rows(teacher_NV)
     num_rows, width = student_NV.shape
     if not num_rows:  # CUDA has no empty grid

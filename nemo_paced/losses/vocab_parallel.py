@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-# torch 2.13 renamed it and warns at the old name; containers still carry older builds
+# torch 2.13 renamed all_gather_into_tensor and warns at that name; containers carry older builds
 _all_gather_single = getattr(
     torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
 )
@@ -25,7 +25,8 @@ _all_gather_single = getattr(
 LOG_ZERO = -1e30
 # float32 elements of a row block, for each thread, that with a few temporaries stay in cache
 CACHE_ELEMENTS = 2**18
-# of a row block on a GPU, where only adaptive KL and top-k go over blocks in several passes
+# float32 elements of a row block on a GPU, where adaptive KL, top-k and target log-probabilities
+# alone go over row blocks
 GPU_ELEMENTS = 2**24
 
 
@@ -47,14 +48,14 @@ def row_blocks(logits_NV: torch.Tensor, rows: int | None) -> Iterator[slice]:
     if rows is None:
         if logits_NV.device.type == "cuda":
             rows = max(1, GPU_ELEMENTS // max(width, 1))
-        else:  # a row is one thread's work
+        else:  # each thread takes whole rows, and has a cache of its own
             rows = torch.get_num_threads() * -(-CACHE_ELEMENTS // max(width, 1))
     for begin in range(0, num_rows, rows):
         yield slice(begin, min(begin + rows, num_rows))
 
 
 class Begun:
-    """A collective under way; ``wait`` gives its result."""
+    """A collective under way; :meth:`wait` gives its result."""
 
     def __init__(self, result: torch.Tensor, work: torch.distributed.Work | None) -> None:
         self.result = result
@@ -67,7 +68,7 @@ class Begun:
 
 
 def begin_all_gather(packed: torch.Tensor, tp_group: ProcessGroup | None) -> Begun:
-    """[...] on every rank -> [ranks, ...]."""
+    """Start to gather a tensor [...] of every rank into [ranks, ...]."""
     if tp_group is None or tp_group.size() == 1:
         return Begun(packed[None], None)
     packed = packed.contiguous()
@@ -77,7 +78,7 @@ def begin_all_gather(packed: torch.Tensor, tp_group: ProcessGroup | None) -> Beg
 
 
 def begin_all_reduce(values: torch.Tensor, tp_group: ProcessGroup | None) -> Begun:
-    """Sum over the group, in place."""
+    """Start to sum ``values`` over the group, in place."""
     if group_size(tp_group) == 1:
         return Begun(values, None)
     work = torch.distributed.all_reduce(values, group=tp_group, async_op=True)
@@ -85,17 +86,17 @@ def begin_all_reduce(values: torch.Tensor, tp_group: ProcessGroup | None) -> Beg
 
 
 def all_gather(packed: torch.Tensor, tp_group: ProcessGroup | None) -> torch.Tensor:
-    """[...] on every rank -> [ranks, ...]."""
+    """A tensor [...] of every rank, gathered into [ranks, ...]."""
     return begin_all_gather(packed, tp_group).wait()
 
 
 def all_reduce(values: torch.Tensor, tp_group: ProcessGroup | None) -> torch.Tensor:
-    """Sum over the group, in place."""
+    """``values`` summed over the group, in place."""
     return begin_all_reduce(values, tp_group).wait()
 
 
 def sum_gradient(hidden: torch.Tensor, tp_group: ProcessGroup | None) -> torch.Tensor:
-    """The same tensor; its gradient is summed over the group (one all-reduce)."""
+    """``hidden`` as it is; its gradient is summed over the group (one all-reduce)."""
     if group_size(tp_group) == 1:
         return hidden
     return _SumGradient.apply(hidden, tp_group)

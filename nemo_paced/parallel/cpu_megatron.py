@@ -1,9 +1,10 @@
-"""Lets Megatron-Core run on CPU tensors under gloo: the only place where a library is patched.
+"""Patches that let Megatron-Core run on CPU tensors under gloo: no other module patches a library.
 
 Megatron-Core names ``device="cuda"`` and ``torch.cuda.current_device()`` in many places. A torch
 function mode turns such device arguments into the CPU; streams, events and synchronisation become
 no-ops, and the RNG tracker keeps the CPU generator's state. Nothing of this runs in a process that
-uses a GPU: :func:`enable` is called by ``parallel.initialize`` for ``accelerator=cpu`` alone.
+uses a GPU: ``parallel.groups.initialize`` calls :func:`enable` for ``accelerator=cpu``, and for
+``auto`` where torch sees no GPU.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event: everything has already happened."""
+    """Stand-in for a CUDA stream or event: everything has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -106,10 +107,10 @@ def _patch_rng_tracker() -> None:
 
 
 def _patch_experts() -> None:
-    """What experts do without Transformer Engine and without a copy from a GPU to mend it.
+    """Let layers of experts run without Transformer Engine and without copies from a GPU.
 
     The router asks whether Transformer Engine's GEMM is there by a name that only its import makes;
-    the token dispatcher turns split sizes into numpy arrays as part of that copy.
+    the token dispatcher turns split sizes into numpy arrays as part of a copy from the GPU.
     """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -122,7 +123,7 @@ def _patch_experts() -> None:
 
 
 def _patch_checkpoints() -> None:
-    """The process that keeps what a checkpoint's writers report is forked, not spawned.
+    """Fork, not spawn, the process that keeps what the writers of a checkpoint report.
 
     A spawned one imports torch to read the first report: two seconds of processor time of each
     rank at its first checkpoint. Writers are forked by Megatron as well.
@@ -140,12 +141,12 @@ def _patch_checkpoints() -> None:
 
 
 def _part_from_parent() -> None:
-    """Make a forked process end with the rank and keep nothing of it open.
+    """Make a forked process end with the rank and keep none of its sockets open.
 
-    A socket that were held open here would hide the rank's death from those that wait for it.
+    A socket that stayed open here would hide the rank's death from those that wait for it.
     """
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     for entry in list(Path("/proc/self/fd").iterdir()):
-        with contextlib.suppress(OSError):  # the listing's own
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
             if stat.S_ISSOCK(os.fstat(int(entry.name)).st_mode):
                 os.close(int(entry.name))

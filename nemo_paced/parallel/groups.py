@@ -35,7 +35,12 @@ _ORDER = "tp-cp-ep-dp-pp"
 
 @dataclass(frozen=True, slots=True)
 class RankGrid:
-    """Which rank stands where in a layout: arithmetic that every rank can do for all others."""
+    """Rank numbers of a layout, by arithmetic that every rank can do for all others.
+
+    Attributes:
+        tensor, context, data, pipeline: sizes of the layout's groups.
+        first_rank: number of the layout's first rank.
+    """
 
     tensor: int
     context: int
@@ -44,10 +49,11 @@ class RankGrid:
     first_rank: int = 0
 
     def beginning_at(self, rank: int) -> RankGrid:
+        """The same layout with its first rank numbered ``rank``."""
         return replace(self, first_rank=rank)
 
     def last_stage(self, dp_rank: int) -> list[int]:
-        """Ranks of a data-parallel replica's last pipeline stage: [tp + tensor * cp]."""
+        """Ranks of a data-parallel replica's last pipeline stage, indexed by tp + tensor * cp."""
         replica = dp_rank + self.data * (self.pipeline - 1)
         first = self.first_rank + self.tensor * self.context * replica
         return list(range(first, first + self.tensor * self.context))
@@ -55,11 +61,13 @@ class RankGrid:
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    """This rank's place in a layout.
+    """This rank's place in a parallel layout, with its process groups.
 
     Attributes:
+        rank, world_size: of its world: where the teacher has ranks of its own (``link.py``), the
+            student's and the teacher's ranks are counted apart.
         groups: Megatron's collection, for its models, schedules and optimizers.
-        link: to the other world, where the teacher has ranks of its own; ranks count in theirs.
+        link: to the other world; ``None`` where student and teacher share their ranks.
     """
 
     rank: int
@@ -126,7 +134,7 @@ class Parallel:
 
     @property
     def messages(self) -> Messages:
-        """Messages among the ranks of this world that need no collective."""
+        """Messages among the ranks of this world, without a collective."""
         return Messages.of_world()
 
     @property
@@ -145,6 +153,9 @@ def initialize(
     """Join the job (torchrun's environment variables, or alone without them) and build all groups.
 
     Args:
+        model: the student's layout.
+        accelerator: ``auto``, ``gpu`` or ``cpu``.
+        timeout_s: after which a collective counts as failed, seconds.
         teacher: the layout of the last ``separate_ranks`` ranks, which form a world of their own.
 
     Raises:
@@ -189,7 +200,7 @@ def initialize(
 
 
 def beside(student: Parallel, layout: ModelConfig, *, timeout_s: float = 1800) -> Parallel:
-    """Groups of another layout over the same ranks: those of the teacher. Collective.
+    """Groups of the teacher's ``layout`` over the student's ranks; every rank must call it.
 
     Returns:
         ``student`` itself when the layout is the same.
@@ -219,7 +230,7 @@ def beside(student: Parallel, layout: ModelConfig, *, timeout_s: float = 1800) -
 def _make_groups(
     layout: ModelConfig, world_size: int, timeout: timedelta
 ) -> ProcessGroupCollection:
-    """What a frozen model and Megatron's forward schedule ask for; none for an optimizer."""
+    """Groups that a frozen model and Megatron's forward schedule need; none for an optimizer."""
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     context, expert = layout.context_parallel_size, layout.expert_model_parallel_size
     dense = parallel_state.RankGenerator(
@@ -244,7 +255,7 @@ def _make_groups(
         return own
 
     def some_of(enumeration: list[list[int]]) -> ProcessGroup | None:
-        """Groups that leave ranks out."""
+        """This rank's group of an enumeration that leaves ranks out; ``None`` for those."""
         mine = None
         for ranks in enumeration:
             made = torch.distributed.new_group(ranks, timeout=timeout)
@@ -273,7 +284,7 @@ def _make_groups(
 
 
 def shutdown() -> None:
-    """Leave the job; safe to call twice."""
+    """Leave the job and destroy its process groups; safe to call twice."""
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Two worlds of ranks in one job, each with process groups of its own, and what goes between them.
+"""Two worlds of ranks in one job, the student's and the teacher's, and what goes between them.
 
 ``torchrun`` or ``srun`` starts all ranks alike; with ``teacher.separate_ranks`` the last ones form
 a world that runs the teacher alone. Megatron's global groups, and a world's collectives, then know
@@ -21,12 +21,12 @@ from nemo_paced.parallel.messages import Messages
 
 
 class Link:
-    """This rank's end of what joins the student's and the teacher's worlds.
+    """This rank's end of the connection between the student's and the teacher's worlds.
 
     Attributes:
-        rank: in the job: student ranks first, then those of the teacher.
-        students: how many are the student's.
-        messages: between the ranks of both worlds.
+        rank, size: in the job, where the student's ranks come before the teacher's.
+        students: how many of the job's ranks are the student's.
+        messages: JSON between the ranks of both worlds.
     """
 
     def __init__(
@@ -51,7 +51,12 @@ class Link:
     def transfer(
         self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]
     ) -> None:
-        """Send to and receive into, by the other's rank; returns when all has arrived."""
+        """Send and receive tensors point to point; returns when all have arrived.
+
+        Args:
+            outgoing: by the rank in the job that each tensor goes to.
+            incoming: contiguous buffers to receive into, by the rank that sends.
+        """
         works = [self._group.send([part.contiguous()], peer, 0) for peer, part in outgoing.items()]
         works += [self._group.recv([buffer], peer, 0) for peer, buffer in incoming.items()]
         for work in works:
@@ -62,6 +67,10 @@ def split_world(
     separate_ranks: int, *, backend: str, device: torch.device, timeout: timedelta
 ) -> Link:
     """Join the job as a rank of the student's or of the teacher's world.
+
+    Args:
+        separate_ranks: how many of the job's last ranks are the teacher's.
+        timeout: of collectives, transfers and the store.
 
     Raises:
         ConfigError: not started by torchrun or srun, or too few ranks.

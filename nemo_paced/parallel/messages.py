@@ -1,6 +1,6 @@
-"""How one rank tells others something without a collective: JSON through a key-value store.
+"""Messages between ranks without a collective: JSON through torch.distributed's key-value store.
 
-torch.distributed starts with such a store. A wait on one of its keys may take hours, where a
+A wait on one of its keys may take hours, where a
 collective that waits runs into its timeout and ends the job.
 """
 
@@ -27,16 +27,16 @@ class Messages:
 
     @classmethod
     def of_world(cls) -> Messages:
-        """Those among the ranks of torch.distributed's default group."""
+        """Messages among the ranks of torch.distributed's default group."""
         return cls(torch.distributed.distributed_c10d._get_default_store())
 
     def publish(self, key: str, value: Any) -> None:
-        """Give the others a JSON value under a key of its own."""
+        """Give the other processes a JSON value under a key of its own."""
         payload: Any = zlib.compress(json.dumps(value).encode(), level=1)
         self._store.set(key, payload)
 
     def wait(self, key: str, timeout_s: float = MESSAGE_TIMEOUT_S) -> Any:
-        """The value of :meth:`publish` of the same key, as soon as it is there.
+        """The value published under ``key``, as soon as it is there.
 
         Raises:
             torch.distributed.DistStoreError: after ``timeout_s``.

@@ -1,4 +1,4 @@
-"""One call of Megatron's forward-backward schedule, with process groups passed explicitly."""
+"""Calls of a model and of Megatron's forward-backward schedule, with explicit process groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from nemo_paced.parallel.groups import Parallel
 
 
 def call_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """The model on a micro-batch with ``tokens_BS``, ``position_ids_BS`` and ``sequences``."""
+    """What the model gives on this pipeline stage for a padded or packed micro-batch.
+
+    Args:
+        batch: with int64 ``tokens_BS`` and ``position_ids_BS`` [b, s / cp] and ``sequences``.
+    """
     packed = _packed_seq_params(batch.sequences, batch.tokens_BS.device)
     return model(
         batch.tokens_BS, batch.position_ids_BS, attention_mask=None, packed_seq_params=packed
@@ -24,7 +28,7 @@ def call_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def _packed_seq_params(sequences: Sequence[int], device: torch.device) -> PackedSeqParams | None:
-    """Megatron's description of a packed row; ``None``: one sequence a row.
+    """Megatron's description of a packed row with these lengths; ``None``: one sequence a row.
 
     Padding counts to the sequence before it: under causal attention nothing reads it.
     """
