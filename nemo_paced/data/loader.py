@@ -1,4 +1,4 @@
-"""Which problems make up which global batch: a pure function of how many were consumed before.
+"""Choice of the problems of a global batch, a pure function of how many were consumed before.
 
 Nothing is iterated and nothing is stored but one integer, so a resumed run draws exactly the
 batches that an uninterrupted one would, also at another layout or global batch size.
@@ -47,7 +47,7 @@ def _permutation(num_problems: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def occurrences(ids: Sequence[str]) -> list[int]:
-    """How often each id stood in the list before: tells a problem drawn twice in a batch apart."""
+    """How often each id stood earlier in ``ids``, which tells repetitions in a batch apart."""
     seen: dict[str, int] = {}
     counts = []
     for problem_id in ids:

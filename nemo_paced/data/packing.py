@@ -1,4 +1,4 @@
-"""From a global batch of responses to the micro-batches of one data-parallel rank.
+"""Micro-batches of one data-parallel rank, cut out of a global batch of responses.
 
 Every rank sees the whole global batch (token ids only: small) and cuts its own part out of it, so
 that all of them agree on sequence length and number of micro-batches without a collective.
@@ -33,6 +33,8 @@ class TrainItem:
 
     Attributes:
         response_id: unique within the batch.
+        student_prompt_ids, teacher_prompt_ids: token ids of either model's prompt.
+        response_ids: token ids of the response, the same for both models.
         token_weight: what every token's divergence of this response is multiplied by
             (problem weight and normaliser together, see ``losses/reduction.py``).
         server_logprobs: the sampler's log-probabilities of the response, nats; empty off-policy.
@@ -48,7 +50,7 @@ class TrainItem:
 
     @staticmethod
     def from_plain(fields: dict[str, Any]) -> TrainItem:
-        """The item whose ``asdict`` went through JSON, which has lists for tuples."""
+        """The item whose ``dataclasses.asdict`` went through JSON, which has lists for tuples."""
         names = ("student_prompt_ids", "teacher_prompt_ids", "response_ids", "server_logprobs")
         return TrainItem(**{**fields, **{name: tuple(fields[name]) for name in names}})
 
@@ -60,11 +62,11 @@ class MicroBatch:
     Attributes:
         tokens_BS: int64; prompt then response, padded with 0 (causal attention: the padding is
             behind everything that is read).
-        position_ids_BS: int64; in the sequence.
+        position_ids_BS: int64; position of each token in its sequence.
         rows_N, positions_N: int64; the row and position that predict each response token.
         targets_N: int64; the response tokens.
-        token_weights_N: float32.
-        server_logprobs_N: float32; NaN where the response was not sampled.
+        token_weights_N: float32; ``token_weight`` of each response token.
+        server_logprobs_N: float32, nats; NaN where the response was not sampled.
         spans: (response_id, number of tokens) of the whole responses, in order.
         local_N: int64; which tokens of ``spans`` are the N of this context-parallel rank; ``None``:
             all of them.
@@ -91,12 +93,13 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a global batch becomes micro-batches.
+    """Sizes by which a global batch is cut into micro-batches.
 
     Attributes:
         micro_batch_size: rows of a micro-batch, where sequences are padded.
         packed_sequence_size: tokens of a row of packed sequences; 0: padded.
-        micro_batches_multiple_of: an interleaved pipeline runs them in groups of its stages.
+        micro_batches_multiple_of: what their number is padded to: an interleaved pipeline runs them
+            in groups of its stages.
         sequence_multiple_of: what the length of a row is padded to (GEMMs in FP8).
     """
 
@@ -107,7 +110,7 @@ class Cut:
 
 
 def rank_items(items: Sequence[TrainItem], *, dp_rank: int, dp_size: int) -> list[TrainItem]:
-    """The items of one data-parallel rank: dealt out longest first, so that ranks work alike."""
+    """Items of one data-parallel rank, dealt out longest response first: ranks work alike."""
     by_length = sorted(items, key=lambda item: -len(item.response_ids))
     return list(by_length[dp_rank::dp_size])
 
@@ -133,7 +136,7 @@ def cut_batch(
     capacity = _round_up(cut.packed_sequence_size, multiple_of)
 
     def length(item: TrainItem) -> int:
-        """Of an item's sequence, padded for context parallelism."""
+        """Tokens of an item's sequence, padded for context parallelism."""
         return _round_up(len(_prompt(item, teacher)) + len(item.response_ids), pieces)
 
     if capacity:
@@ -166,7 +169,11 @@ def cut_batch(
 def pack(
     items: Sequence[TrainItem], length: Callable[[TrainItem], int], capacity: int
 ) -> list[list[TrainItem]]:
-    """First fit, longest first: each item into the first row that has room for it.
+    """Rows of packed items by first fit, longest first: each goes to the first row with room.
+
+    Args:
+        length: tokens of an item's sequence.
+        capacity: tokens of a row.
 
     Raises:
         ConfigError: an item that is longer than a row.
@@ -191,7 +198,7 @@ def pack(
 
 
 def _sequences(lengths: Sequence[int], row_length: int, longest: int) -> tuple[int, ...]:
-    """What a packed row holds: the sequences, then padding in pieces no longer than they are."""
+    """Lengths in a packed row: the sequences, then padding in pieces of at most ``longest``."""
     sequences, left = list(lengths), row_length - sum(lengths)
     while left > 0:
         sequences.append(min(left, longest))
@@ -208,7 +215,7 @@ def _prompt(item: TrainItem, teacher: bool) -> tuple[int, ...]:
 
 
 def held_columns(sequences: Sequence[int], *, cp_rank: int, cp_size: int) -> torch.Tensor:
-    """Columns of a row that a context-parallel rank holds, int64.
+    """Columns of a row that a context-parallel rank holds, int64 [s / cp].
 
     Each sequence is cut into 2 x cp_size pieces; a rank holds one and the mirrored one, as Megatron
     and Transformer Engine expect.
@@ -232,7 +239,11 @@ def _micro_batch(
     sequences: tuple[int, ...],
     parallel: Parallel,
 ) -> MicroBatch:
-    """Args: sequences: of a packed row, the items' first; empty: item i is row i."""
+    """This rank's micro-batch of ``items``, on its device.
+
+    Args:
+        sequences: lengths in a packed row, the items' first; empty: item i is row i.
+    """
     tokens_BS = torch.zeros(rows, row_length, dtype=torch.int64)
     row_N: list[int] = []
     column_N: list[int] = []
@@ -268,7 +279,7 @@ def _micro_batch(
 
 
 def _slice_context(batch: MicroBatch, parallel: Parallel) -> MicroBatch:
-    """What a context-parallel rank holds of a micro-batch."""
+    """The part of a micro-batch that this context-parallel rank holds."""
     if parallel.cp_size == 1:
         return batch
     width = batch.tokens_BS.shape[1]

@@ -1,4 +1,4 @@
-"""Reads problem files: JSONL or Parquet, our own columns or those of public data sets."""
+"""Reader of problem files: JSONL or Parquet, with our own columns or those of public data sets."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_problems(path: str | Path, *, key: str = "data.problems") -> list[Probl
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of each row; ``where`` is file:line or file, row number."""
+    """Rows of a problem file as (where, row); ``where`` is file:line or file, row number."""
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return

@@ -19,7 +19,8 @@ class Prompts:
     """Student and teacher prompts of problems, as token ids.
 
     Args:
-        student_dir: whose tokenizer, chat template and stop tokens are used.
+        student_dir: Hugging Face directory whose tokenizer, chat template and stop tokens are used.
+        data: prompt templates and length limits.
         privileged_context: what the teacher's prompt holds beyond the student's.
     """
 
@@ -36,7 +37,7 @@ class Prompts:
         """Prompt ids that the student is sampled and trained with.
 
         Raises:
-            ConfigError: longer than ``data.max_prompt_length``.
+            ConfigError: the prompt is longer than ``data.max_prompt_length``.
         """
         return self._ids(problem, teacher=False)
 
@@ -44,27 +45,32 @@ class Prompts:
         """Prompt ids of the teacher, with its privileged context.
 
         Raises:
-            ConfigError: longer than ``data.max_teacher_prompt_length``, or the context is missing.
+            ConfigError: the prompt is longer than ``data.max_teacher_prompt_length``, or the
+                problem lacks the context.
         """
         return self._ids(problem, teacher=True)
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response; see :func:`stop_token_ids`."""
+        """Ids of tokens that end a response, see :func:`nemo_paced.hf.tokenizer.stop_token_ids`."""
         return stop_token_ids(self.tokenizer, self.student_dir)
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a response of ours (an expert solution made into a response)."""
+        """Id of the token that ends a response given as text, such as an expert solution."""
         eos = self.tokenizer.eos_token_id
         return int(eos) if eos is not None else self.stop_token_ids[0]
 
     def response(self, text: str) -> tuple[int, ...]:
-        """Ids of a response given as text: tokenised once, EOS appended, cut at the limit."""
+        """Ids of a response given as text: tokenised once, EOS appended, cut at its limit.
+
+        The limit is ``data.max_response_length``.
+        """
         ids = (*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id)
         return ids[: self.data.max_response_length]
 
     def decode(self, ids: tuple[int, ...] | list[int]) -> str:
+        """Text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _ids(self, problem: Problem, *, teacher: bool) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""references.jsonl: a line a problem, with y_T and what its verdict made of it.
+"""Reader and writer of references.jsonl: a line a problem with its response y_T and its verdict.
 
 ``id`` and ``response_ids`` (or ``response`` as text) are what is read. A problem without a
 reference says ``"dropped": true``; one that is merely missing is a mistake.
@@ -21,12 +21,12 @@ from nemo_paced.records import Problem, Response, Rollout
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What became of a problem's attempts.
+    """Reference of a problem, chosen from the attempts that were sampled and graded.
 
     Attributes:
-        rollout: the first right one, else the first.
+        rollout: the first right attempt, else the first.
         attempts: samples that were graded.
-        dropped: it is wrong and not to be trained along.
+        dropped: whether the rollout is wrong and not to be trained along.
     """
 
     rollout: Rollout
@@ -34,7 +34,7 @@ class Reference:
     dropped: bool
 
     def to_row(self) -> dict[str, Any]:
-        """A dropped problem has no ids, but what was answered."""
+        """Line of references.jsonl; that of a dropped problem has no ids, but the text answered."""
         rollout = self.rollout
         what = {"dropped": True} if self.dropped else {"response_ids": rollout.response_ids}
         return {
@@ -48,14 +48,17 @@ class Reference:
 
 
 def write_references(path: Path, references: Sequence[Reference]) -> None:
-    """In place of an earlier file only when whole."""
+    """Write references.jsonl, in place of an earlier file only when whole."""
     write_whole(path, "".join(json.dumps(r.to_row()) + "\n" for r in references))
 
 
 def read_references(
     path: Path, problems: Sequence[Problem], prompts: Prompts
 ) -> dict[str, Response]:
-    """Responses by problem id; a problem marked as dropped is left out.
+    """Reference responses by problem id; a problem marked as dropped is left out.
+
+    Args:
+        prompts: tokenises responses that are given as text.
 
     Raises:
         ConfigError: no such file, a malformed line, problems that it lacks, or only dropped ones.
@@ -82,7 +85,7 @@ def read_references(
 
 
 def made_with(path: Path, settings: ReferencesConfig) -> bool:
-    """Whether the file is what ``references.wrong`` and its attempts make of the same samples.
+    """Whether a file is what ``references.wrong`` and ``max_attempts`` make of the same samples.
 
     Raises:
         ConfigError: a malformed line.
@@ -100,7 +103,7 @@ def made_with(path: Path, settings: ReferencesConfig) -> bool:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place and object."""
+    """Lines of references.jsonl as (file:line, object)."""
     if not path.is_file():
         raise ConfigError(f"references.path is {str(path)!r}: no such file")
     with path.open() as lines:

@@ -14,15 +14,15 @@ from nemo_paced.grading.answers import normalize
 from nemo_paced.grading.sign_flip import sign_flip_p_value
 from nemo_paced.records import Problem, Rollout
 
-LEVEL = 0.05  # of the test that a verdict takes
+LEVEL = 0.05  # significance level of the exact test behind a verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """mean@k of a model on a problem set; or of a task of lm-eval, one answer a question.
+    """Accuracy (mean@k) of a model on a problem set, or on an lm-eval task (one answer a question).
 
     Attributes:
-        mean: over problems of the share of right samples.
+        mean: over problems, of the share of right samples.
         standard_error: of ``mean``, over problems (samples of one problem are no independent
             draws: the spread taken is that of the problems' means); NaN for a single problem.
         pass_at_k: share of problems with at least one right sample among all k.
@@ -52,6 +52,7 @@ class Accuracy:
 
     @staticmethod
     def of(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> Accuracy:
+        """Accuracy from graded rollouts, equally many (k) of every problem."""
         by_problem: dict[str, list[Rollout]] = {problem.id: [] for problem in problems}
         for rollout in rollouts:
             assert rollout.correct is not None, "rollouts are graded when they are stored"
@@ -83,11 +84,12 @@ class Accuracy:
     def of_answers(
         values: dict[str, float], groups: dict[str, str], *, metric: str, truncated: float
     ) -> Accuracy:
-        """Of one value a question, as lm-eval scores it.
+        """Accuracy from one value a question, as lm-eval scores it.
 
         Args:
-            values: by question id.
-            groups: by question id.
+            values: lm-eval's score by question id.
+            groups: label to report accuracies by, by question id.
+            metric: lm-eval's name of the score.
             truncated: share of prompts that lost their beginning.
         """
         mean = statistics.fmean(values.values())
@@ -104,8 +106,10 @@ class Accuracy:
         )
 
     def pass_at(self, k: int) -> Estimate:
-        """Unbiased pass@k, k <= samples: mean over problems of 1 - C(n - c, k) / C(n, k), and its
-        standard error over problems."""
+        """Unbiased pass@k, k <= samples: mean over problems of 1 - C(n - c, k) / C(n, k).
+
+        With its standard error over problems; c of a problem's n samples are right.
+        """
         n = self.samples
         assert 1 <= k <= n, f"pass@{k} cannot be estimated from {n} samples a problem"
         wrong = [n - round(share * n) for share in self.per_problem.values()]
@@ -121,13 +125,14 @@ class Accuracy:
         return {k: self.pass_at(k) for k in sorted(powers) if k <= self.samples}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: what is undefined is ``None``; with pass@k by k."""
+        """Fields for JSON, which has no NaN: what is undefined is ``None``; with pass@k by k."""
         return _nan_to_none(
             asdict(self) | {"pass_at": {str(k): asdict(e) for k, e in self.pass_at_powers.items()}}
         )
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> Accuracy:
+        """The accuracy that :meth:`to_dict` turned into ``fields``."""
         known: dict[str, Any] = {
             name: math.nan if value is None else value
             for name, value in fields.items()
@@ -151,10 +156,10 @@ class Difference:
     Attributes:
         mean: over problems.
         standard_error: of ``mean``, from the spread of the problems' differences; for one answer a
-            problem this is McNemar's, from the answers that changed.
-        p_value: of no difference, see :func:`sign_flip_p_value`.
+            problem it is that of McNemar's test, from the answers that changed.
+        p_value: of the hypothesis of no difference, see :func:`sign_flip_p_value`.
         gained: problems with a larger share of right samples.
-        lost: with a smaller one.
+        lost: problems with a smaller one.
     """
 
     mean: float
@@ -165,7 +170,7 @@ class Difference:
 
     @staticmethod
     def between(after: Accuracy, before: Accuracy) -> Difference:
-        """``after`` minus ``before``.
+        """Accuracy of ``after`` minus that of ``before``.
 
         Raises:
             ConfigError: they were measured on different problems.
@@ -186,15 +191,20 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Two standard errors to both sides: about 95 % for some thirty problems and more. NaN
-        where all problems differ alike: they show no spread, which does not make the mean exact."""
+        """``mean`` less and plus two standard errors: about 95 % for some thirty problems and more.
+
+        NaN where all problems differ alike: they show no spread, and the mean is not exact for it.
+        """
         if self.standard_error == 0:
             return math.nan, math.nan
         return self.mean - 2 * self.standard_error, self.mean + 2 * self.standard_error
 
     def verdict(self) -> str:
-        """What two standard errors and the exact test both allow to be said: where few problems
-        changed, two standard errors are too narrow (4 lost and none gained have p = 0.125)."""
+        """Better, worse, or no difference: what two standard errors and the exact test both allow.
+
+        Where few problems changed, two standard errors are too narrow (4 lost and none gained have
+        p = 0.125).
+        """
         clear = abs(self.mean) > 2 * self.standard_error  # NaN claims nothing either
         if not clear or self.p_value > LEVEL:
             return "no difference can be claimed"
@@ -202,14 +212,14 @@ class Difference:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent ``values``; NaN where a single one shows no spread."""
+    """Standard error of the mean of independent ``values``; NaN for a single value."""
     if len(values) < 2:
         return math.nan
     return statistics.stdev(values) / len(values) ** 0.5
 
 
 def group_means(values: dict[str, float], groups: dict[str, str]) -> dict[str, float]:
-    """Mean by group, of values by id and groups by id."""
+    """Mean of the values of each group; ``values`` and ``groups`` are by id."""
     by_group: dict[str, list[float]] = {}
     for name, value in values.items():
         by_group.setdefault(groups[name], []).append(value)

@@ -36,7 +36,7 @@ _SHORT_UNITS = frozenset("mgshlLNJWVKCFA")
 _NO_UNITS = frozenset(
     ("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "or", "and", "mod", "times", "choose")
 )
-# name: (dimension, how many of its base); others are compared as they are written
+# unit: (dimension, its size in units of the dimension); units not listed are compared as text
 _UNITS: dict[str, tuple[str, int | Fraction]] = {
     "%": ("%", 1), "percent": ("%", 1), "°": ("angle", 1), "degree": ("angle", 1),
     "dollar": ("dollar", 1), "cent": ("dollar", Fraction(1, 100)),
@@ -55,8 +55,10 @@ _UNICODE = {
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer: the last ``\\boxed{}`` or ``Answer:`` line, whichever stands later; without
-    either the last number; ``None`` where there is none."""
+    """Final answer of a response: the later of its last ``\\boxed{}`` and last ``Answer:`` line.
+
+    Without either it is the last number; ``None`` where there is none.
+    """
     boxed = last_boxed(text)
     lines = list(_ANSWER_LINE.finditer(text))
     line = lines[-1] if lines else None
@@ -69,13 +71,17 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_choice(text: str) -> str | None:
-    """The last option A to J: of the final answer if one is marked, of the text otherwise."""
+    """Option, A to J, that a response chooses; ``None`` where there is none.
+
+    It is the only one in the final answer, if one is marked; otherwise the last that stands in
+    parentheses or after "option" or "choice", else the last single letter.
+    """
     boxed, lines = last_boxed(text), _ANSWER_LINE.findall(text)
     if boxed is not None or lines:
         final = _clean(extract_answer(text) or "")
         found = re.fullmatch(r"\(?([A-Ja-j])\)?\.?", final)
         letters = [found[1].upper()] if found else _CHOICE.findall(_PRONOUNS.sub("", final))
-        # "B or C" is no choice; "B) 12 A" names the letter first
+        # two letters, as in "B or C", are no choice
         return letters[0] if letters and len(set(letters)) == 1 else None
     if marked := _MARKED_CHOICE.findall(text):
         return marked[-1][0] or marked[-1][1]
@@ -84,7 +90,7 @@ def extract_choice(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """Light normalisation: spaces, dollar signs, text wrappers, thousands separators, final dot.
+    """An answer without spaces, dollar signs, text wrappers, thousands separators and final dot.
 
     Words lose their case; symbols keep it (``X`` and ``x`` may be two variables).
     """
@@ -94,7 +100,7 @@ def normalize(answer: str) -> str:
 
 
 def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
-    """Compare as exact numbers with their units; ``None`` when one of them is no plain number.
+    """Whether two answers agree as numbers with units; ``None`` when one is no plain number.
 
     A unit that only one side names is let pass; a percentage is its number or a hundredth of it.
 
@@ -119,7 +125,7 @@ def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
 
 
 def symbolically_equal(extracted: str, answer: str) -> bool:
-    """math-verify's judgement; runs in a worker, whose time and memory are limited."""
+    """Whether math-verify finds two answers equal; for a worker with limits of time and memory."""
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify
@@ -137,7 +143,7 @@ def symbolically_equal(extracted: str, answer: str) -> bool:
 
 
 def last_boxed(text: str) -> tuple[str, int] | None:
-    """Content of the last closed ``\\boxed`` and the offset of its end."""
+    """Content of the last closed ``\\boxed`` and the offset of its end in ``text``; or ``None``."""
     for start in reversed(list(_BOXED.finditer(text))):
         begin = start.end()
         if text[begin : begin + 1] != "{":
@@ -153,7 +159,7 @@ def last_boxed(text: str) -> tuple[str, int] | None:
 
 
 def _clean(answer: str) -> str:
-    """Markdown, math delimiters, spacing commands and Unicode forms of LaTeX are taken away."""
+    """An answer without Markdown, math delimiters, spacing commands and Unicode forms of LaTeX."""
     answer = "".join(_UNICODE.get(character, character) for character in answer)
     answer = unicodedata.normalize("NFKC", answer).strip().strip("*`").strip()
     answer = re.sub(r"^\\[(\[]|\\[)\]]\.?$", "", answer)
@@ -172,7 +178,7 @@ def _clean(answer: str) -> str:
 
 
 def _quantity(answer: str) -> tuple[Fraction, str] | None:
-    """Value and unit ("" for none) of a number with an optional unit."""
+    """Exact value and unit ("" for none) of a number with an optional unit; or ``None``."""
     answer = _PREFIX.sub("", _clean(answer))
     found = _QUANTITY.fullmatch(answer)
     if found is None:
@@ -193,7 +199,7 @@ def _quantity(answer: str) -> tuple[Fraction, str] | None:
 
 
 def _number(answer: str) -> Fraction | None:
-    """An integer, decimal, fraction, mixed number or power of ten, exactly."""
+    """Exact value of an integer, decimal, fraction, mixed number or power of ten; or ``None``."""
     answer = _SPACED_THOUSANDS.sub(lambda found: found[0].replace(" ", ""), answer.strip())
     answer = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), answer)
     answer = _FRACTION.sub(

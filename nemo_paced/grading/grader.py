@@ -1,12 +1,12 @@
-"""Is the final answer of a response right?
+"""Grading of responses by their final answer, with one of the verifiers of ``grading.verifier``.
 
 ``math``: the final answer as text, then as a number, then by math-verify (``answers.py``).
-``exact``: the last word. ``multiple_choice``: the last option A to J. ``module:function``: your
-own, called as ``function(text, answer) -> bool``.
+``exact``: the last word. ``multiple_choice``: the option A to J. ``module:function``: your own,
+called as ``function(text, answer) -> bool``.
 
 Model output is never evaluated. math-verify and your own verifier run in worker processes, one of
 which is killed when an item takes longer than ``grading.time_limit_s``: the verdict is wrong, the
-reason says so. Not a sandbox: your own verifier runs with your rights.
+reason says so. This is no sandbox: your own verifier runs with your rights.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ from nemo_paced.grading.answers import (
 from nemo_paced.grading.verifier_pool import TimedOut, VerifierPool, WorkerDied, load_function
 
 SYMBOLIC = "nemo_paced.grading.answers:symbolically_equal"
-SYMBOLIC_MEMORY = 4 * 2**30  # a power tower must not take the trainer's memory
+SYMBOLIC_MEMORY = 4 * 2**30  # bytes: a power tower must not take the trainer's memory
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Attributes: correct; extracted, the answer read out of the text; reason, for a reader."""
+    """Verdict on one response.
+
+    Attributes:
+        correct: whether it is right.
+        extracted: the answer read out of the text; ``None`` for none, and by your own verifier.
+        reason: why, for a human reader.
+    """
 
     correct: bool
     extracted: str | None
@@ -39,8 +45,9 @@ class Verdict:
 
 
 class Grader:
-    """Verdicts on responses; context manager around the worker processes, which start when they
-    are first needed. May be used from several threads.
+    """Grader of responses, and context manager of its worker processes, which start when needed.
+
+    Several threads may use it.
 
     Raises:
         GradingError: a verifier that cannot be loaded, raised, or did not return a bool.
@@ -58,7 +65,7 @@ class Grader:
             self._pool.close()
 
     def grade(self, text: str, answer: str, *, truncated: bool = False) -> Verdict:
-        """Verdict on one response; a truncated one is graded as it stands."""
+        """Verdict on the response ``text``; a truncated one is graded as it stands."""
         verdict = self._verify(text, answer)
         if truncated and not verdict.correct:
             return Verdict(False, verdict.extracted, f"truncated; {verdict.reason}")
@@ -71,7 +78,7 @@ class Grader:
             return simple[name]
         own = name != "math"
         if own:
-            load_function(name)  # a wrong name is told before anything starts
+            load_function(name)  # a wrong name is refused before anything starts
         self._pool = VerifierPool(
             name if own else SYMBOLIC,
             num_workers=self.config.num_workers,
@@ -97,7 +104,7 @@ class Grader:
         return self._ask(text, answer, extracted=None, reason=self.config.verifier)
 
     def _ask(self, text: str, answer: str, *, extracted: str | None, reason: str) -> Verdict:
-        """The verdict of a worker."""
+        """Verdict of a worker process; one that times out or dies means wrong."""
         assert self._pool is not None, "only verifiers with a pool ask it"
         try:
             correct = self._pool.call(text, answer)

@@ -1,4 +1,4 @@
-"""Worker processes with a hard time limit a call: a worker that overruns it is killed.
+"""Pool of worker processes with a hard time limit a call: a worker that overruns it is killed.
 
 A ``ProcessPoolExecutor`` cannot end one worker: a hanging call would cost the whole pool and what
 the other workers were doing. Here each worker has its own pipe, and only the one that hangs goes.
@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_paced.errors import GradingError
 
-START_LIMIT_S = 120.0  # imports of a verifier do not count as grading
+START_LIMIT_S = 120.0  # of a worker's start: imports of a verifier do not count as grading
 
 
 class TimedOut(Exception):
@@ -29,10 +29,12 @@ class WorkerDied(Exception):
 
 
 class VerifierPool:
-    """Calls ``module:function`` in one of several processes; may be used from several threads.
+    """Pool of processes that call a ``module:function``; several threads may use it.
 
     Args:
-        target: what to call, importable in a new process.
+        target: the ``module:function``, importable in a new process.
+        num_workers: processes at most; each starts when it is first needed.
+        time_limit_s: of a call, seconds.
         memory_limit: of a worker's address space, bytes; ``None`` for no limit.
     """
 
@@ -49,7 +51,7 @@ class VerifierPool:
             self._slots.put(None)
 
     def call(self, *arguments: Any) -> Any:
-        """The function's result.
+        """Result of the function for ``arguments``, computed by a free worker.
 
         Raises:
             TimedOut, WorkerDied: only this call is lost; the next one gets a new worker.

@@ -1,8 +1,8 @@
-"""Which problem the next rollout should go to, so that the weights become right soonest.
+"""Adaptive allocation of rollouts: the next one goes where it makes the weights right soonest.
 
 A rollout is worth the variance of a problem's posterior weight that it takes away. p(1-p) is flat
 at 0.5, where a pass rate may be quite wrong without the weight being so; the error of a weight is
-largest near 0.15 and 0.85. Decisions only: nothing here samples.
+largest near 0.15 and 0.85. This module only decides; it samples nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from nemo_paced.weights.posterior import posterior_variance, posterior_weight
 from nemo_paced.weights.prior import fit_prior
 
 # A single rollout at c = 1 of 2 is worth nothing by itself (right or wrong, the weight is the same)
-# though several are worth something: so many at a time are looked at.
+# though several are worth something: blocks of up to this many are looked at.
 LOOK_AHEAD = 8
 
 
 def prior_of(
     config: WeightsConfig, num_correct: np.ndarray, num_rollouts: np.ndarray
 ) -> tuple[float, float]:
-    """``weights.prior``, or the one fitted to the counts with ``weights.fit_prior``."""
+    """Beta prior (a0, b0): ``weights.prior``, or by ``weights.fit_prior`` fitted to the counts."""
     if config.fit_prior:
         return fit_prior(num_correct, num_rollouts)
     a0, b0 = config.prior
@@ -32,7 +32,7 @@ def prior_of(
 def expected_error(
     config: WeightsConfig, num_correct: np.ndarray, num_rollouts: np.ndarray
 ) -> float:
-    """RMS error to be expected of weights of unit mean, their normaliser taken as known.
+    """Expected RMS error of weights of mean 1, their normaliser taken as known.
 
     Args:
         num_correct, num_rollouts: float64 arrays ``[problems]``.
@@ -72,11 +72,12 @@ def variance_reduction(
 def allocate(
     config: WeightsConfig, num_correct: np.ndarray, num_rollouts: np.ndarray, budget: int
 ) -> np.ndarray:
-    """How many of the next ``budget`` rollouts each problem gets, integers ``[problems]``.
+    """Number of the next ``budget`` rollouts that each problem gets, integers ``[problems]``.
 
-    Greedy on the worth of a rollout, which is that of the block of up to ``LOOK_AHEAD`` it is best
-    asked in (the slopes of the upper concave envelope). Ties go to the earlier problem. Fewer than
-    ``budget`` where ``weights.adaptive.max_rollouts`` leaves no room.
+    The choice is greedy on the worth of a rollout, which is that of the block of up to
+    ``LOOK_AHEAD`` it is best asked in (the slopes of the upper concave envelope). Ties go to the
+    earlier problem. The sum is below ``budget`` where ``weights.adaptive.max_rollouts`` leaves no
+    room.
 
     Args:
         num_correct, num_rollouts: float64 arrays ``[problems]``.

@@ -1,4 +1,4 @@
-"""The Beta kernel: weight of a problem as a function of the student's pass rate."""
+"""The Beta kernel: a problem's weight as a function of the student's pass rate on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass rates of a training set and the weights that follow: a table that pandas reads.
+"""Table of the pass rates of a training set and the weights that follow, kept as Parquet.
 
 ``num_correct`` and ``num_rollouts`` count all rollouts since the last full estimate,
 ``effective_correct`` and ``effective_rollouts`` are discounted counts, the same where nothing was
@@ -25,7 +25,7 @@ COLUMNS = tuple(field.name for field in fields(PassRate))
 
 @dataclass(frozen=True, slots=True)
 class PassRateTable:
-    """One row a problem, in the order of the problem file; weights have mean 1."""
+    """Pass rates and weights of problems, in the order of the problem file; weights have mean 1."""
 
     rows: tuple[PassRate, ...]
 
@@ -37,7 +37,11 @@ class PassRateTable:
         *,
         student_step: int,
     ) -> PassRateTable:
-        """Counts of every problem from graded rollouts, and weights as ``config`` says.
+        """The table of graded rollouts: counts of every problem, and weights as ``config`` says.
+
+        Args:
+            rollouts: graded, at least one of every problem.
+            student_step: optimizer steps that the sampled student had taken.
 
         Raises:
             ConfigError: all weights would be 0.
@@ -59,7 +63,7 @@ class PassRateTable:
         return PassRateTable(tuple(rows)).reweighted(config)
 
     def reweighted(self, config: WeightsConfig) -> PassRateTable:
-        """The same pass rates under another weighting.
+        """The table with the same pass rates and the weights that ``config`` gives.
 
         Raises:
             ConfigError: all weights would be 0.
@@ -103,14 +107,15 @@ class PassRateTable:
             )
 
     def drift(self) -> dict[str, float]:
-        """Metrics of pass rates and weights as a whole."""
+        """Metrics of the whole table, see :func:`~nemo_paced.weights.summary.drift_metrics`."""
         return drift_metrics([r.pass_rate for r in self.rows], [r.weight for r in self.rows])
 
     def weights(self) -> dict[str, float]:
+        """Weight by problem id."""
         return {row.id: row.weight for row in self.rows}
 
     def write(self, path: Path) -> None:
-        """Parquet, in place of an earlier file only when whole."""
+        """Write the table as Parquet, in place of an earlier file only when whole."""
         import pandas
 
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +127,7 @@ class PassRateTable:
 
     @staticmethod
     def read(path: Path, problems: Sequence[Problem] | None = None) -> PassRateTable:
-        """A table for exactly these problems, in their order; without them all that it holds.
+        """Read the rows of exactly these problems, in their order; all rows without ``problems``.
 
         Raises:
             ConfigError: no such table, other columns, no row, or problems that it lacks.
@@ -153,7 +158,7 @@ class PassRateTable:
 
 
 def _counts(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> dict[str, list[int]]:
-    """[right, all] of every problem."""
+    """Numbers of right and of all rollouts, ``[right, all]``, by problem id."""
     counts = {problem.id: [0, 0] for problem in problems}
     for rollout in rollouts:
         assert rollout.correct is not None, "rollouts are graded when they are stored"

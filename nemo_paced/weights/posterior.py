@@ -1,7 +1,7 @@
-"""The Beta kernel averaged over what is known of a pass rate, instead of taken at its estimate.
+"""The Beta kernel averaged over the posterior of a pass rate, instead of taken at its estimate.
 
-With K = 8 a problem of true pass rate 0.05 is drawn as exactly 0 or 1 with probability 0.66, and
-the kernel at the estimate then drops it for good. Its posterior mean has no hard zeros.
+With K = 8 rollouts a problem of true pass rate 0.05 is estimated as exactly 0 or 1 with probability
+0.66, and the kernel at the estimate then drops it for good. Its posterior mean has no hard zeros.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def posterior_variance(
     beta: float = 1.0,
     prior: tuple[float, float] = (1.0, 1.0),
 ) -> Counts:
-    """Var[p^alpha (1-p)^beta | c of K correct]: the square of a weight has twice the exponents."""
+    """Var[p^alpha (1-p)^beta | c of K correct]; arguments as for :func:`posterior_weight`.
+
+    The square of a weight has twice the exponents.
+    """
     second = posterior_weight(num_correct, num_rollouts, 2 * alpha, 2 * beta, prior)
     return second - posterior_weight(num_correct, num_rollouts, alpha, beta, prior) ** 2

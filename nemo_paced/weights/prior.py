@@ -1,21 +1,22 @@
-"""The Beta prior of a training set, from its own counts."""
+"""The Beta prior of a training set's pass rates, fitted to its own counts."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy.special import digamma
 
-# Where all problems are alike the likelihood has its maximum at infinity, where none is in the
-# middle at 0: a prior of a thousand rollouts, or of a hundredth of one, is as far as counts go.
+# Lowest and highest a0 and b0. Where all problems are alike the likelihood has its maximum at
+# infinity, where none is in the middle at 0: a prior of a thousand rollouts, or of a hundredth of
+# one, is as far as counts go.
 BOUNDS = (0.01, 1000.0)
-TOLERANCE = 1e-5  # relative, of a step
+TOLERANCE = 1e-5  # sum of the relative changes of a0 and b0 at which the iteration ends
 MAX_STEPS = 2000
 
 
 def fit_prior(num_correct: np.ndarray, num_rollouts: np.ndarray) -> tuple[float, float]:
-    """a0, b0 of the Beta-binomial that makes the counts most likely (type II maximum likelihood).
+    """(a0, b0) of the Beta-binomial that makes the counts most likely (type II maximum likelihood).
 
-    Minka's fixed point (Estimating a Dirichlet distribution, 2000, eq. 55), which raises the
+    By Minka's fixed point (Estimating a Dirichlet distribution, 2000, eq. 55), which raises the
     likelihood at each step. Which problems got more rollouts because of what their earlier ones
     showed does not matter: the likelihood of a sequence is the same however it was stopped.
 

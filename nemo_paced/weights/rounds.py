@@ -1,4 +1,4 @@
-"""Pass rates in rounds: what came back decides which problems are asked again."""
+"""Sampling of pass rates in rounds: the verdicts so far decide which problems are asked again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_paced.weights.adaptive import allocate, expected_error
 
 logger = logging.getLogger(__name__)
 
-# Rollouts of every problem, so many by problem id, in all (not beyond those that exist).
+# Returns graded rollouts of every problem: by id, how many are wanted, those that exist included.
 Sample = Callable[[Mapping[str, int]], list[Rollout]]
 
 
@@ -25,6 +25,9 @@ def sample_in_rounds(
     Every decision follows from the rollouts of the rounds before, and ``sample`` asks only for what
     the store lacks. So an interrupted estimate goes through the same rounds again without asking
     twice, and one with a larger budget goes on from where a smaller one stopped.
+
+    Returns:
+        The graded rollouts of all rounds.
     """
     adaptive = config.adaptive
     ids = [problem.id for problem in problems]

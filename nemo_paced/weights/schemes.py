@@ -1,4 +1,4 @@
-"""From what is known of the pass rates of a training set to weights of mean 1 over it."""
+"""Problem weights, of mean 1 over a training set, from the counts behind its pass rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_paced.weights.posterior import posterior_weight
 def problem_weights(
     config: WeightsConfig, num_correct: Sequence[float], num_rollouts: Sequence[float]
 ) -> list[float]:
-    """Weights by ``weights.scheme`` and ``weights.estimator``, normalised once to mean 1.
+    """Problem weights by ``weights.scheme`` and ``weights.estimator``, normalised once to mean 1.
 
     Args:
         num_correct, num_rollouts: of every problem of the training set; may be discounted counts.
@@ -36,11 +36,11 @@ def problem_weights(
 def weights_with_references(
     weights: Mapping[str, float], references: Collection[str]
 ) -> dict[str, float]:
-    """The weights of a stage with responses=references: 0 without one, and again of mean 1.
+    """Weights of a stage with responses=references: 0 without a reference, and again of mean 1.
 
     Args:
         weights: of every problem of the training set, of mean 1.
-        references: ids of the problems that have one.
+        references: ids of the problems that have a reference.
 
     Raises:
         ConfigError: no problem has both a weight and a reference.

@@ -1,6 +1,6 @@
-"""How wrong weights are after so many rollouts: estimators against each other, with no model.
+"""Simulation of how wrong weights are after so many rollouts, by estimator; it needs no model.
 
-Draws true pass rates, then verdicts, and compares the weights that follow from the verdicts with
+It draws true pass rates, then verdicts, and compares the weights that follow from the verdicts with
 those that follow from the truth; both have mean 1, so an error of 0.3 is 30 % of a mean weight.
 """
 
@@ -17,7 +17,7 @@ from nemo_paced.weights.adaptive import allocate
 from nemo_paced.weights.beta_kernel import beta_weight
 from nemo_paced.weights.schemes import problem_weights
 
-# Draws the true pass rates of n problems.
+# Draws the true pass rates of n problems, float64 [n].
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 MIN_ROLLOUTS, MAX_ROLLOUTS = 2, 16
@@ -26,7 +26,10 @@ PROBLEMS_AT_LEAST = 10
 
 
 def _step_0_of_the_paper(rng: np.random.Generator, n: int) -> np.ndarray:
-    """17 % below 0.2, 51 % between, 32 % above; even within each, so of mean .56 (paper: .61)."""
+    """Pass rates of the paper's step 0: 17 % below 0.2, 51 % between, 32 % above 0.8.
+
+    They are even within each part, so of mean .56 (paper: .61).
+    """
     edges = np.array([0.0, 0.2, 0.8, 1.0])
     part = rng.choice(3, size=n, p=[0.17, 0.51, 0.32])
     return edges[part] + (edges[part + 1] - edges[part]) * rng.random(n)
@@ -42,12 +45,13 @@ DISTRIBUTIONS: dict[str, Draw] = {
 def from_counts(
     num_correct: np.ndarray, num_rollouts: np.ndarray, prior: tuple[float, float]
 ) -> Draw:
-    """The pass rates that an estimated table may come from: its problems, from their posteriors.
+    """Draw of the true pass rates that may lie behind a table: from its problems' posteriors.
 
-    (Taken at c / K they would be exactly 0 and 1 where no student's are.)
+    (Taken at c / K they would be exactly 0 and 1, which no student's pass rates are.)
 
     Args:
         num_correct, num_rollouts: float64 arrays, one element a problem.
+        prior: a0, b0.
     """
 
     def draw(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -63,7 +67,7 @@ class Curves:
     """RMS error of unit-mean weights against mean rollouts a problem; one row a seed.
 
     Attributes:
-        rollouts: ``MIN_ROLLOUTS .. MAX_ROLLOUTS``.
+        rollouts: ``MIN_ROLLOUTS .. MAX_ROLLOUTS``, integers.
         errors: by estimator (plug-in, posterior, adaptive), ``[seeds, rollouts]``.
     """
 
@@ -73,7 +77,7 @@ class Curves:
     def needed(self, estimator: str, against: str = "plug-in") -> np.ndarray:
         """Rollouts a problem after which ``estimator`` is as good as ``against`` at K = 8, by seed.
 
-        Between two whole numbers by a straight line; ``MIN_ROLLOUTS`` where fewer would do, NaN
+        Interpolated linearly between whole numbers; ``MIN_ROLLOUTS`` where fewer would do, NaN
         where more than ``MAX_ROLLOUTS`` are needed.
         """
         goals = self.errors[against][:, REFERENCE_ROLLOUTS - MIN_ROLLOUTS]
@@ -90,7 +94,7 @@ class Curves:
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
+    """Mean of one value a seed, and its standard error."""
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
@@ -102,8 +106,9 @@ def simulate(
     All three see the same verdicts of the same problems.
 
     Args:
-        draw: true pass rates.
-        config: exponents, prior and ``adaptive``; its estimator is what is varied.
+        draw: of true pass rates.
+        config: exponents, prior and ``adaptive``; its estimator is ignored.
+        num_seeds: repetitions, each with problems and verdicts of its own.
 
     Raises:
         ConfigError: too few problems or seeds.
@@ -152,10 +157,10 @@ def _one_seed(
 def _adaptive(
     config: WeightsConfig, right: np.ndarray, rollouts: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """Rollouts of each problem once so many a problem, in the mean, are spent; round by round.
+    """Rollouts of each problem once each mean of ``rollouts`` is spent, allocated in rounds.
 
     Args:
-        right: right ones among the first 0, 1, ... of each problem, ``[problems, max + 1]``.
+        right: right ones among each problem's first 0, 1, ... rollouts, ``[problems, max + 1]``.
     """
     num_problems = len(right)
     per_round = max(1, round(config.adaptive.rollouts_per_round * num_problems))
@@ -174,7 +179,7 @@ def _adaptive(
 
 
 def _first_at_most(goal: float, errors: np.ndarray, rollouts: np.ndarray) -> float:
-    """Where a falling curve first reaches ``goal``."""
+    """Rollouts at which a falling curve of errors first reaches ``goal``; NaN: never."""
     reached = np.flatnonzero(errors <= goal)
     if not len(reached):
         return float("nan")

@@ -1,4 +1,4 @@
-"""What a set of weights amounts to, in a few figures."""
+"""Summary figures of a training set's pass rates and weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-EASY, HARD = 0.8, 0.2  # the paper's bounds of what is mastered and what is out of reach
+# the paper's bounds: pass rates above EASY count as mastered, below HARD as out of reach
+EASY, HARD = 0.8, 0.2
 
 
 def effective_sample_size(weights: Sequence[float]) -> float:
-    """(sum w)^2 / sum w^2 (Kish): so many problems of equal weight estimate a mean as well."""
+    """Kish's (sum w)^2 / sum w^2: so many problems of equal weight estimate a mean as well."""
     values = np.asarray(weights, dtype=np.float64)
     return float(values.sum() ** 2 / (values**2).sum())
 
@@ -18,7 +19,7 @@ def effective_sample_size(weights: Sequence[float]) -> float:
 def weight_shares(
     pass_rates: Sequence[float], weights: Sequence[float], num_bins: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Problems, and share of all weight, in each of ``num_bins`` equal bins of the pass rate."""
+    """Number of problems and share of all weight in equal bins of pass rate, [num_bins] each."""
     values = np.asarray(weights, dtype=np.float64)
     edges = np.linspace(0, 1, num_bins + 1)
     held = in_bins(pass_rates, edges, values)
@@ -28,15 +29,18 @@ def weight_shares(
 def in_bins(
     pass_rates: Sequence[float], edges: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Problems, or what they weigh, between each two edges. A rate on an edge belongs to the bin
-    above it: in floats the edge 0.30000000000000004 stands above 3/10, hence the margin."""
+    """Number of problems, or sum of their weights, between each two neighbouring edges.
+
+    A rate on an edge belongs to the bin above it: in floats the edge 0.30000000000000004 stands
+    above 3/10, hence the margin.
+    """
     index = np.searchsorted(edges - 1e-9, pass_rates, side="right") - 1
     num_bins = len(edges) - 1
     return np.bincount(np.minimum(index, num_bins - 1), weights, minlength=num_bins)
 
 
 def drift_metrics(pass_rates: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
-    """How hard the training set is for the student by now; the names are those of the log."""
+    """Metrics of how hard the training set is for the student by now, by their names in the log."""
     rates = np.asarray(pass_rates, dtype=np.float64)
     below, above = float((rates < HARD).mean()), float((rates > EASY).mean())
     return {

@@ -20,11 +20,13 @@ Values = TypeVar("Values", float, np.ndarray)
 
 @dataclass(frozen=True, slots=True)
 class Exponents:
-    """Attributes:
-    alpha, beta: at least 0.
-    mean, variance: of the pass rates they come from.
-    num_problems: so many pass rates lay in [1/K, 1-1/K].
-    clipped: a formula gave less than 0, which is no weight to train with (infinite at an end).
+    """Exponents of the Beta kernel, matched to the moments of pass rates.
+
+    Attributes:
+        alpha, beta: at least 0.
+        mean, variance: of the pass rates they come from.
+        num_problems: how many pass rates lay in [1/K, 1-1/K].
+        clipped: a formula gave less than 0, which is no weight to train with (infinite at an end).
     """
 
     alpha: float
@@ -46,6 +48,7 @@ def moment_matched_exponents(
     beyond that what is below 0 is set to 0.
 
     Args:
+        pass_rates: one a problem.
         num_rollouts: K; one a problem where it differs (Z is then where some were right and some
             were wrong, as it is with one K).
 
@@ -56,7 +59,7 @@ def moment_matched_exponents(
     end = 1 / np.asarray(num_rollouts, dtype=np.float64)
     inside = rates[(rates >= end - 1e-9) & (rates <= 1 - end + 1e-9)]
     mean, variance = (float(inside.mean()), float(inside.var())) if len(inside) else (0.0, 0.0)
-    if variance < 1e-12:  # of equal pass rates, rounded
+    if variance < 1e-12:  # equal pass rates leave no more than rounding
         raise ConfigError(
             f"{len(inside)} of {len(rates)} pass rates lie in [1/K, 1-1/K] and no "
             "two of them differ: there is no spread to match; estimate "
@@ -75,7 +78,7 @@ def moment_matched_exponents(
 
 
 def optimal_weight(snr_squared: Values) -> Values:
-    """w* of a problem, up to the scale that the learning rate sets: SNR^2 / (1 + SNR^2).
+    """Optimal weight w* of a problem, up to the learning rate's scale: SNR^2 / (1 + SNR^2).
 
     It maximises the bound on a step's descent, Delta(w) = eta w ||E g||^2 - (eta^2 / 2) w^2
     E||g||^2 lambda_max, with E||g||^2 = ||E g||^2 + tr Cov g. Where SNR is low it is SNR^2.
@@ -88,7 +91,7 @@ def optimal_weight(snr_squared: Values) -> Values:
 
 
 def efficiency(rho: Values) -> Values:
-    """Share of the best weight's descent that another one makes: 2 rho - rho^2.
+    """Share of the optimal weight's descent that a weight w makes: 2 rho - rho^2.
 
     Args:
         rho: w / w*; from 2 on the step goes up instead of down.
@@ -97,7 +100,7 @@ def efficiency(rho: Values) -> Values:
 
 
 def minimax_efficiency(delta: Values) -> Values:
-    """sech^2(delta) >= 1 - delta^2: what :func:`minimax_weight` keeps in the worst case.
+    """Worst-case efficiency of :func:`minimax_weight`: sech^2(delta) >= 1 - delta^2.
 
     Args:
         delta: nats; w* is p^a'(1-p)^b' phi with |log phi| <= delta.
@@ -108,11 +111,11 @@ def minimax_efficiency(delta: Values) -> Values:
 def minimax_weight(
     pass_rate: Values, delta: float, alpha: float = 1.0, beta: float = 1.0
 ) -> Values:
-    """sech(delta) p^alpha (1-p)^beta: at each pass rate the best weight against the worst phi.
+    """Minimax weight sech(delta) p^alpha (1-p)^beta: the best one against the worst phi.
 
-    Of the kernel times c the worst efficiencies are those at the ends of the range of phi,
-    efficiency(c e^delta) and efficiency(c e^-delta); they meet at c = 1 / cosh(delta), where both
-    are sech^2(delta).
+    phi and delta are those of :func:`minimax_efficiency`. Of the kernel times c the worst
+    efficiencies are those at the ends of the range of phi, efficiency(c e^delta) and
+    efficiency(c e^-delta); they meet at c = 1 / cosh(delta), where both are sech^2(delta).
     """
     return beta_weight(pass_rate, alpha, beta) / np.cosh(delta)  # type: ignore[operator, no-any-return]
 
@@ -129,7 +132,7 @@ def variance_ratio(
 
     Args:
         a_s, b_s: exponents of the signal, ||E g|| proportional to p^a_s (1-p)^b_s.
-        a_prime, b_prime: of SNR^2.
+        a_prime, b_prime: exponents of SNR^2, proportional to p^a' (1-p)^b'.
 
     Raises:
         ConfigError: the noise has no mean, since it grows too fast towards an end.
