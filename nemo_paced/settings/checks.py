@@ -1,4 +1,4 @@
-"""How settings are checked, and written out as plain data."""
+"""Checks of settings, and settings as plain data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from nemo_paced.errors import ConfigError
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def positive(section: str, obj: Any, *names: str) -> None:
+    """Raise ConfigError unless each of these fields of ``section`` is above 0."""
     for name in names:
         value = getattr(obj, name)
         require(value > 0, f"{section}.{name} is {value}: it must be above 0")
@@ -23,7 +25,12 @@ def positive(section: str, obj: Any, *names: str) -> None:
 def refuse_ignored(
     section: str, obj: Any, names: tuple[str, ...], because: str, remedy: str
 ) -> None:
-    """Keys that mean nothing beside another one must be at their defaults."""
+    """Raise ConfigError where a key that means nothing beside another one is not at its default.
+
+    Args:
+        because: what makes the keys meaningless, for the message.
+        remedy: what to set instead, for the message.
+    """
     for f in dataclasses.fields(obj):
         if f.name not in names:
             continue
@@ -37,7 +44,7 @@ def refuse_ignored(
 
 
 def to_dict(config: Any) -> Any:
-    """The config as plain dicts, lists and strings (enums by value): for YAML and fingerprints."""
+    """A config as plain dicts, lists and values (enums by value), for YAML and fingerprints."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Enum):

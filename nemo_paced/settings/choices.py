@@ -1,4 +1,4 @@
-"""The values that a setting may have, where they are names."""
+"""Enums of the settings whose values are names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Precision(Enum):
 
 
 class ResponseSource(Enum):
-    """``stages[].responses``: along whose responses."""
+    """``stages[].responses``: whose responses the student is trained along."""
 
-    references = "references"  # stored ones of the teacher
+    references = "references"  # stored responses of the teacher
     rollouts = "rollouts"  # fresh samples of the current student
 
 
@@ -42,15 +42,15 @@ class OptimBackend(Enum):
 
 
 class ReferenceSource(Enum):
-    """``references.source``: where y_T of a problem comes from."""
+    """``references.source``: where a problem's reference response y_T comes from."""
 
     teacher = "teacher"  # sampled from the teacher, which sees the privileged context
     solution = "solution"  # the data's expert solution as it stands
-    file = "file"  # references.path: JSONL or Parquet with `id` and `response`
+    file = "file"  # references.path: JSONL with `id` and `response_ids`, or `response` as text
 
 
 class WrongReferences(Enum):
-    """``references.wrong``: what becomes of y_T whose answer is not the problem's."""
+    """``references.wrong``: what becomes of a response y_T whose answer is not the problem's."""
 
     keep = "keep"  # train along it all the same: the paper's
     drop = "drop"  # the problem has no reference: weight 0 in stages with responses=references
@@ -105,7 +105,7 @@ class WeightScheme(Enum):
 
 
 class Estimator(Enum):
-    """``weights.estimator``: what the Beta kernel is taken of, with c of K rollouts right."""
+    """``weights.estimator``: how the Beta kernel is estimated from c right of K rollouts."""
 
     plug_in = "plug_in"  # the kernel at c / K: the paper's; 0 where all or none were right
     posterior = "posterior"  # the kernel's mean over what is known of the pass rate; never 0
@@ -122,8 +122,8 @@ class Reestimation(Enum):
 class RolloutPlacement(Enum):
     """``rollout.placement``: on which GPUs the run's own rollout servers work."""
 
-    separate = "separate"  # on those of rank 0's node that the trainer leaves free
-    colocated = "colocated"  # on the trainer's: the servers sleep while it works
+    separate = "separate"  # on GPUs of rank 0's node that the trainer leaves free
+    colocated = "colocated"  # on the trainer's GPUs: the servers sleep while it works
 
 
 class RefitBackend(Enum):
@@ -140,19 +140,19 @@ class RefitBackend(Enum):
 class WeightSwap(Enum):
     """``rollout.swap``: what a new version of the weights does to responses under way."""
 
-    between_requests = "between_requests"  # they are finished first: one version a response
-    in_flight = "in_flight"  # they go on with the new weights: a response may hold several
+    between_requests = "between_requests"  # responses are finished first: one version a response
+    in_flight = "in_flight"  # responses go on with the new weights: one may hold several versions
 
 
 class Reduction(Enum):
-    """``loss.reduction``: what is divided by what (see ``losses/reduction.py``)."""
+    """``loss.reduction``: how token divergences become the loss (see ``losses/reduction.py``)."""
 
     token_sum = "token_sum"  # sums over tokens, divided by the problems of the global batch
-    sequence_mean = "sequence_mean"  # means over the tokens of a response, divided likewise
+    sequence_mean = "sequence_mean"  # means over a response's tokens, divided by those problems
     token_mean = "token_mean"  # sums over tokens, divided by the tokens of the global batch
 
 
-# as Lightning and NeMo spell them; all of them keep fp32 master weights here
+# trainer.precision as Lightning and NeMo spell it; all values keep fp32 master weights here
 PRECISIONS = {
     "bf16": Precision.bf16,
     "bf16-mixed": Precision.bf16,

@@ -1,4 +1,4 @@
-"""``data``, ``references`` and ``grading``: problems and what is asked of them."""
+"""Settings ``data``, ``references`` and ``grading``: problems, their references and grading."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from nemo_paced.settings.choices import ReferenceSource, WrongReferences
 class DataConfig:
     """Problem files (JSONL or Parquet: id, problem, answer, optional solution) and prompts.
 
-    Templates are ``str.format`` strings over ``{problem}``, ``{solution}`` and ``{answer}``; the
-    teacher's over ``{student_prompt}`` (the filled student prompt) and ``{context}`` (what
-    ``teacher.privileged_context`` names) as well.
+    Templates are ``str.format`` strings: the student's over ``{problem}``, the teacher's also over
+    ``{student_prompt}`` (the filled student prompt) and ``{context}`` (what
+    ``teacher.privileged_context`` names).
     """
 
     problems: str = ""  # file of the training problems
-    # Held-out problems: trainer.val_check_interval, and `evaluate` as the suite `heldout`.
+    # File of held-out problems for trainer.val_check_interval and for `evaluate` (suite `heldout`).
     validation_problems: str | None = None
-    # Problems of older skills: `evaluate` asks them as the suite `forgetting`.
+    # File of problems of older skills for `evaluate` (suite `forgetting`).
     forgetting_problems: str | None = None
-    # Of the student, before the chat template; the default is DAPO's.
+    # The student's prompt, before the chat template; the default is DAPO's.
     prompt_template: str = (
         "Solve the following math problem step by step. The last line of your response should be "
         "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
         '\n\n{problem}\n\nRemember to put your answer on its own line after "Answer:".'
     )
-    # Of the teacher, where teacher.privileged_context is not `none`.
+    # The teacher's prompt, where teacher.privileged_context is not `none`.
     teacher_prompt_template: str = (
         "Problem:\n{problem}\n\nA reference for your guidance:\n{context}\n\nUse it to answer in "
         "your own words, not verbatim.\n\n{student_prompt}"
     )
-    use_chat_template: bool = True  # the tokenizer's own, around both prompts
-    max_prompt_length: int = 1024  # tokens of the student's prompt
-    max_teacher_prompt_length: int = 3072  # tokens of the teacher's, privileged context included
-    max_response_length: int = 8192  # tokens, EOS included
-    shuffle: bool = True  # each epoch anew, by model.seed
+    use_chat_template: bool = True  # wrap both prompts in the tokenizer's chat template
+    max_prompt_length: int = 1024  # most tokens of the student's prompt
+    max_teacher_prompt_length: int = 3072  # most tokens of the teacher's prompt, context included
+    max_response_length: int = 8192  # most tokens of a response, EOS included
+    shuffle: bool = True  # shuffle the problems anew each epoch, by model.seed
 
     def __post_init__(self) -> None:
         positive(
@@ -52,18 +52,18 @@ class DataConfig:
 
 @dataclass
 class ReferencesConfig:
-    """Where the stored responses of forward KL come from."""
+    """Where the stored responses come from that stages with responses=references train along."""
 
     source: ReferenceSource = ReferenceSource.teacher
-    path: str | None = None  # with source=file
+    path: str | None = None  # file of the references, with source=file
     # Running servers of the teacher (rollout-server --model teacher) instead of our own.
     endpoints: list[str] = field(default_factory=list)
-    temperature: float = 1.0  # at which the teacher samples
-    top_p: float = 1.0  # nucleus: 1 is the whole distribution
+    temperature: float = 1.0  # temperature at which the teacher samples
+    top_p: float = 1.0  # nucleus of its sampling: 1 is the whole distribution
     # What becomes of a response whose answer is not the problem's.
     wrong: WrongReferences = WrongReferences.keep
-    # Samples of a problem at most, until one is right. With drop: so many are tried before the
-    # problem is dropped. None: 8 with resample, else 1.
+    # Most samples of a problem, taken until one is right; with drop, the problem is dropped when
+    # none is. None: 8 with resample, else 1.
     max_attempts: int | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class ReferencesConfig:
 
     @property
     def attempts(self) -> int:
-        """``max_attempts``, its default resolved."""
+        """``max_attempts`` with its default resolved."""
         if self.max_attempts is not None:
             return self.max_attempts
         return 8 if self.wrong is WrongReferences.resample else 1
@@ -115,13 +115,13 @@ class ReferencesConfig:
 
 @dataclass
 class GradingConfig:
-    """Whether a response is right: by its final answer."""
+    """How a response is judged right or wrong: by its final answer."""
 
     # math (final answer, then math-verify) | exact | multiple_choice, or module:function of yours
     verifier: str = "math"
-    time_limit_s: float = 5.0  # an item; its worker is killed then and the verdict is wrong
-    num_workers: int = 2  # processes
-    numeric_tolerance: float = 1e-6  # relative, where a number is written with a decimal point
+    time_limit_s: float = 5.0  # seconds an item; then its worker is killed and the verdict is wrong
+    num_workers: int = 2  # worker processes of the verifier
+    numeric_tolerance: float = 1e-6  # largest relative error, for numbers with a decimal point
 
     def __post_init__(self) -> None:
         positive("grading", self, "time_limit_s", "num_workers")

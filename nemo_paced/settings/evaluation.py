@@ -1,4 +1,4 @@
-"""``evaluation``: how held-out problems are sampled, and lm-eval's tasks beside them."""
+"""Settings ``evaluation``: how held-out problems are sampled, and lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nemo_paced.settings.checks import positive, require
 class LmEvalConfig:
     """Tasks of EleutherAI's lm-eval on the same server; the defaults are the paper's for MMLU."""
 
-    tasks: list[str] = field(default_factory=list)  # or groups of them: mmlu
+    tasks: list[str] = field(default_factory=list)  # names of tasks or of groups: mmlu
     include_path: str | None = None  # directory with task files (YAML) of your own
-    num_fewshot: int | None = 5  # None: what each task says
-    # Questions of each name in `tasks`, a fixed draw in proportion to its subtasks; None: all.
+    num_fewshot: int | None = 5  # examples in a prompt; None: what each task says
+    # Most questions of each name in `tasks`, a fixed draw in proportion to its subtasks; None: all.
     limit: int | None = 2000
-    apply_chat_template: bool = False  # around few-shot prompts
+    apply_chat_template: bool = False  # wrap few-shot prompts in the model's chat template
     # Longest few-shot prompt and answer in tokens, where the model's context allows it. A longer
     # prompt loses its beginning; how many did is reported.
     max_length: int = 4096
@@ -36,9 +36,10 @@ class EvaluationConfig:
     """Held-out accuracy: mean@k; the defaults are the paper's protocol."""
 
     samples: int = 8  # k: responses to each problem
-    temperature: float = 0.6  # at which the model samples
-    top_p: float = 0.95  # nucleus: 1 is the whole distribution
-    # Tokens. Where the model's context is shorter, what it leaves. None: data.max_response_length.
+    temperature: float = 0.6  # temperature at which the model samples
+    top_p: float = 0.95  # nucleus of its sampling: 1 is the whole distribution
+    # Most tokens of a response; fewer where the model's context leaves fewer. None:
+    # data.max_response_length.
     max_response_length: int | None = 30_000
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
 

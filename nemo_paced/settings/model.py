@@ -1,4 +1,4 @@
-"""``model``: layout, batch sizes and optimizer of the student."""
+"""Settings ``model``: layout, batch sizes and optimizer of the student."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from nemo_paced.settings.choices import OptimBackend, Recompute
 
 @dataclass
 class SchedConfig:
-    """``model.optim.sched``: NeMo's names; steps are optimizer steps."""
+    """Schedule of the learning rate, with NeMo's names; steps are optimizer steps."""
 
-    name: str = "constant"  # constant | CosineAnnealing | linear; over trainer.max_steps
-    warmup_steps: int = 0  # in which the rate rises linearly to model.optim.lr
-    min_lr: float = 0.0  # where CosineAnnealing and linear end
+    name: str = "constant"  # constant | CosineAnnealing | linear, over trainer.max_steps
+    warmup_steps: int = 0  # steps in which the rate rises linearly to model.optim.lr
+    min_lr: float = 0.0  # rate at which CosineAnnealing and linear end
 
     def __post_init__(self) -> None:
         require(
@@ -28,12 +28,12 @@ class SchedConfig:
 
 @dataclass
 class OptimConfig:
-    """``model.optim``; the defaults are the paper's (AdamW, constant 1e-7, decay 0.01)."""
+    """The optimizer; the defaults are the paper's (AdamW, constant 1e-7, decay 0.01)."""
 
     name: str = "adamw"  # adamw (decoupled decay) | adam
-    lr: float = 1e-7  # highest rate of the schedule
-    weight_decay: float = 0.01  # not of norms and biases
-    # Decay of the averages of gradient and squared gradient.
+    lr: float = 1e-7  # highest learning rate of the schedule
+    weight_decay: float = 0.01  # of all weights but norms and biases
+    # Decay rates of the running averages of gradient and squared gradient.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8  # added to the root of the second moment
     backend: OptimBackend = OptimBackend.auto
@@ -70,27 +70,27 @@ class ModelConfig:
     """NeMo's ``model`` block: layout, batch sizes and optimizer of the student."""
 
     tensor_model_parallel_size: int = 1  # ranks that split each matrix and the vocabulary
-    pipeline_model_parallel_size: int = 1  # stages of layers
+    pipeline_model_parallel_size: int = 1  # pipeline stages that split the layers
     # Chunks of layers that each pipeline stage holds, interleaved: the more, the smaller the bubble
     # and the more messages. The teacher, which only runs forward, has one.
     virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1  # ranks that split each sequence
     expert_model_parallel_size: int = 1  # ranks that the experts of a layer lie on
-    # Splits activations between the matrices over the tensor-parallel ranks as well.
+    # Split the activations between matrices over the tensor-parallel ranks as well.
     sequence_parallel: bool = False
-    # Router's load-balancing loss. 0 for distillation: the teacher says where the student should
-    # go, and the balance that pre-training reached is kept.
+    # Factor of the router's load-balancing loss. 0 for distillation: the teacher says where the
+    # student should go, and the balance that pre-training reached is kept.
     moe_aux_loss_coeff: float = 0.0
     micro_batch_size: int = 2  # sequences that a rank runs at once
-    # Tokens of a row in which sequences are packed, without padding to the longest and without
-    # seeing each other; 0: padded. The teacher's rows hold at least its longest sequence.
+    # Tokens of a row of packed sequences, which see nothing of each other; 0: each sequence is
+    # padded to the longest. The teacher's rows hold at least its longest sequence.
     packed_sequence_size: int = 0
-    global_batch_size: int = 32  # problems an optimizer step
+    global_batch_size: int = 32  # problems of an optimizer step
     # Rows of embedding and LM head are padded to a multiple of this x tensor-parallel ranks.
     make_vocab_size_divisible_by: int = 128
     recompute_granularity: Recompute = Recompute.none
-    recompute_num_layers: int = 1  # with recompute_granularity=full
-    seed: int = 1234  # of the order of problems and of all sampling
+    recompute_num_layers: int = 1  # layers recomputed at a time, with recompute_granularity=full
+    seed: int = 1234  # seed of the order of problems and of all sampling
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""``rollout``: the vLLM servers and how they sample."""
+"""Settings ``rollout``: the vLLM servers and how they sample."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from nemo_paced.settings.choices import RefitBackend, RolloutPlacement, WeightSw
 
 @dataclass
 class RolloutConfig:
-    """The vLLM sidecar and how it samples."""
+    """The vLLM servers and how they sample."""
 
-    temperature: float = 1.0  # of pass rates and on-policy stages
-    top_p: float = 1.0  # nucleus; on-policy stages need the whole distribution, 1
+    temperature: float = 1.0  # sampling temperature of pass rates and on-policy stages
+    top_p: float = 1.0  # nucleus of the sampling; on-policy stages need the whole distribution, 1
     # Servers of the same model, each on GPUs of its own, that share the requests.
     num_replicas: int = 1
-    # Where they are. colocated: one node is enough; they sleep while the trainer works.
+    # GPUs of the servers. colocated: one node is enough; the servers sleep while the trainer works.
     placement: RolloutPlacement = RolloutPlacement.separate
     host: str = "127.0.0.1"  # address or network interface (ib0) that our servers listen on
-    port: int = 0  # of the first replica, the others take the next ones; 0: free ones
+    port: int = 0  # port of the first replica, the others take the next ones; 0: free ports
     # Running servers instead of our own; their key is in the variable NEMO_PACED_API_KEY.
     endpoints: list[str] = field(default_factory=list)
-    dtype: str = "auto"  # of the servers, float32 | bfloat16; auto: trainer.precision's
+    dtype: str = "auto"  # the servers' dtype, float32 | bfloat16; auto: trainer.precision's
     # Responses that a server decodes at once; more samples of a problem go in several requests.
     max_num_seqs: int = 128
-    max_in_flight: int = 32  # requests at a server
-    kv_cache_gib: float = 1.0  # CPU build of vLLM; the GPU build uses gpu_memory_utilization
+    max_in_flight: int = 32  # requests under way at a server
+    kv_cache_gib: float = 1.0  # GiB of KV cache, CPU build of vLLM; GPU: gpu_memory_utilization
     gpu_memory_utilization: float = 0.3  # share of each GPU that a server takes
     tensor_parallel_size: int = 1  # GPUs of one server
     # How new weights reach the servers; rollout-server must be told the same.
     refit: RefitBackend = RefitBackend.auto
     refit_every_n_steps: int = 1  # optimizer steps between two sendings of the weights
-    # When: after the responses under way, or in their midst (with max_staleness).
+    # When servers take new weights: after the responses under way, or in their midst (with
+    # max_staleness).
     swap: WeightSwap = WeightSwap.between_requests
     # Optimizer steps that rollouts may lag behind the student trained on them. 0: strictly
     # on-policy, trainer and server wait for each other. Above: the server samples for the steps to
@@ -41,9 +42,9 @@ class RolloutConfig:
     # |trainer - server| log-probability, mean over the sampled tokens of a step, nats; above it the
     # run stops.
     max_logprob_gap: float = 0.1
-    start_timeout_s: float = 600.0  # until a server is healthy
-    request_timeout_s: float = 1800.0  # until a request is answered
-    max_restarts: int = 2  # of one server that died, before the run stops
+    start_timeout_s: float = 600.0  # seconds until a server is healthy
+    request_timeout_s: float = 1800.0  # seconds until a request is answered
+    max_restarts: int = 2  # restarts of one server that died, before the run stops
     python: str | None = None  # interpreter that runs vLLM; None: this one
 
     def __post_init__(self) -> None:
@@ -116,5 +117,5 @@ class RolloutConfig:
 
     @property
     def steps_ahead(self) -> int:
-        """Steps that are sampled before their turn."""
+        """Number of steps whose rollouts are sampled before their turn."""
         return self.max_staleness - (self.refit_every_n_steps - 1)

@@ -1,4 +1,4 @@
-"""``snr``: how gradients are measured across problems; training knows nothing of it."""
+"""Settings ``snr``: how gradients are measured across problems; training ignores them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from nemo_paced.settings.choices import ResponseSource
 class SnrConfig:
     """The command ``snr``: gradient signal-to-noise ratio against pass rate."""
 
-    divergence: DivergenceKind | None = None  # None: that of the first stage
-    # None: as the first stage with this divergence has them; where no stage has it, rollouts for
-    # reverse_kl and skew_reverse_kl, references for the others
+    divergence: DivergenceKind | None = None  # whose gradient is measured; None: the first stage's
+    # Responses along which the gradient is taken. None: those of the first stage with this
+    # divergence; where no stage has it, rollouts for reverse_kl and skew_reverse_kl, references for
+    # the others.
     responses: ResponseSource | None = None
-    pass_rates: str | None = None  # table; None: the checkpoint's own, else the run's
-    bins: int = 10  # of equal width, over pass rates
-    blocks: int = 20  # of each bin's problems, for the jackknife
-    max_problems_per_bin: int = 200  # drawn at random
-    last_layers: int = 0  # of the model, measured beside the LM head; they lie on the last stage
-    seed: int = 0  # of the draw, and of which problem is in which block
+    pass_rates: str | None = None  # table of pass rates; None: the checkpoint's, else the run's
+    bins: int = 10  # bins of equal width over the pass rates
+    blocks: int = 20  # blocks of each bin's problems, for the jackknife
+    max_problems_per_bin: int = 200  # most problems of a bin, drawn at random
+    last_layers: int = 0  # layers measured beside the LM head; they lie on the last pipeline stage
+    seed: int = 0  # seed of the draw, and of which problem is in which block
 
     def __post_init__(self) -> None:
         positive("snr", self, "bins", "max_problems_per_bin")

@@ -1,4 +1,4 @@
-"""``stages`` and ``loss``: what is minimised, when."""
+"""Settings ``stages`` and ``loss``: which divergence is minimised when, and how it is reduced."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from nemo_paced.settings.choices import Reduction, ResponseSource
 
 @dataclass
 class StageConfig:
-    """One stage: which divergence along whose responses, for what share of the steps."""
+    """One stage of training: its divergence, its responses and its share of the steps."""
 
-    name: str = "forward_kl"  # in logs and messages; differs from stage to stage
+    name: str = "forward_kl"  # name in logs and messages, another for each stage
     # what is minimised between teacher T and student S
     divergence: DivergenceKind = DivergenceKind.forward_kl
     responses: ResponseSource = ResponseSource.references
-    fraction: float = 1.0  # of trainer.max_steps
-    reestimate_pass_rates: bool = False  # before its first step, where weights follow from them
-    reset_optimizer: bool = False  # its moments, at the stage's first step
+    fraction: float = 1.0  # share of trainer.max_steps
+    # Estimate pass rates anew before the stage's first step, where weights follow from them.
+    reestimate_pass_rates: bool = False
+    reset_optimizer: bool = False  # forget the moments at the stage's first step
 
     def __post_init__(self) -> None:
         require(
@@ -30,10 +31,13 @@ class StageConfig:
 
 @dataclass
 class LossConfig:
-    """How token divergences become one number; formulas in ``losses/kinds.py``."""
+    """Parameters of the divergences, and how token divergences become one number.
+
+    Formulas are in ``losses/kinds.py`` and ``losses/reduction.py``.
+    """
 
     reduction: Reduction = Reduction.token_sum
-    temperature: float = Divergence.temperature  # of both distributions inside the divergence
+    temperature: float = Divergence.temperature  # divides both models' logits in the divergence
     jsd_beta: float = Divergence.jsd_beta  # share of the teacher in the mixture of jsd
     # share of the first distribution in the mixture of the skewed KLs
     skew: float = Divergence.skew

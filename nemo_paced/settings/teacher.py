@@ -1,4 +1,4 @@
-"""``student`` and ``teacher``: the two models."""
+"""Settings ``student`` and ``teacher``: the two models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StudentConfig:
 
 @dataclass
 class Fp8Config:
-    """``teacher.fp8``: the frozen teacher's linear layers in FP8 (E4M3), weights and activations.
+    """The frozen teacher's linear layers in FP8 (E4M3), weights and activations.
 
     Embedding, LM head, norms and attention itself stay as they are.
     """
@@ -26,14 +26,14 @@ class Fp8Config:
     enabled: bool = False  # the other keys of this block need it
     backend: Fp8Backend = Fp8Backend.auto
     recipe: Fp8Recipe = Fp8Recipe.auto
-    num_layers_at_start_in_bf16: int = 0  # counted over all pipeline stages
-    num_layers_at_end_in_bf16: int = 0  # likewise
-    # Before the first step: how far does FP8 move the teacher? Written to fp8_certificate.json.
+    num_layers_at_start_in_bf16: int = 0  # first layers that stay in BF16, of all stages together
+    num_layers_at_end_in_bf16: int = 0  # last layers that stay in BF16, of all stages together
+    # Before the first step, measure how far FP8 moves the teacher; see fp8_certificate.json.
     certificate: bool = True
-    certificate_problems: int = 16  # that it is measured on
-    # Mean KL(BF16 || FP8) that is let pass, nats a token. By Pinsker's inequality a token with this
-    # KL has at most 10 % of its probability mass moved (sqrt(max_kl / 2)); a student that starts
-    # 0.2 nats from its teacher is asked to move ten times as far.
+    certificate_problems: int = 16  # problems that the certificate is measured on
+    # Largest mean KL(BF16 || FP8) that is let pass, nats a token. By Pinsker's inequality a token
+    # with this KL has at most 10 % of its probability mass moved (sqrt(max_kl / 2)); a student that
+    # starts 0.2 nats from its teacher is asked to move ten times as far.
     max_kl: float = 0.02
 
     def __post_init__(self) -> None:
@@ -59,6 +59,7 @@ class Fp8Config:
         )
 
     def refuse_ignored(self, switch: str, names: tuple[str, ...]) -> None:
+        """Raise ConfigError where one of these keys is set while ``switch`` is false."""
         refuse_ignored(
             "teacher.fp8",
             self,
@@ -74,19 +75,21 @@ class TeacherConfig:
 
     hf_path: str = ""  # Hugging Face directory; empty: the student's
     privileged_context: PrivilegedContext = PrivilegedContext.expert_solution
-    # Its own layout over the same ranks; 0: the student's. Context parallelism is never used.
+    # Tensor-parallel size of the teacher's own layout; 0: the student's. The teacher never uses
+    # context parallelism.
     tensor_model_parallel_size: int = 0
-    pipeline_model_parallel_size: int = 0  # likewise
-    expert_model_parallel_size: int = 0  # likewise
+    pipeline_model_parallel_size: int = 0  # stages of the teacher's layers; 0: the student's
+    expert_model_parallel_size: int = 0  # ranks of a teacher layer's experts; 0: the student's
     placement: TeacherPlacement = TeacherPlacement.colocated
-    # The last so many of the job's ranks run the teacher alone; with placement=separate.
+    # Number of the job's last ranks that run the teacher alone; with placement=separate.
     separate_ranks: int = 0
-    micro_batch_size: int = 0  # sequences; 0: model.micro_batch_size
-    # 0: hidden states, from which the loss is exact; above: its k likeliest tokens and the mass of
-    # the rest, from which it is a lower bound.
+    micro_batch_size: int = 0  # sequences that a rank runs at once; 0: model.micro_batch_size
+    # What the loss gets of the teacher. 0: hidden states, from which it is exact; above: that many
+    # likeliest tokens and the mass of the rest, from which it is a lower bound (of adaptive_kl an
+    # estimate).
     top_k: int = 0
-    # Keeps the signals of stored responses (forward KL) on disk, for later epochs and runs; with
-    # placement=cached it is RUN/teacher_cache unless set.
+    # Directory that keeps the teacher's signals of stored responses (forward KL) for later epochs
+    # and runs; with placement=cached it is RUN/teacher_cache unless set.
     cache_dir: str | None = None
     fp8: Fp8Config = field(default_factory=Fp8Config)
 

@@ -1,4 +1,4 @@
-"""``trainer``, ``exp_manager`` and ``training``: the loop and its logs and checkpoints."""
+"""Settings ``trainer``, ``exp_manager`` and ``training``: the loop, its logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from nemo_paced.settings.choices import PRECISIONS, Precision
 class TrainerConfig:
     """NeMo's ``trainer`` block, as far as this trainer honours it."""
 
-    num_nodes: int = 1  # above 1, torchrun or srun starts the ranks
+    num_nodes: int = 1  # nodes of the job; above 1, torchrun or srun starts the ranks
     devices: int = 1  # ranks on each node: GPUs, or processes of the CPU build
     accelerator: str = "auto"  # auto | gpu | cpu
     max_steps: int = 200  # optimizer steps of the whole run
     val_check_interval: int = 0  # optimizer steps between held-out validations; 0: never
-    # To TensorBoard, W&B and MLflow, steps with a validation always; metrics.jsonl has every step.
+    # Optimizer steps between entries in TensorBoard, W&B and MLflow, which also get each step with
+    # a validation; metrics.jsonl has every step.
     log_every_n_steps: int = 1
     precision: str = "bf16"  # bf16 (also bf16-mixed, bf16-true) or fp32 (also 32, 32-true)
-    gradient_clip_val: float = 1.0  # global norm; 0: no clipping
+    gradient_clip_val: float = 1.0  # largest global norm of the gradient; 0: no clipping
 
     def __post_init__(self) -> None:
         positive("trainer", self, "num_nodes", "devices", "max_steps", "log_every_n_steps")
@@ -44,12 +45,12 @@ class TrainerConfig:
 
 @dataclass
 class CheckpointCallbackParams:
-    """``exp_manager.checkpoint_callback_params``: the keys of NeMo's that are honoured."""
+    """When checkpoints are written and which are kept: the keys of NeMo's that are honoured."""
 
-    every_n_train_steps: int = 100  # a checkpoint; the last step always has one
+    every_n_train_steps: int = 100  # steps between checkpoints; the last step always has one
     save_top_k: int = 3  # checkpoints kept, newest first; -1: all
-    save_best_k: int = 0  # and so many more, best by validation/accuracy
-    async_save: bool = False  # write in the background while training goes on
+    save_best_k: int = 0  # checkpoints kept beyond these, best by validation/accuracy
+    async_save: bool = False  # write checkpoints in the background while training goes on
 
     def __post_init__(self) -> None:
         where = "exp_manager.checkpoint_callback_params"
@@ -70,17 +71,17 @@ class ExpManagerSettings:
     The run directory is ``exp_dir/name[/version]``.
     """
 
-    exp_dir: str = "nemo_experiments"  # where the runs lie
-    name: str = "paced"  # of this run
-    version: str | None = None  # of it, a further folder
+    exp_dir: str = "nemo_experiments"  # directory of the runs
+    name: str = "paced"  # name of this run
+    version: str | None = None  # version of the run: a folder below its name
     use_datetime_version: bool = False  # date and time of the start as the version
     resume_if_exists: bool = True  # false: a run directory with checkpoints is refused
-    create_tensorboard_logger: bool = True  # in RUN/logs
-    # Needs the package wandb; a resumed run goes on in the same W&B run.
+    create_tensorboard_logger: bool = True  # log to TensorBoard, in RUN/logs
+    # Log to W&B: needs the package wandb; a resumed run goes on in the same W&B run.
     create_wandb_logger: bool = False
-    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)  # of wandb.init
-    create_mlflow_logger: bool = False  # needs the package mlflow
-    # Of Lightning's MLFlowLogger.
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of wandb.init
+    create_mlflow_logger: bool = False  # log to MLflow: needs the package mlflow
+    # Arguments of Lightning's MLFlowLogger.
     mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint_callback_params: CheckpointCallbackParams = field(
         default_factory=CheckpointCallbackParams
@@ -89,14 +90,14 @@ class ExpManagerSettings:
 
 @dataclass
 class TrainingConfig:
-    """Guards of the loop."""
+    """Guards of the training loop: skipped steps, loss spikes and timeouts."""
 
     max_skipped_steps: int = 5  # steps with NaN or Inf in loss or gradient before the run stops
     # A loss above this many times the median of the stage's last 50, and far above their spread, is
     # logged, and the problems of its batch stand in metrics.jsonl; 0: never.
     loss_spike_factor: float = 5.0
-    collective_timeout_s: float = 1800.0  # after which a collective counts as failed
-    # Of preflight's roll call: a rank that has not answered by then is named.
+    collective_timeout_s: float = 1800.0  # seconds after which a collective counts as failed
+    # Seconds of preflight's roll call: a rank that has not answered by then is named.
     rank_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""``weights``: from rollouts to pass rates to problem weights."""
+"""Settings ``weights``: how problem weights follow from pass rates, and these from rollouts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from nemo_paced.settings.choices import Estimator, Reestimation, WeightScheme
 
 @dataclass
 class AdaptiveConfig:
-    """``weights.adaptive``: rollouts go where they lower the error of the weights most.
+    """Adaptive sampling of pass rates: rollouts go where they lower the weights' error most.
 
     ``weights.num_rollouts`` is then the mean over the problems; a larger one continues the rollouts
     of a smaller one.
     """
 
     enabled: bool = False  # the other keys of this block need it
-    initial_rollouts: int = 2  # of every problem, in the first round
-    rollouts_per_round: float = 1.0  # a problem, in the mean; fewer: better spent, more rounds
-    max_rollouts: int = 64  # of one problem
+    initial_rollouts: int = 2  # rollouts of every problem in the first round
+    # Rollouts of a round, in the mean over the problems; fewer: better spent, more rounds.
+    rollouts_per_round: float = 1.0
+    max_rollouts: int = 64  # most rollouts of one problem
     # Expected RMS error of the weights (whose mean is 1) at which to stop before
     # weights.num_rollouts are spent; 0: spend them.
     target_error: float = 0.0
@@ -43,26 +44,27 @@ class AdaptiveConfig:
 
 @dataclass
 class WeightsConfig:
-    """From pass rates to problem weights; paper's defaults."""
+    """How pass rates are estimated and become problem weights; the defaults are the paper's."""
 
     scheme: WeightScheme = WeightScheme.beta_kernel
     alpha: float = 1.0  # exponent of the pass rate p
     beta: float = 1.0  # exponent of 1 - p
-    low: float = 0.2  # hard_filter only
-    high: float = 0.8  # hard_filter only
+    low: float = 0.2  # lowest pass rate of weight 1; hard_filter only
+    high: float = 0.8  # highest pass rate of weight 1; hard_filter only
     estimator: Estimator = Estimator.plug_in
-    prior: list[float] = field(default_factory=lambda: [1.0, 1.0])  # Beta(a0, b0); posterior only
-    fit_prior: bool = False  # to the counts themselves, by maximum likelihood; posterior only
-    num_rollouts: int = 8  # K of every problem
+    # Beta prior (a0, b0) of the pass rates; posterior only.
+    prior: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    fit_prior: bool = False  # fit a0, b0 to the counts by maximum likelihood; posterior only
+    num_rollouts: int = 8  # K, rollouts of every problem
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     pass_rates: str | None = None  # table of an earlier `pass-rates`, instead of sampling at step 0
     reestimate: Reestimation = Reestimation.never
-    reestimate_every_n_steps: int = 0  # with reestimate=every_n_steps
-    # reestimate=free: what a problem's earlier counts are multiplied by at each new rollout; at
-    # most 1 / (1 - discount) rollouts are remembered.
+    reestimate_every_n_steps: int = 0  # steps between estimates, with reestimate=every_n_steps
+    # Factor of a problem's earlier counts at each new rollout, with reestimate=free; at most
+    # 1 / (1 - discount) rollouts are remembered.
     discount: float = 0.9
-    # reestimate=free: share of the batch's problems of weight 0 that are sampled and graded (not
-    # trained on), so that they can come back.
+    # Share of a batch's problems of weight 0 that are sampled and graded (not trained on), with
+    # reestimate=free, so that they can come back.
     exploration: float = 0.0
 
     def __post_init__(self) -> None:

@@ -21,10 +21,10 @@ class Server:
     """The rollout servers, all alike.
 
     Attributes:
-        tensor: GPUs of each.
-        memory: bytes that one takes of each of its GPUs.
-        max_num_seqs: sequences that each decodes at once.
-        replicas: how many there are; requests are shared evenly.
+        tensor: GPUs of each server.
+        memory: bytes that a server takes of each of its GPUs.
+        max_num_seqs: sequences that each server decodes at once.
+        replicas: number of servers, which share requests evenly.
     """
 
     tensor: int
@@ -37,9 +37,9 @@ class Server:
         return self.tensor * self.replicas
 
     def stages(self, layout: Layout) -> int:
-        """Pipeline stages of the student that have one of the first ``gpus`` GPUs.
+        """Number of the student's pipeline stages that lie on GPUs of the servers.
 
-        Servers of our own take the first GPUs of rank 0's node; ranks of a stage are consecutive.
+        The run's own servers take the first GPUs of rank 0's node; a stage's ranks are consecutive.
         """
         ranks = layout.world_size // layout.pipeline
         return min(layout.pipeline, -(-self.gpus // ranks))
@@ -47,7 +47,15 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class StepFlops:
-    """Of all ranks together."""
+    """FLOPs of a step by part, of all ranks together.
+
+    Attributes:
+        student: forward and backward of the layers.
+        recompute: what backward computes again.
+        loss: LM heads and their gradients.
+        teacher: forward of the layers.
+        rollouts: prompts and decoding, as the mean over all steps.
+    """
 
     student: float
     recompute: float
@@ -61,7 +69,7 @@ class StepTime:
     """Seconds of a step, one after the other; rollouts as the mean over all steps.
 
     Attributes:
-        student, teacher: their FLOPs, with the pipelines' idle time.
+        student, teacher: time of their FLOPs, with the pipelines' idle time.
         communication: tensor, context and data parallelism.
         memory: optimizer, and weights that come from host memory.
     """
@@ -78,7 +86,12 @@ class StepTime:
 
 
 def forward_flops(shape: Architecture, tokens: float, sequence: float) -> float:
-    """Of the layers, without embedding and LM head."""
+    """FLOPs of a forward pass of the layers, without embedding and LM head.
+
+    Args:
+        tokens: in all.
+        sequence: tokens that see each other.
+    """
     attention = 2 * shape.q_width * sequence * shape.num_layers
     return tokens * (2 * active_parameters(shape) + attention)
 
@@ -86,7 +99,7 @@ def forward_flops(shape: Architecture, tokens: float, sequence: float) -> float:
 def step_flops(
     student: Architecture, teacher: Architecture, layout: Layout, plan: TeacherPlan, work: Work
 ) -> StepFlops:
-    """Of one global batch. Sequences count with their padding (to the longest of the batch)."""
+    """FLOPs of one global batch; sequences count with their padding, unless packed."""
     sequence = work.attended(layout)
     tokens = work.global_batch_size * sequence
     forward = forward_flops(student, tokens, sequence)
@@ -145,12 +158,13 @@ def rollout_seconds(
     server: Server,
     assume: Assumptions,
 ) -> float:
-    """To sample so many responses: decoding steps of as many sequences as the servers hold.
+    """Seconds to sample ``responses``, in decoding steps of as many sequences as the servers hold.
 
-    The roofline of a decoding step: weights and KV cache are read once, FLOPs grow with sequences.
+    A decoding step takes its roofline: weights and KV cache are read once, FLOPs grow with the
+    sequences.
     """
     gpu = cluster.gpu
-    responses = -(-responses // server.replicas)  # of each server, side by side
+    responses = -(-responses // server.replicas)  # those of one server; servers work side by side
     held = kv_cache_tokens(shape, work, server, assume) / (work.mean_prompt + work.mean_response)
     at_once = max(1.0, min(server.max_num_seqs, responses, held))
     context = work.mean_prompt + work.mean_response / 2
@@ -169,19 +183,19 @@ def rollout_seconds(
 
 
 def kv_bytes(shape: Architecture, work: Work) -> float:
-    """Keys and values of one token, all layers."""
+    """Bytes of keys and values of one token over all layers."""
     return 2 * work.precision_bytes * shape.num_layers * shape.kv_width
 
 
 def kv_cache_tokens(shape: Architecture, work: Work, server: Server, assume: Assumptions) -> float:
-    """Tokens that the GPUs of one server hold beside weights; at least 0."""
+    """Tokens of KV cache that the GPUs of one server hold beside its weights; at least 0."""
     weights = work.precision_bytes * model_parameters(shape)
     room = server.tensor * (server.memory - assume.server_overhead) - weights
     return max(0.0, room / kv_bytes(shape, work))
 
 
 def _idle(layout: Layout, work: Work, *, teacher: bool = False) -> float:
-    """How much longer a step takes by the pipeline's bubble and empty rows of micro-batches."""
+    """Factor on a step's time by the pipeline's bubble and empty rows of micro-batches."""
     count = work.micro_batches(layout, teacher=teacher)
     size = work.teacher_micro_batch_size if teacher else work.micro_batch_size
     filled = 1.0 if work.packed else layout.data * count * size / work.global_batch_size
@@ -199,11 +213,11 @@ def _communication(
 ) -> float:
     gpu, e = cluster.gpu, work.precision_bytes
     again = 1.5 if layout.recompute is Recompute.full else 1.0
-    # two all-reduces (or their halves) a layer forward, two backward
+    # tensor parallelism: two all-reduces (or their halves) a layer forward, two backward
     tensor = 4 * again * _all_reduces(student, layout, work, teacher=False)
     if plan.placement is not TeacherPlacement.cached:
         tensor += 2 * _all_reduces(teacher, plan.layout, work, teacher=True)
-    # keys and values go round, and their gradients come back
+    # context parallelism: keys and values go round, and their gradients come back
     tokens = work.share(layout) * work.attended(layout) / layout.context
     layers = student.num_layers // layout.pipeline
     ring = layers * (layout.context - 1) * tokens * 2 * student.kv_width / layout.tensor * e * 3

@@ -15,22 +15,23 @@ from nemo_paced.sizing import activations
 from nemo_paced.sizing.parameters import Parameters, stage_parameters
 from nemo_paced.sizing.shapes import Accelerator, Layout, TeacherPlan, Work, padded_vocab
 
-# logits of a chunk of the loss, elements: losses/linear_divergence.py
+# elements of one model's logits in a chunk of the loss, as losses/linear_divergence.py has them
+# (repeated here because that module imports torch)
 CHUNK_ELEMENTS = {Accelerator.gpu: 2**27, Accelerator.cpu: 2**25}
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one rank.
+    """Bytes that one rank holds, part by part.
 
     Attributes:
         weights, gradients, optimizer: of the student.
-        activations: of all its micro-batches in flight.
+        activations: kept for backward by all of the student's micro-batches in flight.
         loss: peak of the loss beyond its inputs, or of a layer's backward where that is more.
-        teacher: its weights, where they lie on the GPU in this phase.
-        teacher_head: its LM head, in the student's layout.
-        signal: of the rank's share of the global batch.
-        teacher_work: transients of the teacher's forward.
+        teacher: the teacher's weights, where they stay on the GPU.
+        teacher_head: the teacher's LM head, in the student's layout.
+        signal: the teacher's signal of the rank's share of the global batch.
+        teacher_work: transients of the teacher's forward, and weights that come for it alone.
     """
 
     weights: float
@@ -78,7 +79,7 @@ def stage_memory(
     work: Work,
     stage: int,
 ) -> Memory:
-    """Of a rank of the student's pipeline stage ``stage``.
+    """Memory of a rank of the student's pipeline stage ``stage``.
 
     Where the teacher has another number of stages, the rank is taken to hold its largest one.
     """
@@ -88,7 +89,7 @@ def stage_memory(
     resident = plan.placement is TeacherPlacement.colocated
     same_stages = plan.layout.pipeline == layout.pipeline
     teacher_bytes = teacher_weights(teacher, plan, work, rows, stage if same_stages else None)
-    # offloaded for each of its phases, cached while the cache is filled
+    # an offloaded teacher comes for each of its phases, a cached one while the cache is filled
     comes = plan.placement in (TeacherPlacement.offloaded, TeacherPlacement.cached)
     teacher_work = 0.0
     if resident or comes:
@@ -112,7 +113,7 @@ def stage_memory(
 def stages_memory(
     student: Architecture, teacher: Architecture, layout: Layout, plan: TeacherPlan, work: Work
 ) -> list[Memory]:
-    """Of a rank of each pipeline stage of the student."""
+    """Memory of a rank of each of the student's pipeline stages."""
     return [
         stage_memory(student, teacher, layout, plan, work, stage)
         for stage in range(layout.pipeline)
@@ -120,7 +121,7 @@ def stages_memory(
 
 
 def optimizer_bytes(own: Parameters, layout: Layout, work: Work) -> float:
-    """Adam's two moments and, beside 16-bit weights, master weights: all float32."""
+    """Bytes of Adam's two moments and, beside 16-bit weights, master weights: all float32."""
     each = 8 if work.precision_bytes == 4 else 12
     if not layout.distributed_optimizer:
         return each * own.total
@@ -129,10 +130,10 @@ def optimizer_bytes(own: Parameters, layout: Layout, work: Work) -> float:
 
 
 def activation_bytes(shape: Architecture, layout: Layout, work: Work, stage: int) -> float:
-    """Kept for backward by the micro-batches in flight.
+    """Bytes that the micro-batches in flight keep for backward.
 
-    1F1B holds pipeline - stage of them; interleaved, a chunk of layers is what is counted, and the
-    stages behind are gone through twice (Narayanan et al. 2021).
+    1F1B holds pipeline - stage of them; an interleaved pipeline holds chunks of layers, which go
+    through the stages behind twice (Narayanan et al. 2021).
     """
     sequence = work.sequence(layout)
     tokens = work.micro_batch_size * sequence / layout.context
@@ -149,7 +150,7 @@ def activation_bytes(shape: Architecture, layout: Layout, work: Work, stage: int
 
 
 def transient_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
-    """Of a layer's backward, with what it has computed again, and one weight's gradient."""
+    """Bytes of a layer's backward, with what it computes again, and of one weight's gradient."""
     sequence = work.sequence(layout)
     tokens = work.micro_batch_size * sequence / layout.context
     a_token = activations.backward_bytes(shape, layout, work)
@@ -164,12 +165,18 @@ def transient_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
 def loss_bytes(
     student: Architecture, teacher: Architecture, layout: Layout, work: Work, rows: int
 ) -> float:
-    """Peak of ``linear_loss`` beyond weights: hidden states, their gradient, a chunk's logits, the
-    head's gradient in float32 (and, in 16 bits, its copy)."""
+    """Peak bytes of ``linear_loss`` beyond weights.
+
+    Hidden states, their gradient, the logits of the chunks under way, and the head's gradient in
+    float32 (and, in 16 bits, its copy).
+
+    Args:
+        rows: of the LM heads, over all ranks of the student's layout.
+    """
     e, width = work.precision_bytes, rows // layout.tensor
     tokens = work.micro_batch_size * work.responses_of_a_row(layout) // layout.context
     chunk = work.chunk_size or max(1, CHUNK_ELEMENTS[work.accelerator] // width)
-    begun = min(1 + (layout.tensor > 1), -(-tokens // chunk))  # chunks at a time
+    begun = min(1 + (layout.tensor > 1), -(-tokens // chunk))  # chunks under way at a time
     models = 1 if work.top_k else 2
     logits = models * begun * min(chunk, tokens) * width * e
     head = width * student.hidden_size * 4
@@ -180,12 +187,12 @@ def loss_bytes(
 
 
 def head_bytes(teacher: Architecture, layout: Layout, work: Work, rows: int) -> float:
-    """The teacher's LM head on the student's last stage; a top-k from the cache needs none."""
+    """Bytes of the teacher's LM head on the student's last stage, held for every kind of signal."""
     return work.precision_bytes * rows // layout.tensor * teacher.hidden_size
 
 
 def signal_bytes(teacher: Architecture, layout: Layout, work: Work) -> float:
-    """Of all responses of the rank's share: hidden states, or k log-probabilities and ids."""
+    """Bytes of the signal of the rank's share: hidden states, or k log-probabilities and ids."""
     each = 8 * work.top_k + 4 if work.top_k else work.precision_bytes * teacher.hidden_size
     return each * work.share(layout) * work.response / layout.context
 
@@ -193,7 +200,7 @@ def signal_bytes(teacher: Architecture, layout: Layout, work: Work) -> float:
 def teacher_weights(
     teacher: Architecture, plan: TeacherPlan, work: Work, rows: int, stage: int | None = None
 ) -> float:
-    """Of one of the teacher's stages (``None``: of the largest), without the LM head."""
+    """Bytes of weights of a teacher's stage (``None``: the largest), without the LM head."""
     linear = 1 if plan.fp8 else work.precision_bytes
 
     def of(stage: int) -> float:
@@ -207,7 +214,7 @@ def teacher_weights(
 
 
 def teacher_forward(teacher: Architecture, layout: Layout, work: Work) -> float:
-    """What one layer holds while it runs forward: nothing is kept for backward."""
+    """Bytes that one teacher layer holds while it runs forward; none are kept for backward."""
     sequence = work.sequence(layout, teacher=True)
     tokens = work.teacher_micro_batch_size * sequence
     whole = Layout(

@@ -1,4 +1,4 @@
-"""How many parameters a rank holds: exact, by Megatron's cuts."""
+"""Numbers of parameters that a rank holds: exact, by Megatron's cuts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nemo_paced.sizing.shapes import Layout
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Of one rank.
+    """Numbers of parameters of one rank, by kind.
 
     Attributes:
-        dense: what is the same on all its data-parallel ranks: linear layers, norms, routers.
-        experts: experts, shared by the ranks of fewer replicas.
-        vocabulary: embedding and LM head, part of none of the others.
+        dense: linear layers, norms and routers, the same on all data-parallel ranks.
+        experts: the experts that lie on the rank, the same on its expert-data-parallel ranks.
+        vocabulary: embedding and LM head, which count in none of the others.
     """
 
     dense: int
@@ -29,10 +29,14 @@ class Parameters:
 
 
 def stage_parameters(shape: Architecture, layout: Layout, stage: int, padded: int) -> Parameters:
-    """Of a rank of pipeline stage ``stage``; ``padded``: rows of the vocabulary over all ranks."""
+    """Parameters of a rank of pipeline stage ``stage``.
+
+    Args:
+        padded: rows of the vocabulary over all tensor-parallel ranks, padding included.
+    """
     layers = layout.layers(shape.num_layers, stage)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
-    # a tied head is the embedding, but where that lies on another stage
+    # a tied head is the embedding itself, unless that lies on another stage
     heads = int(is_first) + int(is_last and not (shape.tied and is_first))
     sparse = _sparse_layers(shape, layers)
     of_layers = len(layers) * _attention(shape, layout.tensor)
@@ -45,12 +49,12 @@ def stage_parameters(shape: Architecture, layout: Layout, stage: int, padded: in
 
 
 def model_parameters(shape: Architecture) -> int:
-    """Of the whole model, its vocabulary as in ``config.json``."""
+    """Number of parameters of the whole model, its vocabulary as in ``config.json``."""
     return stage_parameters(shape, Layout(), 0, shape.vocab_size).total
 
 
 def active_parameters(shape: Architecture) -> int:
-    """Of the layers that one token goes through: no embedding, no LM head."""
+    """Number of the layers' parameters that one token meets; without embedding and LM head."""
     sparse = _sparse_layers(shape, range(shape.num_layers))
     used = 0
     if shape.experts is not None:
@@ -60,7 +64,7 @@ def active_parameters(shape: Architecture) -> int:
 
 
 def _attention(shape: Architecture, tensor: int) -> int:
-    """Of one layer, with both its norms."""
+    """Parameters of one layer's attention on a rank, with both norms of the layer."""
     h, q, kv = shape.hidden_size, shape.q_width, shape.kv_width
     weights = (q + 2 * kv) // tensor * h + q // tensor * h
     bias = shape.qkv_bias * (q + 2 * kv) // tensor
@@ -76,7 +80,7 @@ def _router(shape: Architecture) -> int:
 
 
 def _experts(shape: Architecture) -> int:
-    """Of one layer, all of them; none is cut by tensor parallelism."""
+    """Parameters of all experts of one layer; tensor parallelism cuts none of them."""
     if shape.experts is None:
         return 0
     return shape.experts.count * 3 * shape.experts.ffn_hidden_size * shape.hidden_size

@@ -28,7 +28,7 @@ _PARTS = {
 
 
 def memory_table(candidate: Candidate, problem: Problem) -> Table:
-    """GiB of a rank of each pipeline stage."""
+    """Table of the GiB of a rank of each pipeline stage, part by part."""
     table = Table(title=f"GiB a GPU: {describe(candidate)}", title_justify="left")
     table.add_column("")
     for stage in range(len(candidate.stages)):
@@ -48,6 +48,7 @@ def memory_table(candidate: Candidate, problem: Problem) -> Table:
 
 
 def verdict(candidate: Candidate, problem: Problem) -> str:
+    """Whether a layout fits, by how much, and what to change where it does not; one sentence."""
     gpu = problem.cluster.gpu
     room = gpu.memory - candidate.needed
     told = f"fits with {_gib(room)} GiB to spare" if room >= 0 else (
@@ -63,7 +64,7 @@ def verdict(candidate: Candidate, problem: Problem) -> str:
 
 
 def time_lines(candidate: Candidate, problem: Problem) -> Iterator[str]:
-    """FLOPs, seconds, tokens a second and hours."""
+    """Lines on a layout's FLOPs, seconds, tokens a second, hours and rollouts."""
     work, time = candidate.work, candidate.time
     flops = asdict(
         step_flops(
@@ -96,7 +97,7 @@ def time_lines(candidate: Candidate, problem: Problem) -> Iterator[str]:
 
 
 def _servers(problem: Problem) -> str:
-    """How many on which GPUs."""
+    """Number of the rollout servers, and the GPUs they take."""
     served = problem.served
     of = f"{served.replicas} of {served.tensor} GPU{'s' if served.tensor > 1 else ''}"
     if problem.server is not None:
@@ -105,6 +106,7 @@ def _servers(problem: Problem) -> str:
 
 
 def assumption_lines(problem: Problem, work: Work) -> Iterator[str]:
+    """Lines on the data sheet, the lengths and every other assumption behind a plan."""
     gpu = problem.cluster.gpu
     yield (
         f"{gpu.name}: {gpu.bf16 / 1e12:.0f} bf16 and {gpu.fp8 / 1e12:.0f} fp8 TFLOP/s, "
@@ -127,6 +129,7 @@ def assumption_lines(problem: Problem, work: Work) -> Iterator[str]:
 
 
 def candidates_table(candidates: Sequence[Candidate]) -> Table:
+    """Table of layouts that fit, in the order given, with memory and time."""
     table = Table(title="layouts that fit, cheapest first", title_justify="left")
     for name in ("layout", "teacher", "micro-batch", "GiB a GPU", "s a step", "GPU-hours"):
         table.add_column(name, justify="left" if name in ("layout", "teacher") else "right")
@@ -143,7 +146,7 @@ def candidates_table(candidates: Sequence[Candidate]) -> Table:
 
 
 def overrides(candidate: Candidate, gpus_per_node: int) -> list[str]:
-    """The settings of a layout, as they are typed."""
+    """Settings of a layout, as they are typed on the command line (``key=value``)."""
     layout, teacher = candidate.layout, candidate.teacher
     separate = teacher.layout.world_size if teacher.placement is TeacherPlacement.separate else 0
     ranks = layout.world_size + separate

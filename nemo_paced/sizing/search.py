@@ -1,8 +1,9 @@
-"""Which layouts fit, and which of them is cheapest.
+"""Search for the layouts that fit a cluster, cheapest first.
 
 Layouts are those that divide the models: tensor parallelism within a node, pipeline stages of equal
-layers, any number of data-parallel replicas (uneven batches are padded). The smaller of micro-batch
-1 and the configured one, all placements of the teacher and all recomputation settings are tried.
+layers, any number of data-parallel replicas (uneven batches are padded). A micro-batch of 1 and the
+configured one, all placements asked for and all recomputation settings are tried; interleaved
+pipelines are not.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ POWERS = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is planned for.
+    """Models, cluster and rollout servers that a plan is made for.
 
     Attributes:
-        server: of rollouts on the trainer's first GPUs; ``None``: they run elsewhere.
-        served: how rollouts are timed, wherever they run.
+        server: the rollout servers on the trainer's first GPUs; ``None``: they run elsewhere.
+        served: the rollout servers, wherever they run, by which rollouts are timed.
+        assume: what is assumed of the hardware.
     """
 
     student: Architecture
@@ -40,12 +42,13 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A layout with what it needs.
+    """A layout with the memory and time that it needs.
 
     Attributes:
         stages: memory of a rank of each pipeline stage.
         needed: bytes of the fullest GPU, reserve and rollout server included.
-        fits: memory, and the GPUs of the rollout servers on one node.
+        fits: whether the memory suffices, and the first node's GPUs for the rollout servers.
+        time: of a step.
     """
 
     layout: Layout
@@ -71,7 +74,7 @@ class Candidate:
 
 
 def evaluate(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work) -> Candidate:
-    """Memory and time of one layout."""
+    """The layout as a candidate, with its memory, step time and whether it fits."""
     stages = tuple(stages_memory(problem.student, problem.teacher, layout, teacher, work))
     server = problem.server
     needed = problem.assume.reserve + max(
@@ -128,7 +131,7 @@ def fewest_gpus(
 
 
 def best_of_each_cut(candidates: list[Candidate]) -> list[Candidate]:
-    """The first of those that cut the student alike and differ in the rest."""
+    """First candidate of each way to cut the student (tensor, pipeline, context, expert)."""
     best: dict[tuple[int, ...], Candidate] = {}
     for candidate in candidates:
         of = candidate.layout
@@ -137,7 +140,7 @@ def best_of_each_cut(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def _cost(candidate: Candidate) -> tuple[float, ...]:
-    """Time; then, where it is the same, what is simpler."""
+    """Sort key of candidates: step time, then, where it is the same, simplicity."""
     layout = candidate.layout
     return (
         round(candidate.time.total, 3),
@@ -150,7 +153,7 @@ def _cost(candidate: Candidate) -> tuple[float, ...]:
 
 def _micro_batches(work: Work) -> Iterator[Work]:
     follows = work.teacher_micro_batch_size == work.micro_batch_size
-    for size in sorted({1, work.micro_batch_size}):  # of packed rows always 1
+    for size in sorted({1, work.micro_batch_size}):  # packed rows always have 1
         of_teacher = size if follows else work.teacher_micro_batch_size
         yield replace(work, micro_batch_size=size, teacher_micro_batch_size=of_teacher)
 
@@ -173,7 +176,8 @@ def cuts(shape: Architecture, cluster: Cluster, gpus: int, *, trained: bool) -> 
     """Layouts over exactly ``gpus`` ranks that divide the model.
 
     Args:
-        trained: with context parallelism and recomputation, which a frozen teacher has no use for.
+        trained: whether to vary context parallelism and recomputation, which a frozen teacher has
+            no use for.
     """
     contexts, recomputes = (
         ((1, 2, 4, 8), tuple(Recompute)) if trained else ((1,), (Recompute.none,))
@@ -200,14 +204,14 @@ def cuts(shape: Architecture, cluster: Cluster, gpus: int, *, trained: bool) -> 
 
 
 def divides(shape: Architecture, tensor: int, pipeline: int) -> bool:
-    """Whether heads, key-value heads, MLP columns and layers can be cut so."""
+    """Whether ``tensor`` divides (key-value) heads and MLP columns, and ``pipeline`` the layers."""
     dense = shape.experts is None or len(shape.experts.layers) < shape.num_layers
     columns = (shape.num_heads, shape.num_kv_heads, *([shape.ffn_hidden_size] if dense else []))
     return not any(size % tensor for size in columns) and shape.num_layers % pipeline == 0
 
 
 def _separate_teacher(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work) -> float:
-    """Of a GPU that holds the teacher alone."""
+    """Bytes of a GPU that holds the teacher alone, reserve included."""
     alone = replace(teacher, placement=TeacherPlacement.colocated)
     memory = stages_memory(problem.student, problem.teacher, layout, alone, work)[0]
     return problem.assume.reserve + memory.teacher + memory.teacher_work

@@ -1,6 +1,6 @@
-"""What a plan is made from beside two architectures: a layout, the work of a step. Numbers only.
+"""Inputs of a plan beside two architectures: layouts and the work of a step, as numbers only.
 
-No torch here or anywhere in this folder: a plan takes two ``config.json`` files and no GPU.
+This folder does without torch: a plan takes two ``config.json`` files and no GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_paced.hf.architectures import Architecture
 
 
 class Accelerator(Enum):
-    """What is kept for backward differs: see ``activations.py``."""
+    """Kind of device that layers run on, which decides what they keep (``activations.py``)."""
 
     gpu = "gpu"
     cpu = "cpu"
@@ -31,6 +31,7 @@ class Layout:
     """How one model is cut over ``world_size`` ranks.
 
     Attributes:
+        tensor, pipeline, context, expert: parallel sizes.
         data: data-parallel replicas.
         virtual: interleaved chunks of layers a stage.
         distributed_optimizer: master weights and moments are divided over data x context ranks.
@@ -51,20 +52,24 @@ class Layout:
         return self.tensor * self.pipeline * self.context * self.data
 
     def layers(self, of: int, stage: int) -> list[int]:
-        """The layers of a stage, of ``of`` in all."""
+        """Numbers, from 0, of the layers on pipeline stage ``stage``, of ``of`` layers in all."""
         a_chunk = of // (self.pipeline * self.virtual)
         firsts = ((self.pipeline * k + stage) * a_chunk for k in range(self.virtual))
         return [first + layer for first in firsts for layer in range(a_chunk)]
 
     @property
     def expert_data(self) -> int:
-        """Ranks that hold the same experts, which tensor parallelism does not cut."""
+        """Number of ranks that hold the same experts, which tensor parallelism does not cut."""
         return self.world_size // (self.expert * self.pipeline)
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherPlan:
-    """Attributes: fp8, the linear layers' weights are held in 8 bits."""
+    """The teacher's layout, placement and precision.
+
+    Attributes:
+        fp8: whether the linear layers' weights are held in 8 bits.
+    """
 
     layout: Layout
     placement: TeacherPlacement = TeacherPlacement.colocated
@@ -73,17 +78,21 @@ class TeacherPlan:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step does. Longest lengths decide memory, mean ones decide time.
+    """Work of a step; longest lengths decide memory, mean ones decide time.
 
     Attributes:
+        micro_batch_size, teacher_micro_batch_size: sequences.
+        global_batch_size: problems, each with one response.
         response, prompt, teacher_prompt: longest, tokens.
-        mean_response, mean_prompt: tokens of a problem, as assumed or measured.
+        mean_response, mean_prompt: mean tokens of a problem, as assumed or measured.
         precision_bytes: of weights and activations: 2 for bf16, 4 for fp32.
-        top_k: of the teacher's signal; 0: hidden states.
+        top_k: tokens in the teacher's signal; 0: hidden states.
         vocab_multiple: ``model.make_vocab_size_divisible_by``.
         packed: ``model.packed_sequence_size``: tokens of a row; 0: sequences are padded.
         chunk_size: ``loss.chunk_size``; ``None``: the loss's own choice.
         on_policy: share of the steps that train on fresh rollouts.
+        num_rollouts: K, rollouts of a problem for its pass rate.
+        max_steps: optimizer steps of the run.
     """
 
     micro_batch_size: int
@@ -113,17 +122,17 @@ class Work:
         return -(-row // multiple) * multiple
 
     def attended(self, layout: Layout, *, teacher: bool = False) -> float:
-        """Tokens that see each other: packed sequences do not."""
+        """Tokens of a row that see each other; packed sequences see nothing of each other."""
         if self.packed:
             return self._mean_tokens(teacher=teacher)
         return self.sequence(layout, teacher=teacher)
 
     def responses_of_a_row(self, layout: Layout) -> int:
-        """Most response tokens of a row."""
+        """Most response tokens that a row may hold."""
         return self.sequence(layout) if self.packed else self.response
 
     def micro_batches(self, layout: Layout, *, teacher: bool = False) -> int:
-        """Of each data-parallel rank in a step."""
+        """Number of micro-batches of each data-parallel rank in a step."""
         if self.packed:
             tokens = self.share(layout) * self._mean_tokens(teacher=teacher)
             return max(1, math.ceil(tokens / self.sequence(layout, teacher=teacher)))
@@ -131,12 +140,12 @@ class Work:
         return max(1, -(-self.share(layout) // size))
 
     def _mean_tokens(self, *, teacher: bool) -> float:
-        """Of a problem; the teacher's prompt is taken to fill its limit as the student's does."""
+        """Mean tokens of a sequence; the teacher's prompt fills its limit as the student's does."""
         longer = self.teacher_prompt / self.prompt if teacher else 1.0
         return self.mean_prompt * longer + self.mean_response
 
     def share(self, layout: Layout) -> int:
-        """Problems of a data-parallel rank in a step; the largest share."""
+        """Problems of a data-parallel rank in a step, at most."""
         return -(-self.global_batch_size // layout.data)
 
 
@@ -147,12 +156,12 @@ def padded_vocab(student: Architecture, teacher: Architecture, work: Work, tenso
 
 
 def student_layout(config: PacedConfig) -> Layout:
-    """As the configuration asks for it."""
+    """The student's layout as the configuration asks for it."""
     return _layout(config.model, config.student_ranks)
 
 
 def teacher_plan(config: PacedConfig) -> TeacherPlan:
-    """As the configuration asks for it."""
+    """The teacher's layout, placement and precision as the configuration asks for them."""
     layout = _layout(config.teacher_model, config.teacher_ranks)
     return TeacherPlan(layout, config.teacher.placement, config.teacher.fp8.enabled)
 
@@ -174,7 +183,7 @@ def _layout(model: ModelConfig, world_size: int) -> Layout:
 def work_of(
     config: PacedConfig, *, mean_prompt: float, mean_response: float, accelerator: Accelerator
 ) -> Work:
-    """A configuration's step, with the tokens of a problem that are assumed."""
+    """Work of a configuration's step, with an assumed mean number of tokens of a problem."""
     data, model = config.data, config.model
     on_policy = sum(s.fraction for s in config.stages if s.responses is ResponseSource.rollouts)
     return Work(
