@@ -20,9 +20,15 @@ from nemo_paced.hf.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What sets one family apart."""
+    """Switches in which one model family differs from another.
 
-    qkv_bias: bool = False  # default where config.json does not say (`attention_bias`)
+    Attributes:
+        qkv_bias: whether q, k and v have a bias where ``config.json`` has no ``attention_bias``.
+        qk_norm: whether q and k of each head pass a norm.
+        experts: whether layers have experts in place of an MLP.
+    """
+
+    qkv_bias: bool = False
     qk_norm: bool = False
     experts: bool = False
 
@@ -35,6 +41,7 @@ FAMILIES = {
 }
 
 
+# keys of config.json without which a model is refused; those of experts; those of llama3's scaling
 _REQUIRED = (
     "num_hidden_layers",
     "hidden_size",
@@ -53,9 +60,9 @@ class Experts:
     """The mixture-of-experts layers of a model.
 
     Attributes:
-        count: experts of a layer.
+        count: experts of a layer, over all ranks.
         per_token: how many of them a token is sent to.
-        ffn_hidden_size: columns of one expert.
+        ffn_hidden_size: intermediate features of one expert.
         normalize: whether the weights of a token's experts are made to sum to 1.
         layers: which layers have experts, from 0; the others have an MLP.
     """
@@ -72,8 +79,14 @@ class Architecture:
     """The shape of one model, read from its ``config.json``.
 
     Attributes:
+        name: the class in ``architectures``, a key of ``FAMILIES``.
+        ffn_hidden_size: intermediate features of an MLP (of a layer without experts).
+        num_kv_heads: key-value heads, each shared by num_heads / num_kv_heads query heads.
         vocab_size: rows of its embedding (which may exceed the tokenizer's highest id).
+        max_positions: the longest sequence that the model was made for.
+        rope_base: RoPE's theta.
         rope_scaling: ``None`` or the ``llama3`` parameters.
+        tied: whether the LM head is the embedding.
         experts: ``None``: every layer has an MLP.
     """
 
@@ -96,7 +109,10 @@ class Architecture:
 
     @staticmethod
     def from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
-        """Read a Hugging Face configuration.
+        """The architecture that a parsed ``config.json`` describes.
+
+        Args:
+            where: name of the file, for the messages.
 
         Raises:
             ConfigError: an architecture, activation or rope scaling that is not supported, or a
@@ -158,12 +174,12 @@ class Architecture:
 
     @property
     def q_width(self) -> int:
-        """Columns of the queries of all heads."""
+        """Output features of the query projection, over all heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Columns of keys, or of values, of all heads."""
+        """Output features of the key projection, and of the value projection, over all heads."""
         return self.num_kv_heads * self.head_dim
 
     def check_layout(
@@ -179,8 +195,9 @@ class Architecture:
         """Refuse a layout that does not divide the model, naming key, value and model.
 
         Args:
+            tensor, pipeline: the parallel sizes.
             virtual: chunks of layers a pipeline stage.
-            expert: of a model without experts it is not looked at.
+            expert: the expert-parallel size; not looked at for a model without experts.
             sequence_parallel: needed by experts beside tensor parallelism: each rank routes its own
                 part of the sequence, else all of them would route and train on all of it.
 
@@ -227,7 +244,10 @@ class Architecture:
         return self.experts is None or len(self.experts.layers) < self.num_layers
 
     def rows(self) -> Iterator[tuple[Row, int | None]]:
-        """Every Megatron parameter of the whole model with its layer, in one fixed order."""
+        """Every Megatron parameter of the whole model with its layer, in one fixed order.
+
+        Layers are counted from 0 over all stages; ``None`` for a parameter of no layer.
+        """
         yield rows.EMBEDDING, None
         attention: tuple[Row, ...] = rows.ATTENTION
         if self.qkv_bias:
@@ -246,7 +266,7 @@ class Architecture:
             yield rows.OUTPUT, None
 
     def sizes(self) -> dict[str, int]:
-        """The letters of ``Row.shapes``."""
+        """The size that each letter of ``Row.shapes`` stands for, over all ranks."""
         return {
             "v": self.vocab_size,
             "h": self.hidden_size,
@@ -259,13 +279,16 @@ class Architecture:
         }
 
     def hf_shapes(self, row: Row) -> list[tuple[int, ...]]:
-        """Shapes of the Hugging Face tensors of a row."""
+        """Whole shapes of a row's Hugging Face tensors, in the order of ``row.hf``."""
         sizes = self.sizes()
         return [tuple(sizes[letter] for letter in shape.split()) for shape in row.shapes]
 
 
 def _experts(config: dict[str, Any], where: str) -> Experts:
-    """``num_experts`` is called ``num_local_experts`` in what some releases write."""
+    """The mixture-of-experts layers that a ``config.json`` describes.
+
+    Some releases of transformers write ``num_experts`` as ``num_local_experts``.
+    """
     _require(config, _REQUIRED_OF_EXPERTS, where)
     count = config.get("num_experts", config.get("num_local_experts"))
     if not count:
@@ -297,7 +320,7 @@ def _qkv_bias(config: dict[str, Any], family: Family, where: str) -> bool:
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, from ``rope_parameters`` (transformers 5) or the older two keys."""
+    """RoPE's base and scaling, from ``rope_parameters`` (transformers 5) or the older two keys."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     base = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
@@ -312,6 +335,10 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | N
 
 
 def padded_vocab_size(rows: int, model: ModelConfig) -> int:
-    """Rows of the embedding after padding: the same number on every tensor-parallel rank."""
+    """Rows of the padded embedding over all tensor-parallel ranks, which hold equally many.
+
+    Args:
+        rows: of the embedding before padding.
+    """
     multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
     return -(-rows // multiple) * multiple

@@ -23,7 +23,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class CoreAttention(MegatronModule):
-    """Causal softmax(Q K^T / sqrt(D)) V."""
+    """Causal softmax(Q K^T / sqrt(D)) V, behind the interface of Megatron's core attention.
+
+    Dropout is not applied, whatever the arguments say.
+    """
 
     def __init__(
         self,
@@ -52,7 +55,15 @@ class CoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """[s, b, n, d], or [t, n, d] of packed sequences -> [s, b, n d] or [t, n d]."""
+        """Attend from this rank's positions to all earlier ones of their sequences.
+
+        Args:
+            query: [s, b, n, d], or [t, n, d] for packed sequences (t positions on this rank).
+            key, value: as ``query``, with the rank's key-value heads for n.
+
+        Returns:
+            [s, b, n d], or [t, n d].
+        """
         assert attention_mask is None and attention_bias is None, "causal, and nothing else"
         if packed_seq_params is None:
             sequences = [query.shape[0] * self.cp_group.size()]
@@ -70,6 +81,12 @@ class CoreAttention(MegatronModule):
         value_SBND: torch.Tensor,
         sequences: Sequence[int],
     ) -> torch.Tensor:
+        """Attention of sequences that lie one behind another along S; returns [S, B, N, D].
+
+        Args:
+            sequences: their whole lengths. Under context parallelism a rank holds two pieces of
+                each, one from its front and the mirrored one from its end.
+        """
         size, rank = self.cp_group.size(), self.cp_group.rank()
         queries = query_SBND.split([length // size for length in sequences])
         if size == 1:
@@ -91,7 +108,7 @@ class CoreAttention(MegatronModule):
         return torch.cat(parts)
 
     def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Queries are the last of the positions that keys and values have."""
+        """Causal attention of queries that are the last of the keys' positions; [S, B, N, D]."""
         asked, seen = query.shape[0], key.shape[0]
         mask = None
         if asked != seen:
@@ -109,7 +126,7 @@ class CoreAttention(MegatronModule):
         return attended_BNSD.permute(2, 0, 1, 3)
 
     def _gather(self, local: torch.Tensor, sequences: Sequence[int]) -> list[torch.Tensor]:
-        """Each whole sequence, from the two pieces of it that each rank holds."""
+        """Each whole sequence, put together from the two pieces of it that every rank holds."""
         size = self.cp_group.size()
         everywhere = gather_from_sequence_parallel_region(
             local, tensor_parallel_output_grad=True, group=self.cp_group

@@ -9,12 +9,12 @@ from typing import Any
 
 from nemo_paced.errors import ConfigError
 
-_BLOCK = 1 << 20
-_BLOCKS = 64
+_BLOCK = 1 << 20  # bytes
+_BLOCKS = 64  # read of each weight file for the fingerprint
 
 
 def load_hf_config(hf_dir: str | Path) -> dict[str, Any]:
-    """``config.json`` of a Hugging Face directory.
+    """The parsed ``config.json`` of a Hugging Face directory.
 
     Raises:
         ConfigError: it is missing or no JSON.
@@ -29,9 +29,10 @@ def load_hf_config(hf_dir: str | Path) -> dict[str, Any]:
 
 
 def context_length(hf_dir: str | Path) -> int | None:
-    """Positions that the model was made for, rope scaling included; vLLM serves no more.
+    """Longest sequence that a model was made for, prompt and response together, in tokens.
 
-    ``None`` where ``config.json`` does not say (``max_position_embeddings``).
+    This is ``max_position_embeddings``, which includes what Llama 3's RoPE scaling adds; vLLM
+    serves no more. ``None`` where ``config.json`` does not say.
     """
     config = json.loads((Path(hf_dir) / "config.json").read_text())
     length = config.get("max_position_embeddings")
@@ -39,11 +40,11 @@ def context_length(hf_dir: str | Path) -> int | None:
 
 
 def model_fingerprint(hf_dir: str | Path) -> str:
-    """16 hex digits that follow the weights, configuration, tokenizer and chat template.
+    """Digest of a model's weights, configuration, tokenizer and chat template: 16 hex digits.
 
-    Of each weight file its name, size, and 64 blocks of 1 MiB spread evenly (a smaller one whole):
-    training moves every tensor, and hashing all of a large model would take minutes. Copies agree;
-    other shards of the same weights do not.
+    Of each weight file it takes the name, the size, and 64 blocks of 1 MiB spread evenly (a smaller
+    file whole): training moves every tensor, and hashing all of a large model would take minutes.
+    Copies of a directory agree; the same weights sharded in another way do not.
     """
     folder = Path(hf_dir)
     digest = hashlib.sha256()

@@ -10,10 +10,10 @@ from nemo_paced.parallel.groups import EXPERT_TENSOR_PARALLEL_SIZE
 
 
 def experts_config(architecture: Architecture, model: ModelConfig) -> dict[str, Any]:
-    """What ``TransformerConfig`` says of experts; nothing for a model without them.
+    """Fields of Megatron's ``TransformerConfig`` for a model's experts; empty without experts.
 
     Hugging Face takes the softmax over all experts, then the top-k, then divides by their sum;
-    Megatron's softmax over the top-k logits is the same number without the division.
+    Megatron's softmax over the top-k logits gives the same weights without the division.
     """
     experts = architecture.experts
     if experts is None:
@@ -26,11 +26,13 @@ def experts_config(architecture: Architecture, model: ModelConfig) -> dict[str, 
         "moe_layer_freq": 1 if every_layer else pattern,
         "moe_router_topk": experts.per_token,
         "moe_router_pre_softmax": not experts.normalize,
-        # after a softmax in bf16 many experts tie; logits in the model's dtype are what HF ranks
+        # A softmax before the top-k would leave many experts tied in bf16. Without one, logits are
+        # ranked, and Hugging Face ranks them in the model's dtype.
         "moe_router_dtype": None if experts.normalize else "fp32",
         "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
-        # Each rank adds its tokens' share of the loss, times its own number of tokens and not the
-        # micro-batch's: it comes out too small by the parts that a sequence is cut into.
+        # Megatron has each rank add its tokens' share of the loss, times its own number of tokens
+        # and not the micro-batch's: the sum is too small by the number of ranks that a sequence is
+        # cut over.
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff
         * model.tensor_model_parallel_size
         * model.context_parallel_size,

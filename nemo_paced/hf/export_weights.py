@@ -1,4 +1,4 @@
-"""Puts a sharded Megatron model back together as Hugging Face tensors, one parameter at a time."""
+"""Export of a sharded Megatron model as Hugging Face tensors, one whole parameter at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_paced.hf.rows import EMBEDDING, Row
 from nemo_paced.hf.shards import join
 from nemo_paced.parallel.groups import Parallel
 
-SHARD_BYTES = 5 * 2**30
+SHARD_BYTES = 5 * 2**30  # of a safetensors file; a larger tensor gets a file of its own
 _WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -35,7 +35,7 @@ _WEIGHT_SUFFIXES = (
 def iter_hf_tensors(
     chunks: Sequence[PacedGPTModel], parallel: Parallel
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """(Hugging Face name, whole tensor) of every parameter in the table's order.
+    """Yield (Hugging Face name, whole tensor) of every parameter, in ``Architecture.rows`` order.
 
     Collective over one copy of the model: its tensor-parallel ranks gather, and the rank that then
     has a parameter whole (an expert's is whole where it lies) sends it to rank 0. Rank 0 gets the
@@ -82,14 +82,17 @@ def export_hf(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a Hugging Face directory; collective. Rank 0 writes, under a temporary name first.
+    """Write a model as a Hugging Face directory; collective over all ranks.
+
+    Rank 0 writes, under a temporary name until all is there.
 
     Configuration, tokenizer, generation config and chat template are those of ``source_hf_dir``;
     padding rows of the vocabulary are not written. What an interrupted export leaves under the
     temporary name, the next one replaces.
 
     Args:
-        progress: called after each tensor with (tensors done, tensors in all).
+        progress: called as each tensor arrives, before it is written, with (number of this one
+            from 1, tensors in all); on every rank.
 
     Raises:
         CheckpointError: ``out_dir`` exists and is not empty; on every rank.
@@ -117,7 +120,7 @@ def export_hf(
 
 
 def check_new_directory(folder: Path, parallel: Parallel) -> None:
-    """Refuse to write where something is; collective.
+    """Refuse a target directory that exists and is not empty; collective over all ranks.
 
     Rank 0 looks for all: a rank that comes late would find what rank 0 has written by then.
 
@@ -134,7 +137,7 @@ def check_new_directory(folder: Path, parallel: Parallel) -> None:
 
 
 def copy_metadata(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face directory but its weights."""
+    """Copy the files of a Hugging Face directory but its weights and their index."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
@@ -143,7 +146,7 @@ def copy_metadata(source: Path, target: Path) -> None:
 
 
 class _ShardWriter:
-    """Writes safetensors files of at most ``SHARD_BYTES``, and an index where there are several."""
+    """Writer of safetensors files up to ``SHARD_BYTES``, with an index where there are several."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -184,7 +187,7 @@ class _ShardWriter:
 
 
 def _set_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """``config.json`` names the dtype of the weights beside it."""
+    """Make ``config.json`` name the dtype of the weights beside it."""
     config: dict[str, Any] = load_hf_config(folder)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
@@ -194,7 +197,7 @@ def _set_dtype(folder: Path, dtype: torch.dtype) -> None:
 def stage_of(
     chunks: Sequence[PacedGPTModel], row: Row, layer: int | None, parallel: Parallel
 ) -> int:
-    """The pipeline stage that holds a parameter: chunks of equal size, dealt out in turn."""
+    """The pipeline stage that holds a parameter; chunks of equal size are dealt out in turn."""
     if layer is not None:
         return layer // len(chunks[0].decoder.layers) % parallel.pp_size
     return 0 if row is EMBEDDING else parallel.pp_size - 1
@@ -208,7 +211,7 @@ def _has_part(gpt: PacedGPTModel, row: Row, parallel: Parallel) -> bool:
 
 
 def _source(gpt: PacedGPTModel, row: Row, stage: int, parallel: Parallel) -> int:
-    """The rank that has the parameter whole.
+    """The rank, in the job's numbers, that has the parameter whole once parts are joined.
 
     Ranks of a stage are neighbours, and the first ones are its first expert-parallel group; the
     first of all is the first tensor-parallel rank of the first replica.
@@ -219,6 +222,10 @@ def _source(gpt: PacedGPTModel, row: Row, stage: int, parallel: Parallel) -> int
 
 
 def gather_shards(row: Row, shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor]:
+    """All tensor-parallel ranks' parts of a parameter in rank order; collective over the group.
+
+    An expert's parameter is whole on its rank: its one part is ``shard``, and nothing is sent.
+    """
     if parallel.tp_size == 1 or row.expert is not None:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]

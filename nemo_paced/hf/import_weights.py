@@ -1,4 +1,4 @@
-"""Streams a Hugging Face checkpoint (safetensors) into this rank's part of a Megatron model."""
+"""Import of a Hugging Face checkpoint (safetensors) into one rank's part of a Megatron model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def load_hf_weights(
     progress: Callable[[int, int], None] | None = None,
     on_loaded: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> None:
-    """Fill a model that ``build_chunks`` made; reads only the slices that this rank keeps.
+    """Fill a model from safetensors files, reading only the slices that this rank keeps.
 
     Args:
+        chunks: as ``build_chunks`` made them.
         progress: called after each parameter with (parameters read, parameters of this rank).
-        on_loaded: called with each parameter when it is filled; it may replace its module.
+        on_loaded: called with each parameter when it is filled; may replace the parameter's module.
 
     Raises:
         CheckpointError: files or tensors missing, unexpected, or of another shape, all named.
@@ -74,7 +75,10 @@ def load_hf_head(
         padded_vocab: rows over all tensor-parallel ranks; rows beyond the model's are 0.
 
     Returns:
-        [padded_vocab/tp, h], on the rank's device.
+        [padded_vocab/tp, h] in ``dtype``, on the rank's device.
+
+    Raises:
+        CheckpointError: as :func:`load_hf_weights`.
     """
     row, _ = list(architecture.rows())[0 if architecture.tied else -1]
     with ExitStack() as stack:
@@ -92,7 +96,7 @@ def load_hf_head(
 
 
 def _open(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> open file that holds it."""
+    """The open safetensors file of each tensor, by the tensor's name; ``stack`` closes them."""
     index = hf_dir / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():

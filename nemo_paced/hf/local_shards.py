@@ -1,8 +1,8 @@
 """Hugging Face tensors as the ranks of a layout hold them: each its tensor-parallel part.
 
-For transports that reshard on the way (``rollout.refit=nccl_m2n``): unlike
-:mod:`nemo_paced.hf.export_weights`, no rank ever puts more than one parameter together, and only
-those that cannot be described as equal parts of a Hugging Face tensor.
+Transports that reshard on the way (``rollout.refit=nccl_m2n``) take these. Unlike in
+:mod:`nemo_paced.hf.export_weights`, a rank puts a parameter together only where its part is no
+equal part of a Hugging Face tensor, and one parameter at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from nemo_paced.parallel.groups import Parallel
 
 
 def shard_dim(row: Row, tp_size: int) -> int | None:
-    """The dimension along which :func:`iter_local_shards` yields equal parts; ``None``: whole."""
+    """The dimension along which tensor-parallel ranks hold equal parts of a row's tensors.
+
+    ``None``: :func:`iter_local_shards` yields them whole.
+    """
     if tp_size == 1 or row.expert is not None or row.layout is Layout.replicated:
         return None
     if row.layout is Layout.vocabulary:
@@ -31,10 +34,11 @@ def shard_dim(row: Row, tp_size: int) -> int | None:
 def iter_local_shards(
     chunks: Sequence[PacedGPTModel], parallel: Parallel
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, this rank's part) of every parameter of the model in the table's order.
+    """Yield (Hugging Face name, this rank's part) of every parameter of the whole model.
 
-    Collective over all ranks. What lies on one pipeline stage or one expert-parallel rank is sent
-    to its counterparts, a parameter at a time, so that every rank yields every name.
+    The order is that of ``Architecture.rows``. Collective over all ranks. What lies on one pipeline
+    stage or one expert-parallel rank is broadcast to its counterparts, a parameter at a time, so
+    that every rank yields every name: 1/tp of a tensor along :func:`shard_dim`, or all of it.
     """
     architecture = chunks[0].architecture
     held = {(row, layer): p.detach() for p, row, layer in local_parameters(chunks)}
@@ -77,6 +81,6 @@ def _part_shapes(row: Row, architecture: Architecture, tp_size: int) -> list[tup
 
 
 def _send(tensor: torch.Tensor, source: int, group: torch.distributed.ProcessGroup) -> None:
-    """From the group's ``source``-th rank to the others, in place."""
+    """Broadcast a tensor in place from the group's ``source``-th rank to the others."""
     if group.size() > 1:
         torch.distributed.broadcast(tensor, group=group, group_src=source)

@@ -1,4 +1,4 @@
-"""Builds Megatron-Core's GPTModel for a Hugging Face configuration."""
+"""Construction of Megatron-Core's GPTModel for a Hugging Face configuration."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm as Hugging Face computes it: in float32, cast, then scaled.
+    """Root-mean-square norm of [..., h] as Hugging Face computes it: in float32, cast, then scaled.
 
-    Megatron's wrapper of torch's norm refuses sequence parallelism; all that needs is the mark on
-    the weight, whose gradient Megatron then sums over the tensor-parallel group.
+    Megatron's wrapper of torch's norm refuses sequence parallelism, which needs no more than a mark
+    on the weight: Megatron then sums its gradient over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -90,14 +90,15 @@ def build_chunks(
     device: torch.device | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[PacedGPTModel]:
-    """This rank's pipeline stage, with uninitialised values: load weights next.
+    """Build this rank's pipeline stage of a model, with uninitialised values: load weights next.
 
     Args:
         model: the layout; ``virtual_pipeline_model_parallel_size`` is the number of chunks.
         vocab_size_hint: pad the vocabulary as if it had at least so many rows, so that student and
             teacher are cut alike.
-        transformer_engine: its layers, or Megatron's local ones; ``None``: on a GPU that has it.
-        device: where the values lie; ``None``: this rank's.
+        transformer_engine: whether layers are Transformer Engine's and not Megatron's local ones;
+            ``None``: where it is installed and this rank has a GPU.
+        device: where the values lie; ``None``: this rank's device.
         overrides: fields of Megatron's TransformerConfig that differ from a trained model's.
 
     Returns:
@@ -146,9 +147,10 @@ def build_chunks(
 def local_parameters(
     chunks: Sequence[PacedGPTModel],
 ) -> Iterator[tuple[torch.nn.Parameter, Row, int | None]]:
-    """This rank's parameters with their rows of the table, chunk by chunk.
+    """This rank's parameters, each with its row of the table and its layer, chunk by chunk.
 
-    With tied embeddings and several stages the last one holds a copy of the embedding too.
+    Layers are counted from 0 over all stages; ``None`` for a parameter of no layer. With tied
+    embeddings and several stages the last one holds a copy of the embedding too.
     """
     for gpt in chunks:
         yield from _parameters_of(gpt)
@@ -221,10 +223,11 @@ def _transformer_config(
 
 
 def _interleaving(model: ModelConfig) -> dict[str, Any]:
-    """What ``TransformerConfig`` says of several chunks a stage.
+    """Fields of Megatron's ``TransformerConfig`` for several chunks a pipeline stage.
 
-    Messages overlap with computation then. Batched ones would also be wrong at two stages, where
-    the next stage is the previous one and sends and receives of one batch would be mixed up.
+    Messages between stages then overlap with computation. Batched messages would also be wrong at
+    two stages, where the next stage is also the previous one, so that the sends and receives of one
+    batch would be mixed up.
     """
     count = model.virtual_pipeline_model_parallel_size
     if count == 1:
@@ -237,7 +240,7 @@ def _interleaving(model: ModelConfig) -> dict[str, Any]:
 
 
 def _recompute(model: ModelConfig) -> dict[str, Any]:
-    """Megatron's names for what backward computes again."""
+    """Fields of Megatron's ``TransformerConfig`` for the activations that backward recomputes."""
     if model.recompute_granularity is Recompute.none:
         return {}
     if model.recompute_granularity is Recompute.selective:
@@ -256,7 +259,7 @@ def _block_spec(
     chunk: int,
     transformer_engine: bool,
 ) -> TransformerBlockSubmodules:
-    """Transformer Engine's layers, or Megatron's local ones."""
+    """Spec of one chunk's layers: Transformer Engine's, or Megatron's local ones."""
     make = _transformer_engine_layer if transformer_engine else _local_layer
     first = get_transformer_layer_offset(config, vp_stage=chunk, pp_rank=parallel.pp_rank)
     count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=parallel.pp_rank)
@@ -294,12 +297,13 @@ def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSp
 
 
 def _mark_parallel(gpt: PacedGPTModel) -> None:
-    """Tell Megatron which parameters are parts and which are copies.
+    """Tell Megatron which parameters tensor-parallel ranks hold parts of, and which copies.
 
-    It marks them while initialising, which is left out here as every value is loaded; unmarked, the
-    gradient norm (hence the clipping) would count one rank's parts alone. Experts are marked as
-    reduced over their own data-parallel group even at expert-parallel size 1: Megatron does so only
-    above 1, and beside tensor parallelism the ranks have seen different parts of the sequence.
+    Megatron marks them while initialising, which is left out here as every value is loaded. Without
+    the marks the gradient norm (hence the clipping) would count one rank's parts alone. Experts are
+    marked as reduced over their own data-parallel group even at expert-parallel size 1: Megatron
+    does so only above 1, and under tensor parallelism the ranks have seen different parts of the
+    sequence.
     """
     for parameter, row, _ in _parameters_of(gpt):
         if row.layout is not Layout.replicated:
@@ -323,7 +327,7 @@ def has_transformer_engine() -> bool:
 
 
 def _scale_rope(gpt: GPTModel, scaling: dict[str, Any]) -> None:
-    """Llama 3's frequency scaling with the model's own factors (Megatron fixes three of them)."""
+    """Apply Llama 3's RoPE scaling with the model's own factors (Megatron fixes three of them)."""
     inv_freq = gpt.rotary_pos_emb.inv_freq
     factor, old_length = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

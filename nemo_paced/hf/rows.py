@@ -1,8 +1,8 @@
 """The declarative table: Megatron parameter <-> Hugging Face tensors, and how ranks cut them.
 
-No other file knows a Hugging Face parameter name; import, export and weight refit walk these rows.
-Expert names are those of the files on the hub, one tensor an expert (transformers 5 merges them in
-memory and writes them apart again).
+Hugging Face parameter names stand here alone, but for those that an import ignores; import, export
+and weight refit walk these rows. Expert names are those of the files on the hub, one tensor an
+expert (transformers 5 merges them in memory and writes them apart again).
 """
 
 from __future__ import annotations
@@ -14,25 +14,29 @@ from enum import Enum
 class Layout(Enum):
     """How a Megatron parameter is made of Hugging Face tensors and cut over ranks."""
 
-    replicated = "replicated"
+    replicated = "replicated"  # every rank holds all of it
     row = "row"  # columns of the weight (input features) are split
     vocabulary = "vocabulary"  # rows are split after padding to the layout's multiple
-    qkv = "qkv"  # [query heads, key, value] a key-value group, groups are split
+    qkv = "qkv"  # each key-value group is [its query heads, key, value]; groups are split
     gate_up = "gate_up"  # each rank holds its part of gate above its part of up
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One Megatron parameter; ``{layer}`` stands for the layer's number, counted over all stages.
+    """One Megatron parameter and the Hugging Face tensors that it is made of.
+
+    In the names ``{layer}`` stands for the layer's number: in Hugging Face's counted over all
+    stages, in Megatron's within the chunk.
 
     Attributes:
         megatron: its name in the local layer spec; ``{expert}`` is counted over the experts that a
             rank holds.
-        hf: the Hugging Face tensors that it is made of.
+        hf: names of the Hugging Face tensors.
+        layout: how it is made of those, and cut over tensor-parallel ranks.
         shapes: of those tensors, in the letters of :meth:`Architecture.sizes`.
         transformer_engine: its name in the Transformer Engine spec, where that differs.
-        expert: which expert's, counted over all ranks; ``None``: no expert's. Experts are never
-            cut, each lies whole on one rank of the expert-parallel group.
+        expert: number of the expert that it belongs to, counted over all ranks; ``None``: to none.
+            Experts are never cut, each lies whole on one rank of the expert-parallel group.
     """
 
     megatron: str
@@ -48,7 +52,12 @@ class Row:
         return replace(self, hf=names, expert=expert)
 
     def local_names(self, layer: int | None, expert: int | None) -> list[str]:
-        """Names in a rank's model, of its own layer and expert numbers: one of them is there."""
+        """Names under one of which a rank's chunk holds the parameter.
+
+        Args:
+            layer: counted within the chunk; ``None`` for a parameter of no layer.
+            expert: counted over the experts that the rank holds; ``None`` for no expert's.
+        """
         names = (self.megatron, self.transformer_engine)
         return [name.format(layer=layer, expert=expert) for name in names if name]
 
@@ -137,7 +146,8 @@ ROUTER = (
         ("e h",),
     ),
 )
-# the local names are SequentialMLP's, the others TEGroupedMLP's (one weight an expert too)
+# The local names are SequentialMLP's; Transformer Engine's are TEGroupedMLP's, which has one weight
+# an expert too.
 EXPERT = (
     Row(
         f"{_MLP}.experts.local_experts.{{expert}}.linear_fc1.weight",

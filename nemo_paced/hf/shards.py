@@ -1,8 +1,8 @@
 """Cutting Hugging Face tensors into a tensor-parallel rank's part, and putting parts together.
 
-Pure functions on tensors, one pair a :class:`~nemo_paced.hf.architectures.Layout`. ``cut`` reads
-slices only (a safetensors slice works as well as a tensor), so a rank never holds a whole matrix
-that it keeps a part of.
+Both are pure functions on tensors, with a branch for each :class:`~nemo_paced.hf.rows.Layout`.
+``cut`` reads slices only (a safetensors slice works as well as a tensor), so a rank never holds a
+whole matrix that it keeps a part of.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ def cut(
     size: int,
     padded_vocab: int,
 ) -> torch.Tensor:
-    """This rank's part of a Megatron parameter.
+    """A tensor-parallel rank's part of a Megatron parameter.
+
+    A weight comes out as [out/tp, in], one of ``Layout.row`` as [out, in/tp], a replicated one
+    whole.
 
     Args:
         tensors: the row's Hugging Face tensors, or slices of them (``safe_open().get_slice``).
+        rank, size: in the tensor-parallel group.
         padded_vocab: rows of the embedding over all ranks; rows beyond the model's are 0.
     """
     if row.layout is Layout.replicated:
@@ -66,7 +70,10 @@ def join(
 
 
 def split_qkv(fused: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
-    """Query, key and value of a fused parameter, or of one rank's part of it."""
+    """Query, key and value of a fused parameter, or of one rank's part of it.
+
+    A weight [(q + 2 k)/tp, h] gives [q/tp, h], [k/tp, h] and [k/tp, h]; a bias likewise, without h.
+    """
     per_group = architecture.num_heads // architecture.num_kv_heads + 2
     groups = fused.shape[0] // (per_group * architecture.head_dim)
     sizes = [(per_group - 2) * architecture.head_dim, architecture.head_dim, architecture.head_dim]

@@ -10,7 +10,7 @@ from nemo_paced.errors import ConfigError
 
 
 def load_tokenizer(hf_dir: str | Path) -> Any:
-    """The directory's fast tokenizer.
+    """The tokenizer of a Hugging Face directory, from its local files alone.
 
     Raises:
         ConfigError: the directory or its tokenizer cannot be read.
@@ -26,12 +26,12 @@ def load_tokenizer(hf_dir: str | Path) -> Any:
 
 
 def tokenizer_vocab_size(hf_dir: str | Path) -> int:
-    """Highest token id + 1, added tokens included: rows of the model above it carry no mass."""
+    """Highest token id + 1, added tokens included; the model's rows from there on carry no mass."""
     return max(load_tokenizer(hf_dir).get_vocab().values()) + 1
 
 
 def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path) -> None:
-    """Distillation matches token ids: each must mean the same token to both models.
+    """Refuse two models to which a token id means different tokens: distillation matches ids.
 
     Raises:
         ConfigError: names the lowest id that differs and both tokens.
@@ -55,7 +55,7 @@ def stop_token_ids(tokenizer: Any, hf_dir: Path) -> tuple[int, ...]:
     Base and instruct models of one family often differ here; the union serves both.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: neither names an EOS token.
     """
     ids = {tokenizer.eos_token_id}
     path = hf_dir / "generation_config.json"
