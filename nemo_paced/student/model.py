@@ -27,7 +27,9 @@ class Student:
 
     Attributes:
         chunks: of layers, in their order in the model; one unless the pipeline is interleaved.
-        ddp_chunks: the same, wrapped.
+        ddp_chunks: the same chunks, each wrapped in Megatron's DDP.
+        optimizer: Megatron's, over the parameters of all chunks.
+        clip_norm: the global gradient norm to clip to; 0: no clipping.
     """
 
     chunks: Sequence[PacedGPTModel]
@@ -41,15 +43,16 @@ class Student:
         self.optimizer.zero_grad()
 
     def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate of every parameter group, times the group's ``lr_mult`` where it has one."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
 
     def update(self) -> float | None:
-        """One optimizer step on the reduced gradients.
+        """Clip the reduced gradients and take one optimizer step; collective.
 
         Returns:
-            The global gradient norm before clipping, or ``None`` when the gradients held NaN or
-            Inf: then nothing was changed.
+            The global L2 norm of the gradients before clipping, or ``None`` when they held NaN or
+            Inf: then no weight has changed.
         """
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -62,9 +65,9 @@ class Student:
         return grad_norm
 
     def sync_parameters(self) -> None:
-        """Make the weights whole before they are read outside a forward; collective.
+        """Gather updated weights before they are read outside a forward pass; collective.
 
-        ``overlap_param_gather`` leaves the gathering of what a step updated to the next forward.
+        Only ``overlap_param_gather`` needs it, which leaves that gathering to the next forward.
         """
         for ddp in self.ddp_chunks:
             if ddp.ddp_config.overlap_param_gather:
@@ -76,7 +79,10 @@ class Student:
         return any(o.optimizer is not None and o.optimizer.state for o in chained(self.optimizer))
 
     def reset_optimizer(self) -> None:
-        """Forget the moments (``stages[].reset_optimizer``); master weights stay."""
+        """Forget Adam's moments and step count, but not the master weights.
+
+        This is ``stages[].reset_optimizer``.
+        """
         for optimizer in chained(self.optimizer):
             if optimizer.optimizer is not None:
                 optimizer.optimizer.state.clear()
@@ -94,7 +100,10 @@ def build_student(
     """Wrap a built model (weights loaded) for training.
 
     Args:
-        ddp_config: instead of the one that ``model.optim`` asks for.
+        ddp_config: in place of the one that ``model.optim`` asks for.
+
+    Raises:
+        ConfigError: the Adam that ``model.optim.backend`` names is not installed.
     """
     optim = config.model.optim
     ddp_config = ddp_config or DistributedDataParallelConfig(

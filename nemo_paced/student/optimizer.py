@@ -18,17 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 def chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron's optimizers: one, or one for experts and one for the rest."""
+    """The optimizers inside Megatron's: one, or one for experts and one for the rest."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def use_backend(optimizer: MegatronOptimizer, optim: OptimConfig) -> None:
-    """Have the Adam that ``model.optim.backend`` names, and say which one runs.
+    """Put the Adam that ``model.optim.backend`` names into Megatron's optimizers and log its class.
 
-    Megatron takes the first of Transformer Engine's, Apex's and torch's that can be imported.
+    Megatron by itself, and so ``auto``, takes the first of Transformer Engine's, Apex's and torch's
+    that can be imported.
 
     Raises:
-        ConfigError: the named one is not installed.
+        ConfigError: the named Adam is not installed.
     """
     for each in chained(optimizer):
         if each.optimizer is None:  # a rank without parameters of this kind
@@ -74,10 +75,10 @@ def _remade(
 
 
 def make_moments(optimizer: MegatronOptimizer) -> None:
-    """Zero moments for each Adam of torch's that has taken no step.
+    """Give each torch Adam that has taken no step zero moments and a step count of 0.
 
-    Megatron's distributed optimizer asks it for its step count, which torch's makes in its first
-    step; Transformer Engine's and Apex's keep it elsewhere.
+    Megatron's distributed optimizer asks Adam for its step count, which torch's makes in its first
+    step; Transformer Engine's and Apex's keep the count elsewhere.
     """
     for adam in _torch_adams(optimizer):
         for group in adam.param_groups:
@@ -92,10 +93,11 @@ def make_moments(optimizer: MegatronOptimizer) -> None:
 
 @contextmanager
 def steps_aside(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """While the distributed optimizer loads moments by name: torch's step count is none of them.
+    """Context in which Megatron's distributed optimizer loads moments into torch's Adam by name.
 
-    It sets the count from the checkpoint first, then copies every other entry of a parameter's
-    state, and stumbles over the count that its own format leaves out.
+    Megatron sets Adam's step count from the checkpoint first, then copies every other entry of a
+    parameter's state, and stumbles over the count, which its own format leaves out. So the count is
+    taken out of each state once it is set, and put back when the context ends.
     """
     taken: list[tuple[dict[str, Any], torch.Tensor]] = []
 
@@ -107,7 +109,8 @@ def steps_aside(optimizer: MegatronOptimizer) -> Iterator[None]:
             stack.callback(adam.register_load_state_dict_post_hook(take).remove)
         yield
     for state, step in taken:
-        state["step"] = step.clone()  # it comes as one tensor, and each parameter counts its own
+        # the count comes as one tensor for all, and each parameter advances its own
+        state["step"] = step.clone()
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:

@@ -1,10 +1,10 @@
 """The student's output layer, whose forward is the loss.
 
-A ColumnParallelLinear that, given what a micro-batch's loss needs, returns that loss instead of
-logits: LM head and divergence are one operation there (``losses/linear_divergence.py``), and DDP's
+It is a ColumnParallelLinear that, given what a micro-batch's loss needs, returns that loss instead
+of logits: LM head and divergence are one operation there (``losses/linear_divergence.py``). DDP's
 hooks, tied embeddings, sequence parallelism and ``main_grad`` see a layer like any other, as the
 head's weight is read in the layer's forward and gets its gradient from autograd. Without a loss set
-it returns logits.
+the layer returns logits.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ from nemo_paced.losses.options import Options
 
 @dataclass(slots=True)
 class MicroBatchLoss:
-    """What the loss of one micro-batch needs and, after the layer's forward, what it was.
+    """Inputs of one micro-batch's loss and, after the output layer's forward, its result.
 
     Attributes:
-        targets_N: tokens to report log-probabilities of; ``None``: none.
+        batch: the student's sequences, with the weights of their response tokens.
+        teacher: its signal for the N response tokens of this rank.
+        chunk_size: tokens whose logits exist at a time; ``None``: chosen by the loss.
+        targets_N: int64, tokens to report log-probabilities of; ``None``: none.
+        result: ``None`` until the layer has run.
     """
 
     batch: MicroBatch
@@ -42,7 +46,11 @@ class MicroBatchLoss:
 
 
 class DivergenceOutputLayer(ColumnParallelLinear):
-    """[s, b, h] -> the loss as [1, 1], where ``self.loss`` is set."""
+    """Output layer that maps hidden states [s, b, h] to a loss, or to logits [s, b, v/tp].
+
+    Under sequence parallelism it takes [s/tp, b, h], as Megatron's does. Where ``self.loss`` is set
+    the next forward returns that loss as [1, 1] and unsets it.
+    """
 
     loss: MicroBatchLoss | None = None
 
@@ -66,7 +74,15 @@ class DivergenceOutputLayer(ColumnParallelLinear):
     def options(
         self, divergence: Divergence, teacher_head: torch.Tensor | None, vocab_size: int
     ) -> Options:
-        """What :class:`MicroBatchLoss` takes, checked against both heads' parts on this rank."""
+        """Loss options for :class:`MicroBatchLoss`, checked against both heads on this rank.
+
+        Args:
+            teacher_head: [v/tp, h], cut like the student's.
+            vocab_size: the true vocabulary, over all ranks.
+
+        Raises:
+            ValueError: heads of different widths, or narrower than the vocabulary.
+        """
         assert teacher_head is not None, "the last stage holds the teacher's head"
         widths = self.output_size_per_partition, teacher_head.shape[0]
         return Options.of(divergence, widths, tp_group=self.tp_group, vocab_size=vocab_size)
@@ -77,6 +93,7 @@ class DivergenceOutputLayer(ColumnParallelLinear):
         weight: torch.Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[torch.Tensor, None]:
+        """The loss [1, 1] (float32), or logits where no loss is set; never a bias."""
         if self.loss is None:
             return super().forward(input_, weight, runtime_gather_output)
         loss, self.loss = self.loss, None
@@ -94,7 +111,7 @@ class DivergenceOutputLayer(ColumnParallelLinear):
         return result.loss.view(1, 1), None
 
     def _response_hidden(self, hidden_SBH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states [N, h] of the response tokens; their gradient is summed over the group."""
+        """Hidden states [N, h] of response tokens; backward sums their gradient over the group."""
         if self.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(
                 hidden_SBH, tensor_parallel_output_grad=True, group=self.tp_group

@@ -29,17 +29,19 @@ from nemo_paced.teacher.source import TeacherSource
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step measured, equal on all ranks.
+    """Figures of one optimizer step, equal on all ranks but for the two times.
 
     Attributes:
-        loss: the minimised sum; nats.
-        grad_norm: global norm before clipping; ``None`` when the step was skipped (NaN or Inf) or
-            when there was nothing to train on.
+        loss: the minimised sum over the global batch, token weights included; nats.
+        grad_norm: global norm before clipping; ``None`` when the step was skipped (NaN or Inf in
+            loss or gradients).
         token_divergence: mean divergence of a response token, unweighted; nats.
         logprob_gap: mean |trainer - server| log-probability of the sampled tokens, nats; NaN
             off-policy.
         tokens: response tokens of the global batch.
         cached: responses whose teacher signal came from the cache.
+        teacher_s: seconds until this rank had the teacher's signal.
+        student_s: seconds of this rank's forward, backward and update.
     """
 
     loss: float
@@ -53,6 +55,7 @@ class StepResult:
 
     @property
     def finite(self) -> bool:
+        """Whether loss and gradient were finite, so that the weights have been updated."""
         return self.grad_norm is not None and math.isfinite(self.loss)
 
 
@@ -62,7 +65,8 @@ class Step:
 
     Attributes:
         cut: how a batch becomes the student's micro-batches.
-        vocab_size: the true vocabulary; columns above carry no mass in either model.
+        vocab_size: tokens of the true vocabulary; logits above carry no mass in either model.
+        parallel: the student's layout.
     """
 
     student: Student
@@ -73,13 +77,19 @@ class Step:
     parallel: Parallel
 
     def __call__(self, items: Sequence[TrainItem], stage: StageConfig, lr: float) -> StepResult:
-        """Train on the items of the global batch (the same list on every rank), at rate ``lr``."""
+        """Take one step on the items of a global batch (the same list on every rank); collective.
+
+        Args:
+            items: at least one.
+            stage: whose responses the items hold, and the divergence to minimise.
+            lr: the learning rate.
+        """
         assert items, "a batch with nothing to train on is the caller's no-op"
         total_tokens = sum(len(item.response_ids) for item in items)
         begin = time.perf_counter()
         stored = stage.responses is ResponseSource.references
         signal, cached = self.teacher.signal(items, stored=stored)
-        if self.parallel.device.type == "cuda":  # what is only enqueued has taken no time yet
+        if self.parallel.device.type == "cuda":  # kernels still enqueued would not be timed
             torch.cuda.synchronize()
         teacher_s = time.perf_counter() - begin
 

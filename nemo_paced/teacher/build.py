@@ -1,4 +1,4 @@
-"""Builds the teacher: in its own layout or FP8, beside the student or on ranks of its own."""
+"""Construction of the teacher: its own layout, FP8 or not, on the student's ranks or its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WeightReader:
-    """Where weights come from: Hugging Face files, but in a dry run.
+    """Functions that read a teacher's weights: from Hugging Face files, but in a dry run.
 
     Attributes:
         model: as :func:`~nemo_paced.hf.import_weights.load_hf_weights`.
@@ -54,11 +54,21 @@ def build_teacher(
     certify_fp8: bool = False,
     weights: WeightReader = HF_FILES,
 ) -> TeacherSource:
-    """The teacher in its own layout, and its LM head in the student's.
+    """Source of the teacher's signal, with the LM head cut in the student's layout; collective.
+
+    Called on the student's ranks. The LM head is read at once, and so are the other weights, unless
+    ``teacher.placement`` is ``cached`` or the teacher has ranks of its own.
 
     Args:
         student: the student's layout.
-        vocab_size: the true vocabulary.
+        vocab_size: tokens of the true vocabulary.
+        certify_fp8: with ``teacher.fp8``, load the teacher in full precision first; it is in FP8
+            from :meth:`HeldTeacher.quantize` on.
+        weights: functions that read weights.
+
+    Raises:
+        ConfigError: ``teacher.top_k``, ``teacher.fp8`` or the layout do not fit the teacher.
+        CheckpointError: its files do not fit its ``config.json``.
     """
     kind = SignalKind(config.teacher.top_k, config.loss.temperature, vocab_size)
     if kind.top_k > vocab_size:
@@ -109,7 +119,7 @@ def build_teacher(
 
 
 def serve_teacher(config: PacedConfig, parallel: Parallel) -> None:
-    """What a rank of ``teacher.separate_ranks`` does, from loading to the end of the run."""
+    """Load the teacher on one of ``teacher.separate_ranks`` and answer until the run ends."""
     link = parallel.link
     assert link is not None and link.is_teacher, "called on the teacher's own ranks"
     hf_dir = Path(config.teacher_hf_path)
@@ -126,11 +136,12 @@ def serve_teacher(config: PacedConfig, parallel: Parallel) -> None:
 
 
 def student_grid(config: PacedConfig) -> RankGrid:
+    """The student's rank grid, in the job's rank numbers: its ranks come first."""
     return _grid(config.model, config.student_ranks)
 
 
 def teacher_grid(config: PacedConfig) -> RankGrid:
-    """Of a teacher on ranks of its own, in the job's numbers."""
+    """The rank grid of a teacher on ranks of its own, in the job's rank numbers."""
     return _grid(config.teacher_model, config.teacher_ranks).beginning_at(config.student_ranks)
 
 
@@ -170,6 +181,7 @@ def _load(
 
 
 def teacher_cut(config: PacedConfig, fp8: Fp8Choice | None, parallel: Parallel) -> Cut:
+    """How a global batch becomes the teacher's micro-batches, padded as FP8 GEMMs need."""
     multiple_of = sequence_multiple(
         fp8, tp_size=parallel.tp_size, sequence_parallel=config.teacher_model.sequence_parallel
     )
@@ -209,6 +221,7 @@ def _cache(
 
 
 def cut_of(model: ModelConfig) -> Cut:
+    """How a global batch becomes the micro-batches of a model with these settings."""
     interleaved = model.virtual_pipeline_model_parallel_size > 1
     return Cut(
         model.micro_batch_size,
@@ -218,6 +231,6 @@ def cut_of(model: ModelConfig) -> Cut:
 
 
 def common_rows(config: PacedConfig) -> int:
-    """Rows of the larger of both embeddings."""
+    """Rows of the larger of the student's and the teacher's embeddings, before padding."""
     paths = (config.student.hf_path, config.teacher_hf_path)
     return max(load_hf_config(path)["vocab_size"] for path in paths)

@@ -1,12 +1,13 @@
 """A teacher's signal of stored responses on disk: computed once, used in every epoch.
 
-Content-addressed: an entry's name is a hash of the teacher, of what was taken from it (hidden
-states, or a top-k with k, temperature and vocabulary) and of the token ids it saw. A changed
-teacher, prompt or tokenizer finds no entry and is computed anew; nothing stale is ever read, and
-runs may share a folder. An entry is written under another name and renamed, so that a killed run
-leaves none half-written; one that is damaged all the same is named, and computed again.
+It is content-addressed: an entry's name is a hash of the teacher (weights, precision and FP8), of
+what was taken from it (hidden states, or a top-k with k, temperature and vocabulary) and of the
+token ids it saw. A changed teacher, prompt or tokenizer
+finds no entry, and the signal is computed anew; nothing stale is ever read, and runs may share a
+folder. An entry is written under another name and renamed, so that a killed run leaves none
+half-written; one that is damaged all the same is named in a warning and computed again.
 
-Not covered: eviction.
+Entries are never evicted.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ _HIDDEN = "hidden"
 
 
 def model_identity(hf_dir: Path) -> str:
-    """Which weights a Hugging Face directory holds: configuration, and each weight file's name,
-    size and time of change (hashing 140 GB at each start would take minutes; a copy with other
-    times is computed anew, which is safe)."""
+    """SHA-256 in hex of a model's configuration and its weight files' names, sizes and times.
+
+    The files' contents are not read: hashing 140 GB at each start would take minutes. A copy with
+    other times of change counts as another model, which is safe: its signals are computed anew.
+    """
     digest = hashlib.sha256((hf_dir / "config.json").read_bytes())
     for path in sorted(hf_dir.glob("*.safetensors")):
         stat = path.stat()
@@ -46,7 +49,7 @@ def model_identity(hf_dir: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SignalCache:
-    """Entries of one teacher and one way to cut its signal.
+    """Signals of one kind of one teacher, each of a response, as files of a folder.
 
     Attributes:
         identity: all that decides a signal but the token ids, as JSON values.
@@ -56,7 +59,7 @@ class SignalCache:
     identity: dict[str, Any]
 
     def get(self, item: TrainItem, device: torch.device) -> ResponseSignal | None:
-        """The entry of the item's response, on the device; ``None`` without a whole one."""
+        """The signal of the item's response, on the device; ``None`` without an undamaged entry."""
         path = self._path(item)
         try:
             content = path.read_bytes()
@@ -75,11 +78,14 @@ class SignalCache:
             return None
 
     def has(self, item: TrainItem) -> bool:
-        """Whether there is an entry, without reading it."""
+        """Whether there is an entry for the item's response, without reading it."""
         return self._path(item).exists()
 
     def put(self, item: TrainItem, signal: ResponseSignal) -> None:
-        """Keep a signal; one of the ranks that hold it calls this. A full disk costs the entry."""
+        """Write a signal; called by one of the ranks that hold it.
+
+        What cannot be written (the disk is full, say) is left out with a warning.
+        """
         if isinstance(signal, TopKTeacher):
             parts = {name: getattr(signal, name) for name in _TOP_K}
         else:

@@ -1,4 +1,4 @@
-"""Which of the two teacher signals a run has, and what a token of it costs; needs no torch."""
+"""Kind of a run's teacher signal, and its bytes a token; this module imports no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SignalKind:
-    """What crosses from teacher to loss.
+    """Kind of signal that crosses from teacher to loss: final hidden states, or a top-k.
 
     Attributes:
-        top_k: tokens of the top-k; 0: final hidden states, from which the loss is exact.
+        top_k: tokens of the top-k at each position; 0: hidden states, from which the loss is exact.
         temperature: of the distribution that a top-k is cut from.
-        vocab_size: the true vocabulary.
+        vocab_size: tokens of the true vocabulary.
     """
 
     top_k: int
@@ -20,7 +20,7 @@ class SignalKind:
     vocab_size: int
 
     def identity(self) -> dict[str, float]:
-        """What decides a signal beyond the model: hidden states depend on nothing else."""
+        """Settings that decide a signal beyond the model; hidden states depend on none."""
         if not self.top_k:
             return {"top_k": 0}
         return {
@@ -33,7 +33,8 @@ class SignalKind:
         """Bytes of the signal of one response token, in memory as on disk.
 
         Args:
-            hidden_size, itemsize: of a hidden state, and bytes of one of its numbers.
+            hidden_size: numbers of a hidden state.
+            itemsize: bytes of one of them.
         """
         if self.top_k:  # float32 log-probability and int32 id of each, float32 of the tail
             return self.top_k * (4 + 4) + 4

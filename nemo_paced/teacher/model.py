@@ -2,9 +2,9 @@
 
 Phase 1 of a step runs the teacher forward over all micro-batches and keeps, on its last pipeline
 stage, one hidden state per response token: V / (TP h) times smaller than a rank's share of its
-logits. It has no LM head: that lies with the student's last stage, in the student's layout
-(``source.py``), where the loss turns hidden states into logits. What crosses is keyed by response
-id: the two models see different prompts.
+logits. This model has no LM head: that lies with the student's last stage, in the student's layout
+(``source.py``), where the loss turns hidden states into logits. Hidden states are keyed by response
+id, as the two models see different prompts.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nemo_paced.parallel.pipeline import call_model, run_schedule
 
 
 class HiddenStates(torch.nn.Module):
-    """Stands where the output layer stood: hands the final hidden states through.
+    """Module in place of the output layer that hands the final hidden states through.
 
     GPTModel has no switch for this: ``post_process=False`` would also drop the final norm.
     """
 
-    weight = None  # a last stage with tied embeddings reads it off its output layer
+    weight = None  # GPTModel reads it off the output layer of a last stage with tied embeddings
 
     def __init__(self, sequence_parallel: bool, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
@@ -35,12 +35,13 @@ class HiddenStates(torch.nn.Module):
 
     @classmethod
     def install(cls, gpt: GPTModel, parallel: Parallel) -> None:
-        """Take the LM head out of a last stage; before its weights are loaded."""
+        """Take the LM head out of a last stage's model, before its weights are loaded."""
         gpt.output_layer = cls(gpt.config.sequence_parallel, parallel.tp_group)
 
     def forward(
         self, hidden_SBH: torch.Tensor, weight: object = None, runtime_gather_output: object = None
     ) -> tuple[torch.Tensor, None]:
+        """[s, b, h], or [s/tp, b, h] under sequence parallelism -> ([s, b, h], no bias)."""
         if self.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(
                 hidden_SBH, tensor_parallel_output_grad=False, group=self.tp_group
@@ -52,6 +53,7 @@ class Teacher:
     """A frozen GPTModel (this rank's pipeline stage) whose output is its final hidden state.
 
     Args:
+        gpt: on a last stage with :class:`HiddenStates` in place of the output layer.
         parallel: its own layout, which may differ from the student's.
     """
 
@@ -61,7 +63,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
-        """Run forward over all micro-batches; collective over the teacher's replica.
+        """Run all micro-batches through the teacher; collective over its data-parallel replica.
 
         Returns:
             Final hidden states [tokens of the response, h] by response id, in the model's dtype, on

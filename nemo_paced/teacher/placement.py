@@ -1,4 +1,4 @@
-"""Where the teacher's weights are between its phases: on the devices, in host memory, nowhere."""
+"""Placement of the teacher's weights between its phases: on device, in host memory, or nowhere."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 class HostCopy:
     """A frozen module's parameters and buffers in host memory (pinned, beside a GPU).
 
-    Being frozen they are copied off the device once, and onto it before each phase; in between
-    their storage there is empty. Tensors that share one (tied embeddings) keep sharing it.
+    As they are frozen, they are copied off the device once, and onto it before each phase; in
+    between their storage on the device is empty. Tensors that share a storage (tied embeddings)
+    keep sharing it.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -40,22 +41,25 @@ class HostCopy:
         return sum(size for _, _, size in self._copies)
 
     def leave_device(self) -> None:
+        """Free the tensors' storage on the device; they must not be read until they are back."""
         for storage, _, _ in self._copies:
             storage.resize_(0)
 
     def enter_device(self) -> None:
+        """Copy the tensors back onto the device, on its current stream."""
         for storage, host, size in self._copies:
             storage.resize_(size)
             storage.copy_(host, non_blocking=True)
 
 
 class HeldTeacher:
-    """The teacher as ``teacher.placement`` keeps it.
+    """Holder of the teacher on this rank, which keeps its weights as ``teacher.placement`` says.
 
     Args:
-        load: builds it and reads its weights; called when it is first needed, and again after
-            :meth:`release`. Every rank calls it at the same point.
-        load_quantized: loads it in FP8, once :meth:`quantize` has been called.
+        load: builds the teacher and reads its weights; called when it is first needed, and again
+            after :meth:`release`. Every rank calls it at the same point.
+        load_quantized: takes the place of ``load`` once :meth:`quantize` has been called, and loads
+            in FP8; ``None``: there is nothing to quantise later.
     """
 
     def __init__(
@@ -87,22 +91,23 @@ class HeldTeacher:
                 self._host.leave_device()
 
     def load(self) -> None:
-        """Load it now, so that what is wrong with it shows before training."""
+        """Load the teacher now, so that what is wrong with it shows before training."""
         with self.resident():
             pass
 
     @property
     def to_be_quantized(self) -> bool:
+        """Whether the teacher is still held in full precision and :meth:`quantize` is to come."""
         return self._load_quantized is not None
 
     def quantize(self) -> None:
-        """Free it; from now on what is held is in FP8: never two in memory."""
+        """Free the teacher and load it in FP8 from now on, so that never two are in memory."""
         assert self._load_quantized is not None, "called where it is to be quantised"
         self.release()
         self._load, self._load_quantized = self._load_quantized, None
 
     def release(self) -> None:
-        """Free it; it is loaded again if it is needed once more."""
+        """Free the teacher; it is loaded again if it is needed once more."""
         self._teacher = self._host = None
         gc.collect()
         if torch.cuda.is_available():

@@ -27,23 +27,28 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteTeacher:
-    """The student's end.
+    """The student's end of the exchange with a teacher on ranks of its own.
 
     Args:
-        grid: where the teacher's ranks stand, in the job's numbers.
-        answer_timeout_s: for the hidden states of one batch, once they are wanted.
+        link: to the teacher's ranks.
+        grid: of the teacher's ranks, in the job's rank numbers.
+        answer_timeout_s: seconds to wait for one batch's hidden states, once they are asked for.
     """
 
     def __init__(self, link: Link, grid: RankGrid, answer_timeout_s: float) -> None:
         self.link = link
         self.grid = grid
         self.answer_timeout_s = answer_timeout_s
-        self._announced: deque[list[str]] = deque()  # rank 0: not asked for yet
+        # response ids of the batches that rank 0 has announced and not asked for yet
+        self._announced: deque[list[str]] = deque()
         self._next_announced = 0
         self._next_asked = 0
 
     def announce(self, items: Sequence[TrainItem]) -> None:
-        """Rank 0 tells the teacher of a batch that will be asked for; in the order of asking."""
+        """Tell the teacher of a batch that will be asked for; called on rank 0 alone.
+
+        Batches are announced in the order in which they are asked for.
+        """
         self.link.messages.publish(
             f"items/{self._next_announced}", [asdict(item) for item in items]
         )
@@ -53,9 +58,16 @@ class RemoteTeacher:
     def hidden_states(
         self, items: Sequence[TrainItem], student: Parallel, *, width: int, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        """Hidden states [tokens, width] of a batch, where the student needs them; collective.
+        """Hidden states [tokens, width] by response id, where the student needs them.
 
-        Announces the batch if that has not been done.
+        Collective over the student's ranks. Announces the batch if that has not been done.
+
+        Args:
+            student: the student's layout.
+            width, dtype: of a hidden state.
+
+        Raises:
+            PacedError: no answer within ``answer_timeout_s``.
         """
         number = self._next_asked
         self._next_asked += 1
@@ -77,7 +89,10 @@ class RemoteTeacher:
         return exchange({}, ways, self.link, student.device, width=width, dtype=dtype)
 
     def close(self) -> None:
-        """No batch comes any more: the teacher's ranks end."""
+        """Tell the teacher's ranks that no batch comes any more, and wait until they have closed.
+
+        Rank 0 does so; on the other ranks of the student this does nothing.
+        """
         if self.link.rank == 0:
             for number in range(self._next_asked, self._next_announced):  # announced ahead
                 self.link.messages.publish(f"want/{number}", False)
@@ -90,7 +105,13 @@ class RemoteTeacher:
 def serve(
     teacher: Teacher, cut: Cut, link: Link, student: RankGrid, *, width: int, dtype: torch.dtype
 ) -> None:
-    """The teacher's end, on each of its ranks: answer until the student's world has closed."""
+    """Answer the student's requests for hidden states until it closes; run on a teacher's rank.
+
+    Args:
+        cut: how a global batch becomes the teacher's micro-batches.
+        student: grid of the student's ranks, in the job's rank numbers.
+        width, dtype: of a hidden state.
+    """
     parallel = teacher.parallel
     own = parallel.grid.beginning_at(link.students)
     number = 0

@@ -1,4 +1,4 @@
-"""Moves hidden states from the teacher's last stage to the student's, between any two layouts.
+"""Transfer of hidden states from the teacher's last stage to the student's, for any two layouts.
 
 Every rank knows the whole batch and both grids, so who sends what to whom is arithmetic: no sizes
 are exchanged, and a rank that holds what it needs sends nothing. With equal layouts nothing moves.
@@ -18,7 +18,12 @@ from nemo_paced.parallel.groups import RankGrid
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One response's way: from a rank that holds its hidden states to one that needs them."""
+    """Transfer of one response's hidden states from a rank that holds them to one in need of them.
+
+    Attributes:
+        tokens: of the response: rows of its hidden states.
+        source, target: ranks in the numbers of the grids; equal where nothing has to be sent.
+    """
 
     response_id: str
     tokens: int
@@ -27,7 +32,7 @@ class Route:
 
 
 class Ends(Protocol):
-    """What moves tensors: a world's own ranks, or the link between two worlds."""
+    """Means to move tensors between ranks: within one world, or over the link between two."""
 
     @property
     def rank(self) -> int: ...
@@ -35,12 +40,12 @@ class Ends(Protocol):
     def transfer(
         self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]
     ) -> None:
-        """Send to and receive into, by the other's rank."""
+        """Send and receive whole tensors, each keyed by the other end's rank; waits until done."""
 
 
 @dataclass(frozen=True, slots=True)
 class OneWorld:
-    """All ranks in torch.distributed's default group."""
+    """Transfers among the ranks of torch.distributed's default group."""
 
     rank: int
 
@@ -64,14 +69,15 @@ def routes(
     teacher: RankGrid,
     student: RankGrid,
 ) -> list[Route]:
-    """Who gives what to whom, the same list on every rank.
+    """Transfers of a batch's hidden states from teacher to student, the same list on every rank.
+
+    All tensor-parallel ranks of a last stage hold (and need) the same; a rank that is both holder
+    and in need takes its own, the others are spread over the holders.
 
     Args:
-        missing: what the teacher's ranks have run, dealt out among them.
-        items: what the student's ranks train on, dealt out among those.
-
-    All tensor-parallel ranks of a last stage hold (and need) the same; a rank that is both takes
-    its own, the others are spread over the holders.
+        missing: items that the teacher's ranks have run, dealt out among them.
+        items: items that the student's ranks train on, dealt out among those; all of ``missing``
+            are in it.
     """
     holders = _last_stage_of_items(missing, teacher)
     needing = _last_stage_of_items(items, student)
@@ -93,14 +99,15 @@ def exchange(
     width: int,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """Send and receive; collective over the ranks of the routes.
+    """Move hidden states along their routes; collective over the ranks of the routes.
 
     Args:
         held: [tokens, width] by response id, on the ranks named as sources.
         ends: sends and receives between the ranks that the routes name.
+        device, width, dtype: of the hidden states that arrive.
 
     Returns:
-        [tokens, width] of the responses that are routed to this rank.
+        [tokens, width] by response id, of the responses that are routed to this rank.
     """
     mine = ends.rank
     kept = [r for r in all_routes if r.source == mine == r.target]

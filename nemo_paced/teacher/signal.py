@@ -1,7 +1,7 @@
-"""What crosses from teacher to loss: final hidden states, or the likeliest tokens of each position.
+"""The teacher's signal for the loss: final hidden states, or each position's likeliest tokens.
 
-Hidden states give the exact loss. A top-k and the mass of the rest is 16 times smaller (h = 4,096,
-k = 64) and gives a lower bound of it.
+Hidden states give the exact loss. A top-k with the mass of the rest is 16 times smaller (h = 4,096
+in bf16, k = 64) and gives a lower bound of the loss, for every divergence but adaptive KL.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from nemo_paced.losses.linear_divergence import HiddenTeacher, TopKChunks, defau
 from nemo_paced.losses.topk import TopKTeacher
 from nemo_paced.teacher.kind import SignalKind
 
-# Of one response: hidden states [tokens, h] in the model's dtype, or its top-k.
+# The signal of one response: hidden states [tokens, h] in the model's dtype, or its top-k.
 ResponseSignal = torch.Tensor | TopKTeacher
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherSignal:
-    """What the loss needs of the teacher; empty but on the student's last pipeline stage.
+    """The teacher's part of a batch's loss; empty but on the student's last pipeline stage.
 
     Attributes:
-        by_response: of this rank's responses.
-        head_weight: the teacher's LM head, this rank's columns [v/tp, h].
+        by_response: signals of this rank's responses, by response id.
+        head_weight: the teacher's LM head [v/tp, h], cut in the student's layout.
     """
 
     by_response: Mapping[str, ResponseSignal]
     head_weight: torch.Tensor | None
 
     def of(self, batch: MicroBatch, k: int) -> HiddenTeacher | TopKChunks:
-        """The signal of a micro-batch's response tokens, in its order."""
+        """The signal of a micro-batch's N response tokens on this rank, in the batch's order.
+
+        Args:
+            k: tokens of the top-k; 0: the signal is hidden states.
+        """
         head = self.head_weight
         assert head is not None, "only the last pipeline stage has a teacher signal"
         parts = [self.by_response[response_id] for response_id, _ in batch.spans]
@@ -58,7 +62,13 @@ def cut_top_k(
     kind: SignalKind,
     tp_group: torch.distributed.ProcessGroup,
 ) -> dict[str, TopKTeacher]:
-    """The top-k of hidden states [tokens, h] by response; collective over ``tp_group``."""
+    """Top-k signals from hidden states [tokens, h], both by response id.
+
+    Collective over ``tp_group``, whose ranks give the same responses in the same order.
+
+    Args:
+        head_weight: the teacher's LM head [v/tp, h].
+    """
     if not hidden:
         return {}
     top = TopKTeacher.from_hidden(

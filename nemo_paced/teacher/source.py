@@ -1,8 +1,8 @@
-"""The teacher's signal of a batch, from wherever it is: computed, moved, cut, cached.
+"""The teacher's signal of a batch: computed, moved to the student and cut, or from the cache.
 
-Phase 1 of a step: the responses that are not in the cache go through the teacher in its own layout;
-their hidden states move to the student's last stage, where the teacher's LM head lies in the
-student's layout; with ``teacher.top_k`` they are cut there.
+This is phase 1 of a step. Responses that are not in the cache go through the teacher in its own
+layout; their hidden states move to the student's last stage, where the teacher's LM head lies in
+the student's layout; with ``teacher.top_k`` they are cut down there.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from nemo_paced.teacher.signal import ResponseSignal, TeacherSignal, cut_top_k
 
 @dataclass(frozen=True, slots=True)
 class TeacherSource:
-    """What a step asks for the teacher's signal.
+    """Source of the teacher's signal, which a step asks once a batch.
 
     Attributes:
         held: the teacher on these ranks; ``None``: it has ranks of its own.
-        remote: the way to those.
-        parallel: the layout of the held one.
+        remote: the connection to those ranks; ``None`` where the teacher is held.
+        parallel: the layout of a held teacher.
         student: the student's layout, in which the signal arrives.
+        kind: hidden states or a top-k.
         head_weight: the teacher's LM head [v/tp, h] on the student's last stage, else ``None``.
         hidden_size, dtype: of a hidden state.
         cut: how a batch becomes the teacher's micro-batches.
-        cache: of stored responses; ``None``: always computed.
+        cache: signals of stored responses on disk; ``None``: they are always computed.
         keep_loaded: whether the teacher stays in memory after a batch.
         fp8: how the teacher runs in FP8; ``None``: it does not.
     """
@@ -55,16 +56,18 @@ class TeacherSource:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of the signal of one response token."""
+        """Bytes of the signal of one response token."""
         return self.kind.bytes_per_token(self.hidden_size, self.dtype.itemsize)
 
     def signal(self, items: Sequence[TrainItem], *, stored: bool) -> tuple[TeacherSignal, int]:
-        """The signal of a global batch, and of how many responses it came from the cache.
+        """The signal of a global batch, and the number of responses whose part was cached.
 
-        Collective; ``items`` is the same list on every rank.
+        Collective over the student's ranks.
 
         Args:
-            stored: whether the responses will come again: a sampled one would be kept for nothing.
+            items: the same list on every rank.
+            stored: whether the responses come again in later epochs. Only then is the cache read
+                and written: a sampled response would be kept for nothing.
         """
         known: dict[str, ResponseSignal | None] = {}
         if self.cache is not None and stored:
@@ -81,7 +84,7 @@ class TeacherSource:
         return TeacherSignal(by_response, self.head_weight), len(known)
 
     def release(self) -> None:
-        """Free the teacher, where it is this rank's."""
+        """Free the teacher where this rank holds it."""
         if self.held is not None:
             self.held.release()
 
@@ -119,7 +122,7 @@ class TeacherSource:
     def _keep(
         self, cache: SignalCache, items: Sequence[TrainItem], fresh: dict[str, ResponseSignal]
     ) -> None:
-        """One of the ranks that hold an entry writes it."""
+        """Write fresh signals to the cache, each on one of the ranks that hold it."""
         if self.student.tp_rank == self.student.cp_rank == 0:
             for item in items:
                 if item.response_id in fresh:
@@ -128,7 +131,10 @@ class TeacherSource:
     def _cached_everywhere(
         self, cache: SignalCache, items: Sequence[TrainItem]
     ) -> dict[str, ResponseSignal | None]:
-        """Responses that every rank in need of them has read; ``None``: this rank needs none."""
+        """Signals of the responses that every rank in need of them found in the cache.
+
+        The keys are the same on every rank; the value is ``None`` on a rank that does not need it.
+        """
         needed = set()
         if self.student.is_last_stage:
             own = rank_items(items, dp_rank=self.student.dp_rank, dp_size=self.student.dp_size)

@@ -1,7 +1,7 @@
 """The FP8 certificate: how far quantisation moves this teacher, on the responses of this run.
 
-A file of the run directory, written before the first step (``training/certify.py`` measures it,
-``drift.py`` has the arithmetic). Imports nothing heavy: a report reads it too.
+It is a file of the run directory, written before the first step: ``training/certify.py`` measures
+it, ``drift.py`` has the arithmetic. This module imports nothing heavy, as a report reads it too.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ CERTIFICATE_FILE = "fp8_certificate.json"
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Figures over response tokens, each at the distillation temperature.
+    """Drift of an FP8 teacher over response tokens, at the distillation temperature.
 
     Attributes:
-        identity: what they hold for; with another teacher, setting or device they are taken anew.
-        backend, recipe: what ``auto`` came to.
-        versions: of the libraries that computed.
-        responses: ``references`` or ``rollouts``: whose tokens they were. A teacher drifts most
+        identity: what the figures depend on: with another teacher, setting or device they are
+            measured anew.
+        backend, recipe: those that ran, ``auto`` decided.
+        versions: of the libraries that computed, by name.
+        responses: ``references`` or ``rollouts``, the source of the tokens. A teacher drifts most
             where it is unsure, as on a student's mistakes: figures of references say less of a
             later stage on rollouts.
-        problems, tokens: how many were asked and how many response tokens that made.
+        problems, tokens: number of problems asked, and of response tokens in all.
         kl_mean, kl_median, kl_p99, kl_max: KL(BF16 || FP8) of a token, nats.
         top1_agreement: share of tokens whose likeliest next token is the same.
-        divergence: the one whose gradient was compared.
+        divergence: the kind whose gradient was compared.
         gradient_difference: |g_FP8 - g_BF16| / |g_BF16| over all tokens, g being the loss's
             gradient with respect to the student's final hidden states.
-        gradient_cosine: between the two.
+        gradient_cosine: cosine of the angle between g_FP8 and g_BF16.
     """
 
     identity: dict[str, Any]
@@ -72,7 +73,7 @@ class Certificate:
             ) from error
 
     def write(self, run_dir: Path) -> None:
-        """Whole or not at all."""
+        """Write the certificate into the run directory, whole or not at all."""
         write_json(run_dir / CERTIFICATE_FILE, asdict(self))
 
     def require(self, max_kl: float) -> None:

@@ -1,7 +1,7 @@
 """The frozen teacher in FP8: which backend and recipe, and how such a model is loaded.
 
 A model in FP8 is never made from one in BF16 that lies beside it: weights are quantised as they are
-read. ``fp8_linear.py`` is the backend on PyTorch alone, ``fp8_transformer_engine.py`` the other.
+read. ``linear.py`` is the backend on PyTorch alone, ``transformer_engine.py`` the other one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemo_paced.teacher.fp8.linear import LinearQuantizer
 
 logger = logging.getLogger(__name__)
 
-# compute capability from which, and below which, a recipe runs
+# the CUDA compute capability from which a recipe runs, and the one below which (None: no end)
 _CAPABILITIES = {
     Fp8Recipe.rowwise: ((8, 9), None),
     Fp8Recipe.tensorwise: ((8, 9), None),
@@ -39,7 +39,7 @@ class Fp8Choice:
     """The settings of ``teacher.fp8`` with every ``auto`` decided.
 
     Attributes:
-        bf16_layers: how many of all pipeline stages' first and last layers keep their precision.
+        bf16_layers: how many layers at the start and at the end of the whole model stay out of FP8.
     """
 
     backend: Fp8Backend
@@ -62,6 +62,7 @@ def choose_fp8(
     """Decide backend and recipe for this rank's device; ``None`` where FP8 is off.
 
     Args:
+        precision: the run's, of activations and of all that is not in FP8.
         num_layers: of the teacher, over all of its ``pp_size`` pipeline stages.
 
     Raises:
@@ -93,7 +94,11 @@ def choose_fp8(
 def resolve(
     settings: Fp8Config, *, capability: Capability | None, transformer_engine: bool
 ) -> Fp8Choice:
-    """Backend and recipe for a GPU of this compute capability (``None``: a CPU).
+    """Decide FP8 backend and recipe from a GPU's compute capability, without looking at the GPU.
+
+    Args:
+        capability: (major, minor); ``None``: a CPU.
+        transformer_engine: whether it can be used: it is installed, and there is a GPU.
 
     Raises:
         ConfigError: the backend is not there, or the GPU lacks the recipe.
@@ -120,7 +125,7 @@ def resolve(
 
 
 def sequence_multiple(choice: Fp8Choice | None, *, tp_size: int, sequence_parallel: bool) -> int:
-    """What a teacher's padded sequence length must be a multiple of.
+    """The number of tokens that a teacher's padded sequence length must be a multiple of.
 
     Transformer Engine's GEMMs want 16 tokens on each rank, 32 for MXFP8 (Megatron's
     ``get_fp8_align_size``). ``torch._scaled_mm`` takes any number, as do all layers in BF16.
@@ -145,7 +150,7 @@ def load_teacher_gpt(
         build: ``build_chunks`` with all its arguments bound but ``transformer_engine``, ``device``
             and ``overrides``.
         quantized: ``False``: the same layers in full precision, to compare with.
-        read: fills the model's parameters.
+        read: fills the model's parameters, as ``load_hf_weights``.
 
     Raises:
         ConfigError: a layer has features that FP8 cannot take.

@@ -1,7 +1,8 @@
-"""What changes for the student when its teacher's hidden states are those of a model in FP8.
+"""Drift of an FP8 teacher: change of its distributions and of the gradient that a student gets.
 
-Both sets of hidden states go through the teacher's one LM head (it stays in BF16), with the
-vocabulary-parallel losses of the training step, so that the figures are those that training sees.
+The hidden states in full precision and those in FP8 go through the teacher's one LM head (it
+stays in BF16), with the vocabulary-parallel losses of the training step, so that the figures are
+those that training sees.
 No logits exist beyond a chunk of tokens.
 
 Axes: N response tokens, V this rank's columns of the vocabulary, H hidden size.
@@ -20,16 +21,16 @@ from nemo_paced.losses.kinds import Divergence, DivergenceKind
 from nemo_paced.losses.linear_divergence import default_chunk, linear_divergence
 from nemo_paced.losses.topk import TopKTeacher
 
-TINY = 1e-300
+TINY = 1e-300  # in place of a norm of 0, to divide by
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Of some response tokens.
+    """Drift between the exact and the quantised teacher over some response tokens.
 
     Attributes:
-        kl_N: float32, KL(exact || quantised) of each token, nats.
-        same_top1: tokens whose likeliest next token is the same.
+        kl_N: float32 on the CPU, KL(exact || quantised) of each token, nats.
+        same_top1: number of tokens whose likeliest next token is the same.
         exact_sq, quantized_sq, difference_sq: squared norms of the gradients with respect to the
             student's hidden states, and of their difference.
     """
@@ -42,7 +43,7 @@ class Drift:
 
     @staticmethod
     def total(parts: Sequence[Drift]) -> Drift:
-        """Of the tokens of all parts."""
+        """The drift over the tokens of all parts together."""
         return Drift(
             torch.cat([torch.zeros(0), *(part.kl_N for part in parts)]),
             sum(part.same_top1 for part in parts),
@@ -52,7 +53,7 @@ class Drift:
         )
 
     def figures(self) -> dict[str, Any]:
-        """The fields of a certificate (``certificate.py``) that they make."""
+        """The fields of a certificate (``certificate.py``) that follow from this drift."""
         kl_N = self.kl_N.double()
         # a student that equals its teacher already has no gradient
         norms = max((self.exact_sq * self.quantized_sq) ** 0.5, TINY)
@@ -71,7 +72,12 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class DriftMeter:
-    """The two LM heads [V, H] and the divergence that training takes between them."""
+    """Meter of drift, from both models' LM heads [V, H] and the divergence of training.
+
+    Attributes:
+        vocab_size: tokens of the true vocabulary, over all ranks.
+        chunk_size: tokens whose logits exist at a time; ``None``: chosen by the loss.
+    """
 
     teacher_head_VH: torch.Tensor
     student_head_VH: torch.Tensor
@@ -87,7 +93,13 @@ class DriftMeter:
         student_NH: torch.Tensor,
         token_weights_N: torch.Tensor,
     ) -> Drift:
-        """Drift of some tokens; collective over the tensor-parallel group."""
+        """Drift over N tokens; collective over the tensor-parallel group.
+
+        Args:
+            exact_NH, quantized_NH: the teacher's final hidden states in full precision and in FP8.
+            student_NH: the student's.
+            token_weights_N: float32, as in the training loss.
+        """
         device = self.teacher_head_VH.device
         exact_NH, quantized_NH = exact_NH.to(device), quantized_NH.to(device)
         exact, quantized = (
@@ -123,7 +135,7 @@ class DriftMeter:
     def _student_gradient(
         self, student_NH: torch.Tensor, teacher_NH: torch.Tensor, token_weights_N: torch.Tensor
     ) -> torch.Tensor:
-        """Of the training loss with respect to the student's hidden states: float64 [N, H]."""
+        """Gradient of the training loss by the student's hidden states: float64 [N, H]."""
         student_NH = student_NH.detach().requires_grad_()
         with torch.enable_grad():
             loss = linear_divergence(

@@ -2,9 +2,9 @@
 
 Weights are held in float8_e4m3fn alone, with one float32 scale an output feature; activations are
 quantised on the fly, with one scale a token. So a token's result does not depend on which other
-tokens, or how much padding, share its micro-batch, and a weight row is scaled alike at every tensor
-parallel size; only a row-parallel layer, whose ranks each see a part of every row, scales its parts
-by themselves (as fine or finer).
+tokens, or how much padding, share its micro-batch, and a weight row is scaled alike at every
+tensor-parallel size. Only a row-parallel layer, whose ranks each see a part of every row, scales
+the parts by themselves (as fine or finer).
 
     x_ni w_oi  ~  s_n s_o q(x_ni / s_n) q(w_oi / s_o),   s = max |.| of the row / 448
 
@@ -12,9 +12,9 @@ Products are summed in float32 (no fast accumulation) and partial sums of a row-
 reduced in the model's dtype, as Megatron does. A column-parallel layer under sequence parallelism
 gathers its tokens after quantising them: a byte an element crosses instead of two.
 
-Not differentiable: the teacher is frozen. Not covered: layers whose features are no multiple of 16,
-which CUDA's GEMM refuses (a :class:`~nemo_paced.errors.ConfigError` everywhere, so that what runs
-on a CPU runs on a GPU).
+The layers are not differentiable, as the teacher is frozen. Layers whose features are no multiple
+of 16, which CUDA's GEMM refuses, raise :class:`~nemo_paced.errors.ConfigError` on every device, so
+that what runs on a CPU runs on a GPU.
 
 Axes: N tokens, I input features, O output features.
 """
@@ -38,7 +38,7 @@ from nemo_paced.errors import ConfigError
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
-GEMM_MULTIPLE = 16  # of both features of a weight
+GEMM_MULTIPLE = 16  # divides a weight's input and output features
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,11 @@ class RowScaled:
         return RowScaled((x_NI / scale_N1).to(E4M3), scale_N1)
 
     def dequantized(self) -> torch.Tensor:
-        """float32 [N, I]."""
+        """The matrix that these numbers stand for: float32 [N, I]."""
         return self.data_NI.float() * self.scale_N1
 
     def gathered(self, group: ProcessGroup) -> RowScaled:
-        """All ranks' rows, in the order of the ranks."""
+        """The matrix of all ranks' rows, in the order of the ranks; collective over the group."""
         data_NI, scale_N1 = (
             gather_from_sequence_parallel_region(
                 part, tensor_parallel_output_grad=False, group=group
@@ -75,7 +75,7 @@ class RowScaled:
 
 
 def scaled_matmul(x: RowScaled, weight: RowScaled, dtype: torch.dtype) -> torch.Tensor:
-    """x W^T: [N, I] and [O, I] -> [N, O] in ``dtype`` (on a GPU: bfloat16)."""
+    """The product x W^T of [N, I] and [O, I]: [N, O] in ``dtype``, which is bfloat16 on a GPU."""
     return torch._scaled_mm(
         x.data_NI,
         weight.data_NI.t(),  # column-major, as the GEMM wants its second operand
@@ -87,7 +87,7 @@ def scaled_matmul(x: RowScaled, weight: RowScaled, dtype: torch.dtype) -> torch.
 
 
 class _Fp8Linear(torch.nn.Module):
-    """What column- and row-parallel layers share.
+    """Base of the FP8 layers, column- and row-parallel.
 
     Weight and scale are buffers that no state dict holds: there is nothing to train or to save.
     """
@@ -122,7 +122,10 @@ class _Fp8Linear(torch.nn.Module):
 
 
 class Fp8ColumnParallelLinear(_Fp8Linear):
-    """In place of a ColumnParallelLinear: [s, b, I] -> ([s, b, O/tp], bias or ``None``)."""
+    """FP8 layer in place of Megatron's ColumnParallelLinear.
+
+    It maps [s, b, I] ([s/tp, b, I] under sequence parallelism) to ([s, b, O/tp], bias or ``None``).
+    """
 
     @torch.no_grad()
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -133,7 +136,10 @@ class Fp8ColumnParallelLinear(_Fp8Linear):
 
 
 class Fp8RowParallelLinear(_Fp8Linear):
-    """In place of a RowParallelLinear: [s, b, I/tp] -> ([s, b, O], bias or ``None``)."""
+    """FP8 layer in place of Megatron's RowParallelLinear.
+
+    It maps [s, b, I/tp] to ([s, b, O] ([s/tp, b, O] under sequence parallelism), bias or ``None``).
+    """
 
     @torch.no_grad()
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -149,14 +155,14 @@ class Fp8RowParallelLinear(_Fp8Linear):
 
 
 class LinearQuantizer:
-    """Replaces a model's linear layers by FP8 ones, each when its weight has been filled.
+    """Hook that replaces a model's linear layers by FP8 ones, each once its weight has been filled.
 
-    Handed to ``load_hf_weights`` as ``on_loaded``, so that no more than one weight exists in two
-    precisions at any time.
+    It is handed to ``load_hf_weights`` as ``on_loaded``, so that no more than one weight exists in
+    two precisions at any time.
 
     Args:
         gpt: with Megatron's local layers; may lie on the host, where untouched values cost nothing.
-        bf16_layers: how many of all pipeline stages' first and last layers keep their precision.
+        bf16_layers: how many layers at the start and at the end of the whole model stay out of FP8.
         device: where the FP8 weights go.
 
     Raises:
@@ -177,6 +183,7 @@ class LinearQuantizer:
                         self._places[id(module.weight)] = (parent, name)
 
     def __call__(self, parameter: torch.nn.Parameter) -> None:
+        """Replace the layer whose weight this parameter is, if it is one of those to quantise."""
         place = self._places.pop(id(parameter), None)
         if place is None:
             return
@@ -187,7 +194,8 @@ class LinearQuantizer:
             linear, self.device
         )
         setattr(parent, name, quantized)
-        parameter.data = parameter.data.new_empty(0)  # whoever lists parameters still holds it
+        # a caller that walks a list of parameters still holds this one: free its values
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _check_features(linear: ColumnParallelLinear | RowParallelLinear, where: str) -> None:

@@ -5,16 +5,16 @@ first and last few is built under ``fp8_model_init`` with the recipe, so that it
 FP8 only (built without gradients, no high-precision copy and no transposed copy is kept), and run
 under ``fp8_autocast``. Values loaded into such a weight are quantised as they are copied.
 
-What is set beside them: weights are built on the GPU, as Transformer Engine quantises nowhere else;
-attention stays in BF16 (``fp8_dot_product_attention`` off, Megatron's default); and the tensor-wise
-recipe, whose forward GEMM sums with Hopper's fast accumulation, is told not to
-(``use_split_accumulator``). Block-wise scaling never does, and MXFP8's GPUs have no such mode.
+This module adds to those switches: weights are built on the GPU, as Transformer Engine quantises
+nowhere else; attention stays in BF16 (``fp8_dot_product_attention`` off, Megatron's default); and
+the tensor-wise recipe, whose forward GEMM sums with Hopper's fast accumulation, is told not to
+(``use_split_accumulator``). Block-wise scaling never uses that mode, and MXFP8's GPUs have none.
 
 Delayed scaling is not offered: its scales come from earlier batches, so that a teacher's answer
 would depend on what it was asked before.
 
-The calls are checked against the sources of the oldest and the newest Transformer Engine by
-``tests/unit/teacher/test_transformer_engine_contract.py``; none of it has run on a GPU yet.
+``tests/unit/teacher/test_transformer_engine_contract.py`` checks the calls against the sources of
+the oldest and the newest Transformer Engine; none of this has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from megatron.core.models.gpt import GPTModel
 from nemo_paced.config import Fp8Recipe
 from nemo_paced.errors import ConfigError
 
-OLDEST = "2.9"  # the first with all the names that are called here
+OLDEST = "2.9"  # the first release with all the names that are called here
 
 
 def transformer_config_fields(recipe: Fp8Recipe, bf16_layers: tuple[int, int]) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig for a teacher in FP8.
 
     Args:
-        bf16_layers: how many of all pipeline stages' first and last layers keep their precision.
+        bf16_layers: how many layers at the start and at the end of the whole model stay out of FP8.
     """
     return {
         "fp8": "e4m3",
@@ -52,7 +52,7 @@ def check_bf16_layers(bf16_layers: tuple[int, int], *, num_layers: int, pp_size:
     """Refuse what Megatron refuses: more BF16 layers at an end than a pipeline stage has.
 
     Raises:
-        ConfigError: with the setting's name.
+        ConfigError: names the setting.
     """
     for name, count in zip(("start", "end"), bf16_layers, strict=True):
         if count > num_layers // pp_size:
@@ -67,7 +67,7 @@ def check_supported(recipe: Fp8Recipe) -> None:
     """Refuse a recipe that this GPU, its CUDA or its Transformer Engine cannot run.
 
     Raises:
-        ConfigError: with Transformer Engine's reason, or when it is older than 2.9.
+        ConfigError: with Transformer Engine's reason, or where it lacks a name that ``OLDEST`` has.
     """
     try:
         from transformer_engine.pytorch import (
@@ -93,7 +93,8 @@ def check_supported(recipe: Fp8Recipe) -> None:
 def sum_in_full_precision(gpt: GPTModel) -> None:
     """Run a tensor-wise model's FP8 layers without fast accumulation.
 
-    Megatron builds the recipe by itself and has no switch for this; the innermost autocast counts.
+    Megatron builds the recipe by itself and has no switch for this, so each layer's forward gets an
+    autocast of its own: the innermost one counts.
     """
     from transformer_engine.common.recipe import Float8CurrentScaling, Format, MMParams
 
