@@ -1,4 +1,4 @@
-"""Rank 0's part of ``snr``: problems, pass rates, responses, the order of work, the file."""
+"""Rank 0's part of the command ``snr``: its inputs, the order of work, and the file it writes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What is run next: ``number`` of the bin's ``count`` blocks."""
+    """One block of a bin's problems, as rank 0 hands it to all ranks.
+
+    Attributes:
+        bin: index of the bin, from 0.
+        number: of the block in its bin, from 0.
+        count: blocks of the bin.
+        items: one for each problem.
+    """
 
     bin: int
     number: int
@@ -53,6 +60,7 @@ class Block:
     items: list[TrainItem]
 
     def to_message(self) -> dict[str, Any]:
+        """The block as plain data, which :meth:`from_message` reads."""
         place = {"bin": self.bin, "number": self.number, "count": self.count}
         return place | Batch(self.items, {}).to_message()
 
@@ -63,7 +71,19 @@ class Block:
 
 
 class SnrDriver:
-    """Rank 0's part; checks all inputs when made, starts what it needs in :meth:`prepare`."""
+    """Rank 0's part of a measurement: hands out blocks of problems and keeps the bins' figures.
+
+    All inputs are checked when it is made; servers are started in :meth:`prepare`.
+
+    Args:
+        run_dir: where references and pass rates are.
+        model: the student that is measured, a checkpoint or a Hugging Face directory.
+        step: optimizer steps behind the model; ``None``: not known.
+        out: the JSON file; bins that it has from the same measurement are not measured again.
+
+    Raises:
+        ConfigError: no pass rates, too few problems in every bin, or prompts that do not fit.
+    """
 
     def __init__(
         self, config: PacedConfig, run_dir: Path, model: Path, step: int | None, out: Path
@@ -93,7 +113,7 @@ class SnrDriver:
         self._stack.close()
 
     def prepare(self) -> None:
-        """Responses to all problems, or the server that they will be sampled from."""
+        """Load the responses to all problems, or start the server to sample them from."""
         kind, responses = what_is_measured(self.config)
         todo = sum(self.bins[index].problems for index in self._missing())
         logger.info(
@@ -123,7 +143,7 @@ class SnrDriver:
         )
 
     def blocks(self) -> Iterator[Block]:
-        """Those of the bins that are missing, in order."""
+        """Yield the blocks of all bins that have no figures yet, bin by bin."""
         missing = self._missing()
         if not self.responses:
             self._sample()
@@ -141,17 +161,20 @@ class SnrDriver:
                     logger.info("snr: %d of %d problems, %.0f s left", done, total, left)
 
     def finish_bin(self, index: int, sums: BlockSums) -> None:
-        """Keep a bin's figures; with the last one the file is complete."""
+        """Keep a bin's figures and write the file, which the last bin completes."""
         self.record.bins[index] = replace(self.record.bins[index], sums=sums)
         self.record.complete = not self._missing()
         self.write()
 
     def write(self) -> None:
-        self.record.write(self.out)  # a bin takes long: it is kept whatever its figures say
+        """Write the record, with the estimates that follow from it."""
+        # first without estimates: should they fail, the bin, which took long, is kept
+        self.record.write(self.out)
         self.record.write(self.out, summarise(self.record).to_dict())
 
     @property
     def is_done(self) -> bool:
+        """Whether every bin that can be measured has its figures."""
         return self.record.complete
 
     def _missing(self) -> list[int]:
@@ -159,7 +182,7 @@ class SnrDriver:
         return [i for i, (planned, kept) in pairs if planned.blocks and kept.sums is None]
 
     def _sample(self) -> None:
-        self.sampler.send_weights()  # nothing where the server has them from its files
+        self.sampler.send_weights()  # sends nothing where the server has read them from files
         wanted = list(self.problems.values())
         with bar_task(self.bar, "rollouts", len(wanted)) as advance:
             found = self.sampler.sample(
@@ -172,9 +195,9 @@ class SnrDriver:
         self.responses = {rollout.problem_id: rollout for rollout in found}
 
     def _items(self, names: tuple[str, ...]) -> list[TrainItem]:
-        """Each as if it were a batch of its own, of weight 1."""
+        """Items of the named problems, each as if it were a batch of its own, of weight 1."""
         reduction = self.config.loss.reduction
-        if reduction is Reduction.token_mean:  # its divisor is the batch's: the same for all
+        if reduction is Reduction.token_mean:  # in a batch its divisor is the same for all problems
             reduction = Reduction.token_sum
         return [
             item
@@ -189,7 +212,7 @@ class SnrDriver:
         ]
 
     def _record(self, table: PassRateTable) -> SnrRecord:
-        """What an earlier start has left of the same measurement, else a new one."""
+        """The record that an earlier start has left of the same measurement, else a new one."""
         measured = list(self.problems.values())
         identity = measurement_identity(self.config, self.model, measured, self.prompts, table.rows)
         if self.out.exists():
@@ -209,7 +232,7 @@ class SnrDriver:
         )
 
     def _compared_with(self, table: PassRateTable) -> dict[str, Any]:
-        """What no figure depends on."""
+        """Fields of the record on which no bin's sums depend: kernel, estimator, table's step."""
         weights = self.config.weights
         kernel = weights.scheme is WeightScheme.beta_kernel
         given = self.config.snr.pass_rates is not None

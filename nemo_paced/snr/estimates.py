@@ -1,4 +1,4 @@
-"""Signal-to-noise ratio of gradients across problems, from scalars that are kept of a bin.
+"""Signal-to-noise ratio of gradients across problems, estimated from five scalars a block.
 
 Of n gradients g_i with sum S, signal is ||E g||^2 and noise is tr Cov g:
 
@@ -24,18 +24,18 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-MIN_BLOCKS = 4  # an interval from fewer would be made of nothing
-ROUNDING = 1e-14  # of the sum of squares
+MIN_BLOCKS = 4  # the variance of fewer blocks' values says too little for an interval
+ROUNDING = 1e-14  # share of the sum of squares below which a noise is rounding error
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSums:
-    """What is kept of one bin's gradients; float64 arrays [B].
+    """Scalars that are kept of one bin's gradients: float64 arrays [B].
 
     Attributes:
         count_B: problems of each block, at least 1.
-        norm_B: sum of ||g||.
-        square_B: sum of ||g||^2.
+        norm_B: sum of ||g|| over a block's problems.
+        square_B: sum of ||g||^2 over them.
         dot_B: S . S_b, the sum over the bin times the sum over the block.
         block_B: ||S_b||^2.
     """
@@ -59,7 +59,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class BinEstimate:
-    """One bin's figures.
+    """Estimates of one bin: its SNR, signal and gradient norm.
 
     Attributes:
         count_B: problems of each block.
@@ -90,8 +90,12 @@ class BinEstimate:
 
 
 def estimate_bin(sums: BlockSums) -> BinEstimate | None:
-    """All figures of a bin; ``None`` with fewer than ``MIN_BLOCKS`` blocks, or where its gradients
-    do not differ (all are 0, say): a ratio to no noise is none."""
+    """All estimates of a bin, from the sums over its blocks.
+
+    Returns:
+        ``None`` with fewer than ``MIN_BLOCKS`` blocks, or where the gradients do not differ (all
+        are 0, say), as there is no ratio to no noise.
+    """
     if len(sums.count_B) < MIN_BLOCKS:
         return None
     total = float(sums.dot_B.sum())
@@ -123,7 +127,7 @@ def jackknife(value_E: np.ndarray, count_B: np.ndarray) -> Estimate:
     (pseudo-value - their weighted mean)^2 / (h_b - 1) (Busing, Meijer and Van der Leeden 1999).
 
     Args:
-        value_E: from all blocks, then without each one.
+        value_E: the estimate from all blocks, then without each one.
         count_B: problems of each block.
     """
     value, error = float(value_E[0]), float(np.sqrt(jackknife_variance(value_E, count_B)))
@@ -132,7 +136,7 @@ def jackknife(value_E: np.ndarray, count_B: np.ndarray) -> Estimate:
 
 
 def jackknife_variance(value_E: np.ndarray, count_B: np.ndarray) -> float:
-    """The variance behind :func:`jackknife`."""
+    """Variance of an estimate by the delete-a-group jackknife; arguments as :func:`jackknife`."""
     share_B = count_B / count_B.sum()
     pseudo_B = (value_E[0] - (1 - share_B) * value_E[1:]) / share_B
     centre = float(np.sum(share_B * pseudo_B))

@@ -36,17 +36,20 @@ from nemo_paced.teacher.signal import TeacherSignal
 from nemo_paced.teacher.source import TeacherSource
 
 ONE_PROBLEM = Cut(micro_batch_size=1)
-DOT_ELEMENTS = 2**24  # widened to float64 at a time
+DOT_ELEMENTS = 2**24  # elements that are widened to float64 at a time
 
 
 class GradientMeter:
-    """Collects one bin's gradients, block after block; every call is collective.
+    """Collector of one bin's gradients, block after block; every call is collective.
 
     Args:
-        gpt: this rank's stage of the student, weights loaded. It is frozen.
-        last_layers: of the model, measured beside the head; as ``snr_plan.check_settings`` allows.
-        divergence: whose gradients are measured.
+        gpt: this rank's stage of the student, weights loaded; it is frozen here.
+        teacher: source of the teacher's signals.
+        parallel: the student's layout.
+        divergence: the one whose gradients are measured.
         chunk_size, vocab_size: as for :class:`~nemo_paced.student.step.Step`'s loss.
+        last_layers: number of the model's last layers measured beside the LM head; as
+            :func:`~nemo_paced.snr.plan.check_settings` allows.
     """
 
     def __init__(
@@ -73,15 +76,16 @@ class GradientMeter:
                 self.measured = measure_layers(gpt, last_layers)
 
     def begin_bin(self, num_blocks: int) -> None:
+        """Start a bin of this many blocks with empty sums."""
         self._blocks: list[list[torch.Tensor] | None] = []
         self._total: list[torch.Tensor] | None = None
         self._scalars_KB = torch.zeros(5, num_blocks, dtype=torch.float64)
 
     def add_block(self, items: Sequence[TrainItem], *, stored: bool) -> None:
-        """Run a block's problems, each with ``token_weight`` as its loss has it.
+        """Add the gradients of a block's problems, each of its own loss with its token weight.
 
         Args:
-            items: the same list on every rank.
+            items: one for each problem; the same list on every rank.
             stored: whether their teacher signals may come from the cache, and go into it.
         """
         signal, _ = self.teacher.signal(items, stored=stored)
@@ -100,7 +104,7 @@ class GradientMeter:
             self._keep(sums, torch.stack(squares) if squares else None)
 
     def end_bin(self) -> BlockSums:
-        """The bin's scalars, the same on every rank."""
+        """Scalars of the bin's blocks, the same on every rank; the block sums are freed."""
         scalars = self._scalars_KB
         if self.parallel.is_last_stage:
             assert self._total is not None, "a bin has a block"
@@ -148,7 +152,10 @@ class GradientMeter:
         )
 
     def _gradient(self, loss: MicroBatchLoss) -> list[torch.Tensor]:
-        """Of one problem: the head's, then the other parameters'; this rank's parts, whole."""
+        """Gradient of one problem: the head's, then those of the other measured parameters.
+
+        Of each it has this rank's part (or copy), summed over all ranks that share the part.
+        """
         assert loss.result is not None, "the output layer has computed it"
         layer = self.gpt.output_layer
         wanted = [layer.head, *(one.parameter for one in self.measured)]
@@ -157,18 +164,18 @@ class GradientMeter:
         for part, one in zip(gradient[1:], self.measured, strict=True):
             if one.partial:
                 _sum_over(part, self.parallel.tp_group)
-        for part in gradient:  # each context-parallel rank has had its slice of the response
+        for part in gradient:  # a context-parallel rank has seen its slice of the response alone
             _sum_over(part, self.parallel.cp_group)
         return gradient
 
     def _dot(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
-        """This rank's part of the inner product, float64: copies count on one rank alone."""
+        """This rank's part of an inner product, float64: copied parameters count on one rank."""
         counted = [True, *(one.parts or self.parallel.tp_rank == 0 for one in self.measured)]
         parts = [_dot(x, y) for x, y, own in zip(a, b, counted, strict=True) if own]
         return torch.stack(parts).sum()
 
     def _keep(self, sums: _BlockSum, square_N: torch.Tensor | None) -> None:
-        """Add a finished block to the bin's sum, and put it aside on one replica."""
+        """Add a finished block to the bin's sum, and keep its own on the host of one replica."""
         number, parallel = len(self._blocks), self.parallel
         parts = sums.parts or self._zeros()  # a replica may have had none of the block's problems
         for part in parts:
@@ -195,7 +202,7 @@ class GradientMeter:
 
 
 class _BlockSum:
-    """Running sum of gradients, float32."""
+    """Running float32 sum of a block's gradients, a tensor for each measured parameter."""
 
     def __init__(self) -> None:
         self.parts: list[torch.Tensor] = []

@@ -1,4 +1,7 @@
-"""What decides the figures of ``snr``, and its samples: those of anything else are not reused."""
+"""Identity of an ``snr`` measurement and of its samples: all settings and inputs that decide them.
+
+Figures and samples of another identity are not reused.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.snr.plan import is_hf, what_is_measured
 from nemo_paced.teacher.cache import model_identity
 
-CERTIFICATE = ("certificate", "certificate_problems", "max_kl")  # of teacher.fp8: a check alone
+# settings of teacher.fp8 that only check the teacher, and change no figure
+CERTIFICATE = ("certificate", "certificate_problems", "max_kl")
 
 
 def measurement_identity(
@@ -26,11 +30,12 @@ def measurement_identity(
     prompts: Prompts,
     rows: Sequence[PassRate],
 ) -> dict[str, Any]:
-    """Names what the figures depend on, as JSON values.
+    """Everything that a measurement's figures depend on, as JSON values.
 
     Args:
-        problems: that are measured.
-        rows: of the table that bins them.
+        model: the student that is measured, a checkpoint or a Hugging Face directory.
+        problems: those that are measured.
+        rows: the pass-rate table that sorts them into bins.
     """
     kind, responses = what_is_measured(config)
     snr, fp8 = to_dict(config.snr), to_dict(config.teacher.fp8)
@@ -59,14 +64,17 @@ def measurement_identity(
 def rollout_purpose(
     config: PacedConfig, model: Path, problems: Sequence[Problem], prompts: Prompts
 ) -> str:
-    """Names what the samples depend on: a store that was filled by another model or with other
-    settings or prompts holds none of them. (Grading is not part of it: nothing asks for it.)"""
+    """Key of the samples in the rollout store, which names all that they depend on.
+
+    Samples of another model, or with other settings or prompts, have another key. How responses are
+    graded is not part of it, as ``snr`` grades none.
+    """
     asked = [(p.id, prompts.student(p)) for p in problems]
     return f"snr {digest([_named(model), _sampling(config), prompts.stop_token_ids, asked])}"
 
 
 def sampling_settings(config: PacedConfig) -> SamplingSettings:
-    """One response a problem, as training samples it."""
+    """Settings that sample one response a problem, as training samples it."""
     return SamplingSettings(
         num_samples=1,
         temperature=config.rollout.temperature,
@@ -81,5 +89,5 @@ def _sampling(config: PacedConfig) -> dict[str, Any]:
 
 
 def _named(model: Path) -> str:
-    """A checkpoint's path is enough: what a step has written does not change."""
+    """Identity of a model; a checkpoint's path is enough, as what a step wrote does not change."""
     return model_identity(model) if is_hf(model) else str(model)

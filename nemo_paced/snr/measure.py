@@ -1,7 +1,7 @@
 """The measurement behind ``snr`` on every rank: problem after problem, block after block.
 
-Rank 0 reads problems, pass rates and responses and says what comes next; the others wait for it on
-a key of the store. A bin that is done is written at once.
+Rank 0 reads problems, pass rates and responses and says what comes next; the other ranks wait for
+it on a key of the store. A bin that is done is written at once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from nemo_paced.training.loop import with_cache_folder
 
 
 def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:
-    """Measure what ``out`` does not hold yet; called on every rank.
+    """Measure the bins that ``out`` does not hold yet; called on every rank.
 
     Args:
         run_dir: where references and pass rates are.
-        model: of the student: a checkpoint or a Hugging Face directory.
-        out: JSON; ``record.py`` says what it holds.
+        model: the student to measure, a checkpoint or a Hugging Face directory.
+        out: the JSON file; ``record.py`` says what it holds.
 
     Raises:
         ConfigError: no pass rates, no responses, or layers that cannot be measured.
@@ -56,13 +56,16 @@ def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:
             if not _everywhere("snr/done", parallel, driver, lambda d: d.is_done):
                 _measure(config, parallel, model, driver)
             elif driver is not None:
-                driver.write()  # the kernel that it is compared with may be another now
+                driver.write()  # the kernel that SNR is compared with may be another now
     finally:
         groups.shutdown()
 
 
 def _layout_for_forward(config: PacedConfig) -> PacedConfig:
-    """Whole stages; a teacher that stays between the blocks, beside its cache."""
+    """The configuration with stages in one chunk, and with a teacher that is kept between blocks.
+
+    Where training would free it once all signals are cached, it is offloaded.
+    """
     teacher = config.teacher
     if teacher.placement is TeacherPlacement.cached:
         teacher = replace(teacher, placement=TeacherPlacement.offloaded)
@@ -125,7 +128,7 @@ def _next_block(
 def _everywhere(
     key: str, parallel: Parallel, driver: SnrDriver | None, make: Callable[[SnrDriver], Any]
 ) -> Any:
-    """What rank 0 makes, on every rank; the others wait on a key, not in a collective."""
+    """Give every rank the value that rank 0 makes; the others wait on a key, in no collective."""
     if driver is None:
         return parallel.messages.wait(key)
     value = make(driver)
@@ -135,7 +138,7 @@ def _everywhere(
 
 
 def load_student(config: PacedConfig, model: Path, parallel: Parallel) -> PacedGPTModel:
-    """This rank's stage, with the weights of a Hugging Face directory or of a checkpoint."""
+    """This rank's stage of the student, weights read from Hugging Face files or a checkpoint."""
     hf_dir = model if is_hf(model) else Path(config.student.hf_path)
     chunks = build_chunks(
         load_hf_config(hf_dir),

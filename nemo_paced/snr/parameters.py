@@ -1,4 +1,7 @@
-"""What the gradient of a problem is taken of: the LM head's use of its weight, and last layers."""
+"""Parameters whose gradients ``snr`` measures: the LM head's weight, and those of last layers.
+
+Of a tied weight only the use in the LM head counts, not that in the embedding.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from nemo_paced.student.output_layer import DivergenceOutputLayer
 
 
 class HeadGradientLayer(DivergenceOutputLayer):
-    """An output layer whose weight is a leaf of its own: gradients end here, tied or not."""
+    """Output layer whose weight is a leaf of its own, so that gradients end here, tied or not."""
 
-    head: torch.Tensor | None = None
+    head: torch.Tensor | None = None  # the leaf [v/tp, h] of the last forward
 
     def forward(
         self,
@@ -28,11 +31,12 @@ class HeadGradientLayer(DivergenceOutputLayer):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A parameter beside the head.
+    """Measured parameter other than the LM head's weight.
 
     Attributes:
-        parts: whether tensor-parallel ranks hold different parts of it.
-        partial: whether the copies' gradients are to be summed over the tensor-parallel group.
+        parameter: this rank's part or copy of it.
+        parts: whether tensor-parallel ranks hold different parts of it, and not copies.
+        partial: whether gradients of its copies are to be summed over the tensor-parallel group.
     """
 
     parameter: torch.nn.Parameter
@@ -41,9 +45,10 @@ class Measured:
 
 
 def measure_layers(gpt: PacedGPTModel, count: int) -> list[Measured]:
-    """Have the parameters of the last ``count`` layers and of the final norm differentiated.
+    """Make the parameters of the last ``count`` layers and of the final norm require gradients.
 
-    What comes before runs without a graph; the caller's ``no_grad`` ends the mode set here.
+    Earlier layers run without a graph: a hook enables gradients before the first measured layer,
+    and the ``no_grad`` around the caller's forward restores the mode when it ends.
     """
     layers = gpt.decoder.layers[-count:]
     layers[0].register_forward_pre_hook(_begin_graph, with_kwargs=True)
@@ -51,8 +56,8 @@ def measure_layers(gpt: PacedGPTModel, count: int) -> list[Measured]:
         Measured(
             parameter.requires_grad_(),
             parts=getattr(parameter, "tensor_model_parallel", False),
-            # as Megatron's finalize_model_grads has it: a rank has seen its own part of the
-            # sequence, or its own heads
+            # as in Megatron's finalize_model_grads: for these a rank has seen its own part of the
+            # sequence, or its own heads, alone
             partial=getattr(parameter, "sequence_parallel", False)
             or "q_layernorm" in name
             or "k_layernorm" in name,

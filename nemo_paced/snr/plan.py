@@ -1,4 +1,4 @@
-"""Which problems are measured for ``snr``, in which bin and block, along whose responses."""
+"""Plan of an ``snr`` measurement: its problems by bin and block, and along whose responses."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ from nemo_paced.run.checkpoint_files import STATE_FILE, read_state
 from nemo_paced.snr.estimates import MIN_BLOCKS
 from nemo_paced.weights.prior import fit_prior
 
+# divergences that are measured along the student's rollouts where no stage says otherwise
 SAMPLED = (DivergenceKind.reverse_kl, DivergenceKind.skew_reverse_kl)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBin:
-    """Problems of similar pass rate.
+    """Bin of problems of similar pass rate, and the blocks in which they are measured.
 
     Attributes:
-        low, high: of the bin; pass rates of ``high`` belong to the next one, 1 to the last.
-        available: problems of the table in it.
-        pass_rate: mean of the measured ones' estimates c / K.
+        low, high: pass rates between which the bin lies; ``high`` itself belongs to the next bin,
+            1 to the last.
+        available: problems of the table in the bin.
+        pass_rate: mean of the measured problems' estimates c / K; NaN where none is measured.
         expected_pass_rate: mean of their posterior means (c + a0) / (K + a0 + b0) under the prior
             that fits the table: what their pass rates are after regression to the mean, and above
             0 where none of K rollouts was right.
-        blocks: problem ids; empty where there are too few problems to measure.
+        blocks: problem ids by block; empty where there are too few problems to measure.
     """
 
     low: float
@@ -49,11 +51,16 @@ class PlannedBin:
 
     @property
     def problems(self) -> int:
+        """Number of problems to measure."""
         return sum(map(len, self.blocks))
 
 
 def plan_bins(rows: Sequence[PassRate], settings: SnrConfig) -> list[PlannedBin]:
-    """Bins of equal width, each with up to ``max_problems_per_bin`` drawn at random."""
+    """Sort problems into pass-rate bins of equal width, and draw those to measure at random.
+
+    Args:
+        rows: the pass-rate table, one row a problem.
+    """
     right = np.array([row.effective_correct for row in rows])
     count = np.array([row.effective_rollouts for row in rows])
     a0, b0 = fit_prior(right, count)
@@ -82,8 +89,13 @@ def plan_bins(rows: Sequence[PassRate], settings: SnrConfig) -> list[PlannedBin]
 
 
 def check_bins(bins: Sequence[PlannedBin], table: Path) -> None:
-    """Raises:
-    ConfigError: none of them can be measured.
+    """Refuse bins none of which has enough problems to measure.
+
+    Args:
+        table: path of the pass-rate table, for the message.
+
+    Raises:
+        ConfigError: no bin holds ``MIN_BLOCKS`` problems.
     """
     if not any(one.blocks for one in bins):
         raise ConfigError(
@@ -94,20 +106,22 @@ def check_bins(bins: Sequence[PlannedBin], table: Path) -> None:
 
 
 def is_hf(model: Path) -> bool:
-    """Whether it is a Hugging Face directory, and not a checkpoint."""
+    """Whether a model is a Hugging Face directory, and not a checkpoint of a run."""
     return (model / "config.json").exists()
 
 
 def step_of(config: PacedConfig, model: Path) -> int | None:
-    """Optimizer steps behind a run's checkpoint, 0 of the model that training begins with; ``None``
-    of any other: an exported model does not say."""
+    """Optimizer steps behind a model: those of a run's checkpoint, 0 for ``student.hf_path``.
+
+    ``None`` for any other directory: an exported model does not say.
+    """
     if (model / STATE_FILE).exists():
         return read_state(model).step
     return 0 if model.resolve() == Path(config.student.hf_path).resolve() else None
 
 
 def what_is_measured(config: PacedConfig) -> tuple[DivergenceKind, ResponseSource]:
-    """The divergence, and whose responses it is taken along (see ``SnrConfig``)."""
+    """The divergence to measure, and whose responses it is taken along (see ``SnrConfig``)."""
     kind = config.snr.divergence or config.stages[0].divergence
     if config.snr.responses is not None:
         return kind, config.snr.responses
@@ -118,8 +132,14 @@ def what_is_measured(config: PacedConfig) -> tuple[DivergenceKind, ResponseSourc
 
 
 def find_pass_rates(config: PacedConfig, run_dir: Path, model: Path, step: int | None) -> Path:
-    """The table of the student as it was at ``step``, or the latest one before; the run's newest
-    for a model of no known step.
+    """Path of the pass-rate table that fits a model best.
+
+    This is ``snr.pass_rates`` where given, else the first that exists of: the checkpoint's own
+    table, the run's latest table of ``step`` or earlier, the one in the run directory itself, and
+    ``weights.pass_rates``.
+
+    Args:
+        step: optimizer steps behind the model; ``None`` (not known): the run's newest is taken.
 
     Raises:
         ConfigError: there is none.
@@ -144,11 +164,11 @@ def find_pass_rates(config: PacedConfig, run_dir: Path, model: Path, step: int |
 
 
 def check_settings(config: PacedConfig) -> None:
-    """What can be said before anything starts.
+    """Refuse settings that ``snr`` cannot measure with, before anything starts.
 
     Raises:
-        ConfigError: a teacher on ranks of its own; layers that are not all on the last stage, or
-            hold experts.
+        ConfigError: a teacher on ranks of its own; ``snr.last_layers`` that are not all on the last
+            stage, or of a student with experts.
     """
     if config.teacher.placement is TeacherPlacement.separate:
         raise ConfigError(

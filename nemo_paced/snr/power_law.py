@@ -1,4 +1,4 @@
-"""Exponents of a profile, c p^a (1-p)^b, and the variance ratio that follows from two of them.
+"""Power laws c p^a (1-p)^b fitted to figures over pass rates p, and the variance ratio of two.
 
 Bins are independent samples: the variance of anything computed from all of them is the sum, over
 bins, of the jackknife's variance when blocks of that bin alone are left out.
@@ -19,19 +19,19 @@ from nemo_paced.snr.estimates import CONFIDENCE, BinEstimate, Estimate, jackknif
 from nemo_paced.snr.profile import Profile
 from nemo_paced.weights.theory import variance_ratio
 
-MIN_BINS = 4  # c, a' and b' take three
+MIN_BINS = 4  # through three bins some law goes exactly: it has three parameters
 EXPONENT_BOUNDS = (-5.0, 10.0)
-AT_BOUND = 0.01  # of an exponent: the fit stays inside
+AT_BOUND = 0.01  # distance from a bound at which a fit has ended there; the solver stays inside
 
 
 @dataclass(frozen=True, slots=True)
 class PowerLaw:
-    """value = c p^a (1-p)^b.
+    """Fitted law: value = c p^a (1-p)^b.
 
     Attributes:
-        a, b: with infinite intervals where the fit ends at ``EXPONENT_BOUNDS``.
+        a, b: the exponents, with infinite intervals where the fit ends at ``EXPONENT_BOUNDS``.
         scale: c.
-        refits_JE2: a and b of a fit to all blocks, then without each block of one bin.
+        refits_JE2: for each bin, a and b of a fit to all blocks, then without each of its blocks.
         counts_JB: problems of each bin's blocks.
     """
 
@@ -43,21 +43,24 @@ class PowerLaw:
 
     @property
     def is_bounded(self) -> bool:
+        """Whether both exponents have finite intervals."""
         return bool(np.isfinite([self.a.standard_error, self.b.standard_error]).all())
 
     def at(self, pass_rate: np.ndarray) -> np.ndarray:
+        """The law's values at these pass rates, elementwise."""
         return self.scale * pass_rate**self.a.value * (1 - pass_rate) ** self.b.value
 
 
 def fit_power_law(
     profile: Profile, figure: Callable[[BinEstimate], tuple[Estimate, np.ndarray]]
 ) -> PowerLaw | None:
-    """c p^a (1-p)^b by least squares, each bin weighted with its inverse variance.
+    """Fit c p^a (1-p)^b by least squares, each bin weighted with its inverse variance.
 
-    On the figure's own scale and not on its logarithm: an unbiased estimate may be below 0.
+    The fit is on the figure's own scale and not on its logarithm, as an unbiased estimate may be
+    below 0.
 
     Args:
-        figure: of a bin, with its values without each block.
+        figure: picks a bin's figure and its values [B] without each block.
 
     Returns:
         ``None`` with fewer than ``MIN_BINS`` bins, or where fewer than three of them are above two
@@ -86,14 +89,18 @@ def fit_power_law(
 def measured_ratio(
     alpha: float, beta: float, snr_law: PowerLaw, signal_law: PowerLaw
 ) -> Estimate | None:
-    """The variance ratio R of a kernel under fitted exponents, its interval that of log R.
+    """The variance ratio R of a kernel under fitted exponents (``theory.variance_ratio``).
+
+    Its interval is that of log R, transformed.
 
     Args:
+        alpha, beta: of the kernel p^alpha (1-p)^beta.
+        snr_law: of SNR^2, with exponents a' and b'.
         signal_law: of ||E g||^2, whose exponents are 2 a_s and 2 b_s.
 
     Returns:
-        ``None`` where it has no interval: an exponent is unbounded, or the fitted noise has no
-        mean over uniform pass rates, be it without some block alone.
+        ``None`` where R has no interval: an exponent is unbounded, or the fitted noise has no mean
+        over uniform pass rates, if only without some block.
     """
     if not (snr_law.is_bounded and signal_law.is_bounded):
         return None
@@ -114,11 +121,12 @@ def _exponent(value_JE: Sequence[np.ndarray], counts_JB: Sequence[np.ndarray]) -
     found = _across_bins(value_JE, counts_JB)
     if np.abs(found.value - np.array(EXPONENT_BOUNDS)).min() > AT_BOUND:
         return found
-    return Estimate(found.value, np.inf, -np.inf, np.inf)  # its refits stay there too
+    # at a bound the refits stay there too, and their variance would be too small
+    return Estimate(found.value, np.inf, -np.inf, np.inf)
 
 
 def _across_bins(value_JE: Sequence[np.ndarray], counts_JB: Sequence[np.ndarray]) -> Estimate:
-    """The estimate from all blocks with its interval."""
+    """The estimate from all blocks, with an interval from the bins' jackknife variances."""
     pairs = zip(value_JE, counts_JB, strict=True)
     error = float(np.sqrt(sum(jackknife_variance(value_E, count_B) for value_E, count_B in pairs)))
     degrees = min(len(count_B) for count_B in counts_JB) - 1
@@ -128,7 +136,7 @@ def _across_bins(value_JE: Sequence[np.ndarray], counts_JB: Sequence[np.ndarray]
 
 
 class _PowerFit:
-    """Least squares in (log c, a, b)."""
+    """Weighted least-squares fit of (log c, a, b) to the figures of all bins."""
 
     def __init__(self, pass_rate_J: np.ndarray, error_J: np.ndarray) -> None:
         ones = np.ones_like(pass_rate_J)
@@ -136,7 +144,7 @@ class _PowerFit:
         self.error_J = error_J
 
     def start(self, value_J: np.ndarray) -> np.ndarray:
-        """In logarithms, from the bins above 0."""
+        """Starting point: a linear fit of the logarithms, from the bins above 0."""
         there = value_J > 0
         weight = (value_J / self.error_J)[there]
         terms = self.terms_J3[there]

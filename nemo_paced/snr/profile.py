@@ -1,10 +1,11 @@
-"""SNR against pass rate as a whole: how far the kernel is off, and what that guarantees.
+"""Comparison of SNR over pass rates with the Beta kernel: as a whole, and at both ends.
 
-Also whether SNR falls towards an end of the pass rates, as the kernel does. An end is the outermost
-measured bin; it is compared with the middle in w* = SNR^2 / (1 + SNR^2). Two readings compete: that
+As a whole: how far the kernel is from w* = SNR^2 / (1 + SNR^2), and which efficiency that
+guarantees. At the ends: whether SNR falls towards an end of the pass rates, as the kernel does. An
+end is the outermost measured bin; it is compared with the middle in w*. Two readings compete: that
 w* falls by the kernel's own ratio there, and that it does not fall (ratio 1). The outermost bin's
 mean pass rate is not 0 or 1 (few rollouts draw problems of all kinds into it): the kernel's ratio
-may be .6 and more, and nothing can be twice that.
+may be 0.6 and more, so that the two readings differ by less than a factor of 2.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from nemo_paced.snr.estimates import CONFIDENCE, BinEstimate
 from nemo_paced.weights.beta_kernel import beta_weight
 from nemo_paced.weights.theory import minimax_efficiency, optimal_weight
 
-DRAWS = 4000  # of the noise, for its part in a maximum
-MIDDLE = 0.75  # of the kernel's peak
-ERRORS = 2.0  # standard errors
-LEVEL = 0.9  # a kernel's ratio from which on the two readings are one
+DRAWS = 4000  # of the noise, to estimate how much it widens a range
+MIDDLE = 0.75  # the middle is the bins where the kernel has this share of its peak, or more
+ERRORS = 2.0  # standard errors by which a reading is excluded
+LEVEL = 0.9  # the kernel's ratio from which the two readings cannot be told apart
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Measured bins, ascending.
+    """SNR over pass rates: the measured bins' estimates, in ascending order of pass rate.
 
     Attributes:
         pass_rate_J: mean pass rate of each bin's problems, in (0, 1).
-        bins: the estimates, aligned.
+        bins: their estimates, aligned.
     """
 
     pass_rate_J: np.ndarray
@@ -53,13 +54,14 @@ class Deviation:
     """How far w* = SNR^2 / (1 + SNR^2) is from the kernel, in nats, the scale being free.
 
     Attributes:
-        delta: half the range of log(w* / kernel) over the bins as measured. Noise inflates it: it
-            is half a maximum minus a minimum.
-        corrected: ``delta`` less what noise adds by a parametric bootstrap; at least ``low``.
-        low, high: of the true one with 95 % confidence, by intervals that hold for all bins at
-            once (Bonferroni); ``high`` is infinite where a bin's SNR may be 0.
+        delta: half the range of log(w* / kernel) over the bins as measured. Noise inflates it, as
+            it widens the range between a maximum and a minimum.
+        corrected: ``delta`` less what noise adds by a parametric bootstrap; within ``low`` and
+            ``high``.
+        low, high: 95 % interval of the true delta, by intervals that hold for all bins at once
+            (Bonferroni); ``high`` is infinite where a bin's SNR may be 0.
         noise: the ``delta`` that the same noise would show if the kernel were exact.
-        bins: how many the point estimate is made of: those with SNR^2 above two standard errors.
+        bins: number of bins behind the point estimate: those with SNR^2 above two standard errors.
     """
 
     delta: float
@@ -71,22 +73,27 @@ class Deviation:
 
     @property
     def efficiency(self) -> float:
-        """sech^2 of the corrected delta."""
+        """sech^2 of the corrected delta: what is kept of the best weights' descent."""
         return float(minimax_efficiency(self.corrected))
 
     @property
     def guaranteed_efficiency(self) -> float:
-        """sech^2 of ``high``: at least so much of the best weights' descent, with 95 % confidence
-        and for the pass rates that were measured."""
+        """sech^2 of ``high``: the least share of the best weights' descent, at 95 % confidence.
+
+        It holds for the pass rates that were measured.
+        """
         return float(minimax_efficiency(self.high)) if np.isfinite(self.high) else 0.0
 
 
 def deviation(profile: Profile, alpha: float, beta: float, *, seed: int = 0) -> Deviation | None:
-    """The run's delta; ``None`` where fewer than two bins have a SNR^2 above two standard errors.
+    """Deviation of the measured w* from a kernel, with an interval.
 
     Args:
         alpha, beta: of the kernel that is compared with, p^alpha (1-p)^beta.
         seed: of the bootstrap's draws.
+
+    Returns:
+        ``None`` where fewer than two bins have a SNR^2 above two standard errors.
     """
     log_kernel_J = np.log(beta_weight(profile.pass_rate_J, alpha, beta))
     snr_squared_J, error_J = profile.snr_squared_J, profile.error_J
@@ -111,7 +118,7 @@ def deviation(profile: Profile, alpha: float, beta: float, *, seed: int = 0) -> 
 
 
 def _bounds(profile: Profile, log_kernel_J: np.ndarray) -> tuple[float, float]:
-    """Of delta: the least and the largest half range that the bins' simultaneous intervals hold."""
+    """Bounds of delta: the least and the largest half range within the bins' joint intervals."""
     tail = (1 - CONFIDENCE) / (2 * len(profile.bins))
     reach_J = np.array([stats.t.ppf(1 - tail, len(b.count_B) - 1) for b in profile.bins])
     reach_J = reach_J * profile.error_J
@@ -128,25 +135,29 @@ def _log(values: np.ndarray) -> np.ndarray:
 
 
 class Verdict(Enum):
-    """What is shown; each of the first two is wrong of the other's truth a few times in 100."""
+    """Verdict on an end of a profile: whether SNR falls towards it as the kernel does.
 
-    falls = "falls"  # not flat by two standard errors, and nearer to the kernel's ratio
-    does_not_fall = "does_not_fall"  # above the kernel's by two standard errors, and nearer to 1
+    Where the opposite is true, ``falls`` and ``does_not_fall`` are each given a few times in 100.
+    """
+
+    falls = "falls"  # ratio below 1 by two standard errors, and nearer to the kernel's
+    does_not_fall = "does_not_fall"  # ratio above the kernel's by two, and nearer to 1
     not_shown = "not_shown"  # neither, or the kernel's own ratio is near 1
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How an end of the profile compares with its middle, in w*.
+    """Comparison of an end of the profile with its middle, in w*.
 
-    The middle is the bins where the kernel has at least 3/4 of its peak, weighted by problems.
+    The middle is the other bins where the kernel has at least 3/4 of its peak, weighted by their
+    numbers of problems.
 
     Attributes:
-        pass_rate: mean of the outermost measured bin.
-        ratio: its w* over that of the middle.
+        pass_rate: mean pass rate of the outermost measured bin.
+        ratio: w* of that bin over that of the middle.
         standard_error: of ``ratio``.
-        kernel: the same ratio of the kernel.
-        verdict: which reading is shown; nearer means so in logarithms.
+        kernel: the kernel at that bin over the kernel in the middle.
+        verdict: which reading is shown; the nearer one is so in logarithms.
         norm_ratio: mean gradient norm at the end over that in the middle.
     """
 
@@ -159,16 +170,19 @@ class End:
 
     @property
     def is_level(self) -> bool:
-        """Whether the kernel itself hardly falls: no number of problems tells then."""
+        """Whether the kernel itself hardly falls, so that no number of problems gives a verdict."""
         return self.kernel >= LEVEL
 
 
 def compare_end(profile: Profile, at: int, alpha: float, beta: float) -> End | None:
-    """An end of the profile; ``None`` where there is no middle with a signal.
+    """Compare an end of the profile with its middle.
 
     Args:
-        at: index of the end's bin.
+        at: index of the end's bin: 0 or -1.
         alpha, beta: of the kernel that is compared with, p^alpha (1-p)^beta.
+
+    Returns:
+        ``None`` with fewer than three bins, or where there is no middle with a signal.
     """
     if len(profile.bins) < 3:
         return None

@@ -1,9 +1,9 @@
-"""``snr/step_XXXXXXXX_DIVERGENCE.json``: what was measured, as it is kept on disk.
+"""The file of an ``snr`` measurement, ``snr/step_XXXXXXXX_DIVERGENCE.json`` of a run directory.
 
-With ``snr.last_layers`` N the name ends in ``_last_layers_N``.
+With ``snr.last_layers`` N its name ends in ``_last_layers_N``.
 
     {"complete": true,
-     "identity": {...},              what decides the figures; another one is measured anew
+     "identity": {...},              what decides the figures; with another they are measured anew
      "model": "...", "step": 40,     of the student; 0: as training began; null: an exported model
      "pass_rates_step": 20,          of the student that the pass rates are of; null: --pass-rates
      "divergence": "forward_kl", "responses": "references",
@@ -13,11 +13,11 @@ With ``snr.last_layers`` N the name ends in ``_last_layers_N``.
                "pass_rate": 0.0,     mean c / K of the measured problems
                "expected_pass_rate": 0.03,     posterior mean under the prior of the table
                "sums": {"count_B": [...], "norm_B": [...], "square_B": [...], "dot_B": [...],
-                        "block_B": [...]} or null},    as ``snr.BlockSums``
+                        "block_B": [...]} or null},    as ``BlockSums``
               ...],
      "estimates": {...}}             what ``summary.py`` makes of the rest; not read back
 
-It is written after every bin, so that a later start goes on with the bins that are missing.
+The file is written after every bin, so that a later start goes on with the bins that are missing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ FOLDER = "snr"  # of a run directory
 
 @dataclass(frozen=True, slots=True)
 class BinRecord:
-    """One bin; ``sums`` is ``None`` where it has too few problems, or is not measured yet."""
+    """One bin of a measurement; the fields are those of :class:`~nemo_paced.snr.plan.PlannedBin`.
+
+    Attributes:
+        sums: ``None`` where the bin has too few problems, or is not measured yet.
+    """
 
     low: float
     high: float
@@ -51,7 +55,7 @@ class BinRecord:
 
 @dataclass(slots=True)
 class SnrRecord:
-    """A measurement, whole or under way; see the module for its file."""
+    """Measurement of SNR, complete or under way; the module says what its fields mean."""
 
     identity: dict[str, Any]
     model: str
@@ -66,7 +70,11 @@ class SnrRecord:
     estimator: str | None = None
 
     def write(self, path: Path, estimates: dict[str, Any] | None = None) -> None:
-        """In place of an earlier file only when whole."""
+        """Write the file, in place of an earlier one only when it is whole.
+
+        Args:
+            estimates: what ``summary.py`` makes of the record, as plain data.
+        """
         names = (f.name for f in fields(self) if f.name != "bins")
         tree = {name: getattr(self, name) for name in names}
         tree["bins"] = [_bin_tree(one) for one in self.bins]
@@ -75,8 +83,10 @@ class SnrRecord:
 
     @staticmethod
     def read(path: Path) -> SnrRecord:
-        """Raises:
-        ConfigError: it is no such file.
+        """The record that :meth:`write` has written, without its estimates.
+
+        Raises:
+            ConfigError: the file is missing, damaged or no measurement.
         """
         try:
             tree = json.loads(path.read_text())

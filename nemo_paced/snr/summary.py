@@ -1,4 +1,4 @@
-"""What a measurement of SNR says: figures by bin, exponents, delta and sentences about them."""
+"""All figures of an SNR measurement: estimates by bin, exponents, delta, and both ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from nemo_paced.snr.record import BinRecord, SnrRecord
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A bin; ``found`` is ``None`` where it has no estimate."""
+    """A bin's record beside its estimates.
+
+    Attributes:
+        found: ``None`` where the bin has no estimates.
+    """
 
     bin: BinRecord
     found: BinEstimate | None
@@ -24,14 +28,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Attributes:
-    rows: every bin.
-    snr_law: SNR^2 = c p^a' (1-p)^b'.
-    signal_law: ||E g||^2 likewise, with exponents 2 a_s and 2 b_s.
-    deviation: from the run's kernel.
-    variance_ratio: R of the run's kernel with the measured a_s, b_s, a', b'; ``None`` where it
-        has no interval.
-    low_end, high_end: of the profile.
+    """All figures that follow from a measurement's sums; ``None`` where the data do not give one.
+
+    Attributes:
+        rows: every bin, in ascending order.
+        snr_law: SNR^2 = c p^a' (1-p)^b'.
+        signal_law: ||E g||^2 likewise, with exponents 2 a_s and 2 b_s.
+        deviation: of the measured w* from the run's kernel.
+        variance_ratio: R of the run's kernel with the measured a_s, b_s, a', b'; ``None`` where it
+            has no interval.
+        low_end, high_end: of the profile, compared with its middle.
     """
 
     rows: list[Row]
@@ -43,7 +49,7 @@ class Summary:
     high_end: End | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for the JSON file."""
+        """The figures as plain data, for the JSON file."""
         return {
             "bins": [None if row.found is None else _figures(row.found) for row in self.rows],
             **{
@@ -58,7 +64,7 @@ class Summary:
 
 
 def summarise(record: SnrRecord) -> Summary:
-    """All figures that the record's scalars give."""
+    """Compute all figures from the sums that a record keeps of its bins."""
     rows = [Row(b, None if b.sums is None else estimate_bin(b.sums)) for b in record.bins]
     measured = [row for row in rows if row.found is not None]
     profile = Profile(

@@ -11,15 +11,16 @@ from nemo_paced.snr.profile import End, Verdict
 from nemo_paced.snr.record import SnrRecord
 from nemo_paced.snr.summary import Summary
 
-LARGER = 1.5  # times the middle's gradient norm, from which on it is worth a sentence
+LARGER = 1.5  # ratio of an end's gradient norm to the middle's, above which it is called large
 HEADINGS = ("pass rate", "mean p", "problems", "plain SNR", "SNR", "95 %", "mean ||g||")
 
 
 def table_rows(summary: Summary) -> list[list[str]]:
-    """Headings, then a row a bin.
+    """The table of bins as strings: the headings, then a row for each bin.
 
-    ``mean p`` is the posterior mean pass rate, ``problems`` the measured ones of all, ``SNR`` the
-    unbiased one with its interval, ``mean ||g||`` the gradient norm with its standard error.
+    ``mean p`` is the posterior mean pass rate, ``problems`` the measured ones of all in the bin,
+    ``SNR`` the unbiased one with its interval, ``mean ||g||`` the gradient norm with its standard
+    error.
     """
     rows = [list(HEADINGS)]
     for row in summary.rows:
@@ -45,7 +46,7 @@ def table_rows(summary: Summary) -> list[list[str]]:
 
 
 def measured_weights(record: SnrRecord) -> str:
-    """Whose gradient it is."""
+    """Name of the parameters whose gradient was measured."""
     layers = record.identity["last_layers"]
     if not layers:
         return "LM head"
@@ -53,7 +54,10 @@ def measured_weights(record: SnrRecord) -> str:
 
 
 def lead(record: SnrRecord) -> str:
-    """What was measured."""
+    """One line that says what was measured.
+
+    It names divergence, responses, parameters, model and pass rates, and any doubt about those.
+    """
     text = f"{record.divergence} along {record.responses}, gradient of the "
     text += f"{measured_weights(record)}, {which_model(record)}, pass rates of "
     given = record.pass_rates_step is None
@@ -64,13 +68,13 @@ def lead(record: SnrRecord) -> str:
 
 
 def which_model(record: SnrRecord) -> str:
-    """A checkpoint's step; of an exported model, which has none, the name."""
+    """Name of the measured model: its step, or the folder's name where the step is not known."""
     return f"model {Path(record.model).name}" if record.step is None else f"step {record.step}"
 
 
 def doubt(record: SnrRecord) -> str | None:
-    """Why the pass rates may not be those of the model that is measured."""
-    if record.pass_rates_step is None:  # whoever gave the table knows whose it is
+    """Reason why the pass rates may not be those of the measured model; ``None``: there is none."""
+    if record.pass_rates_step is None:  # who gave the table by --pass-rates knows whose it is
         return None
     if record.step is None:
         return (
@@ -83,7 +87,7 @@ def doubt(record: SnrRecord) -> str | None:
 
 
 def sentences(record: SnrRecord, summary: Summary) -> list[str]:
-    """Exponents, delta, variance ratio, ends: one a line."""
+    """The figures in sentences, one a line: exponents, variance ratio, delta, both ends."""
     lines = [*_law_lines(record, summary), *_deviation_lines(record, summary)]
     alike = [r.bin for r in summary.rows if r.bin.sums is not None and r.found is None]
     if alike:
@@ -143,7 +147,10 @@ def _deviation_lines(record: SnrRecord, summary: Summary) -> list[str]:
 
 
 def _plug_in_lines(record: SnrRecord) -> list[str]:
-    """The kernel of ``delta`` is taken at posterior means, which are never 0 or 1."""
+    """Warning that delta does not cover ``weights.estimator=plug_in`` at pass rates 0 and 1.
+
+    The kernel of ``delta`` is taken at posterior means, which are never 0 or 1.
+    """
     none, every = record.alpha > 0, record.beta > 0
     if record.estimator != Estimator.plug_in.value or not (none or every):
         return []
