@@ -1,9 +1,9 @@
-"""``rollout.refit=file``: new weights into running servers by way of safetensors files.
+"""``rollout.refit=file``, the servers' part: they load new weights from safetensors files.
 
 Every trainer rank iterates the ``WeightSource`` (a collective) and rank 0 writes files to memory or
-disk of its node (``weight_files.py``); here it drives the servers: pause, start, update with each
-file, finish, resume. The files stay until the next refit, so that a restarted server can get them
-again.
+disk of its node (``weight_files.py``); this module drives the servers: pause, start, update with
+each file, finish, resume. The files stay until the next refit, so that a restarted server can get
+them again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.refit.weight_sync import WeightSync
 from nemo_paced.serving.client import RolloutClient
 
-ROUTE_TIMEOUT_S = 30.0
+ROUTE_TIMEOUT_S = 30.0  # of each call that checks a server
 VERSION_FILE = "version"
 
 
@@ -37,7 +37,7 @@ def written_version(folder: Path) -> str | None:
 
 
 def check_weight_routes(client: RolloutClient, backend: RefitBackend) -> None:
-    """Whether every server takes new weights as we send them.
+    """Check that every server takes new weights over ``backend``.
 
     Raises:
         ConfigError: names a server that does not.

@@ -1,6 +1,6 @@
 """A gloo group of processes that belong to different programs: trainer and rollout servers.
 
-Imports torch alone: the servers' environment may hold nothing else of the trainer's.
+This module imports torch alone: the servers' environment may hold nothing else of the trainer's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ MESSAGE_TIMEOUT_S = 600.0  # of one parameter
 
 
 def join_group(*, master_address: str, master_port: int, rank: int, world_size: int) -> Any:
-    """A gloo group beside those of torch.distributed; blocks until all have joined."""
+    """Make a gloo group beside those of torch.distributed; blocks until all ranks have joined.
+
+    Rank 0 listens at the master address.
+    """
     timeout = timedelta(seconds=JOIN_TIMEOUT_S)
     store = TCPStore(master_address, master_port, world_size, is_master=rank == 0, timeout=timeout)
     return ProcessGroupGloo(store, rank, world_size, timedelta(seconds=MESSAGE_TIMEOUT_S))
 
 
 def broadcast(group: Any, tensor: torch.Tensor) -> None:
-    """From rank 0, in place."""
+    """Broadcast a CPU tensor from the group's rank 0 to the others, in place."""
     options = BroadcastOptions()
     options.rootRank = 0
     group.broadcast([tensor], options).wait()

@@ -18,11 +18,12 @@ from nemo_paced.refit.weight_sync import WeightSync
 
 
 class GlooSender:
-    """Every trainer rank makes one and calls it at the same time.
+    """Sender of ``rollout.refit=gloo``; every trainer rank makes one and calls it at the same time.
 
     Args:
         sync: rank 0's; ``None`` on the others, which only take part in gathering the weights.
-        rendezvous: ``master_address``, ``master_port`` and ``world_size`` of rank 0 and workers.
+        rendezvous: ``master_address``, ``master_port`` and ``world_size`` of the group, which is
+            rank 0 and all workers of the servers.
 
     Raises:
         RolloutError: a server did not join.
@@ -42,7 +43,7 @@ class GlooSender:
             )
 
     def send_weights(self) -> None:
-        """One update of all servers, from start to finish; collective.
+        """Send the student's weights to all servers, from start to finish; collective.
 
         Raises:
             RolloutError: a server refused, or was lost on the way.
@@ -72,7 +73,10 @@ class GlooSender:
 
 
 def _beside(server_side: Callable[[], None], ours: Callable[[], Any]) -> Any:
-    """Both at once, since each waits for the other; what the servers say comes first."""
+    """Run both at once, since each waits for the other; returns the result of ``ours``.
+
+    Where ours fails, the servers' error comes first: it says more.
+    """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-sync")
     asked = pool.submit(server_side)
     try:

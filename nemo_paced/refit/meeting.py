@@ -1,4 +1,4 @@
-"""The group that trainer and servers form to move weights: where it meets, and who sends."""
+"""Rendezvous of the process group that trainer and servers form to move weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from nemo_paced.serving.sidecar import free_ports
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Where trainer and servers form a group, and how large the servers are.
+    """Where trainer and servers form a process group, and how large the servers are.
 
     Attributes:
-        workers: ranks of each server.
+        backend: the transport that the group is for.
+        address, port: where the trainer's rank 0 listens.
+        workers: how many ranks each server has.
     """
 
     backend: RefitBackend
@@ -28,7 +30,10 @@ class Meeting:
 
 
 class Sender(Protocol):
-    """The trainer's side of the group: what vLLM calls a ``TrainerWeightTransferEngine``."""
+    """The trainer's side of the group: what vLLM calls a ``TrainerWeightTransferEngine``.
+
+    Every trainer rank has one; ``send_weights`` is collective over them.
+    """
 
     def send_weights(self) -> None: ...
 
@@ -36,7 +41,7 @@ class Sender(Protocol):
 
 
 def meeting(backend: RefitBackend, sync: WeightSync) -> Meeting:
-    """A free port of this process's machine, at the address that the servers reach it by."""
+    """A new rendezvous: a free port of this machine, at the address by which servers reach it."""
     host = urlsplit(sync.client.endpoints[0]).hostname or LOOPBACK
     address = LOOPBACK if is_loopback(host) else _address_towards(host)
     (port,) = free_ports(address, 1)

@@ -1,8 +1,8 @@
-"""Which weights the rollout servers hold, and how they come to the trainer's; rank 0's part.
+"""Rank 0's account of the weights that the rollout servers hold, and of those they should hold.
 
 With ``rollout.refit=file`` what was last written can be sent again to a server that was started
 anew. Over the other transports only all trainer ranks together can send: such a server is left out
-until the next refit, and when no server is left, :class:`WeightsLost` asks for one now.
+until the next refit, and when no server is left, :class:`WeightsLost` asks for a refit now.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class ServerWeights:
-    """Thread-safe: the sampler's thread mends what the trainer's thread sends.
+    """The weights of the rollout servers: what each should hold, and how it gets them again.
+
+    It is thread-safe: the trainer's thread sends weights while the sampler's brings servers back.
 
     Args:
-        client: of all servers.
-        folder: of the files that weights go through.
+        client: talks to all servers.
+        swap: what a new version does to responses under way.
+        folder: where the files of ``rollout.refit=file`` lie.
     """
 
     def __init__(
@@ -38,18 +41,18 @@ class ServerWeights:
         self.folder = folder
         self.sync = WeightSync(client, swap)
         self._swap = swap
-        self._sent: str | None = None  # not through files
+        self._sent: str | None = None  # version last sent over a transport other than files
         self._compared = len(client.endpoints) == 1
         self._lock = threading.RLock()
-        self._held = False  # between begin and what ends it
+        self._held = False  # whether begin has the lock, which finish or abandon releases
 
     @property
     def version(self) -> str | None:
-        """What the servers should have; ``None``: what they started with."""
+        """The version of weights that the servers should have; ``None``: those they began with."""
         return written_version(self.folder) if self.backend is RefitBackend.file else self._sent
 
     def send_written(self) -> None:
-        """Make every server load the files; nothing where none were ever written.
+        """Make every server load the files that were last written, if there are any.
 
         Raises:
             RolloutError: a server refused or cannot be reached.
@@ -61,9 +64,10 @@ class ServerWeights:
                 self._compare()
 
     def begin(self, version: str) -> Meeting | None:
-        """Hold the servers until :meth:`finish`; the group to form, ``None`` if the last stands.
+        """Pause the servers until :meth:`finish`; returns the group to form.
 
-        Followed by :meth:`abandon` where the weights do not get there.
+        ``None``: the last group still stands. Where the weights do not reach the servers, the
+        caller calls :meth:`abandon`.
 
         Raises:
             RolloutError: a server cannot be reached.
@@ -86,7 +90,7 @@ class ServerWeights:
             raise
 
     def finish(self) -> None:
-        """All ranks have sent: the servers go on.
+        """Let the servers go on, after all ranks have sent.
 
         Raises:
             RolloutError: a server cannot be reached, or two of them differ.
@@ -99,17 +103,17 @@ class ServerWeights:
     def abandon(self) -> None:
         """Let other threads look at the weights again; safe to call twice.
 
-        Where sending failed the run ends: servers with half an update stay held.
+        Where sending failed the run ends: servers with half an update stay paused.
         """
         if self._held:
             self._held = False
             self._lock.release()
 
     def current(self, endpoint: str) -> bool:
-        """Whether a server has the weights that it should; it is sent them where that can be.
+        """Whether a server has the weights that it should; where files hold them it is sent them.
 
         Raises:
-            WeightsLost: it has not, nor has any other.
+            WeightsLost: it has not, no other server has, and only all ranks together can send them.
         """
         with self._lock:
             version = self.version
@@ -156,7 +160,10 @@ class ServerWeights:
         return True
 
     def _compare(self) -> None:
-        """Once: what reached one server intact and another one not would show here."""
+        """Compare the servers' weights, after the first update alone.
+
+        A transport that reaches one server intact and another one not would show then.
+        """
         if not self._compared:
             self.sync.check_same_weights()
             self._compared = True
@@ -168,4 +175,4 @@ class ServerWeights:
         return sorted(self.folder.glob("*.safetensors"))
 
 
-_UNREACHABLE = "no answer"
+_UNREACHABLE = "no answer"  # in place of a version

@@ -24,7 +24,7 @@ def make_sender(
     chunks: Sequence[PacedGPTModel],
     parallel: Parallel,
 ) -> Sender:
-    """Join the servers' group; collective over the trainer's ranks.
+    """Make this rank's sender and join the servers' group; collective over the trainer's ranks.
 
     Args:
         sync: rank 0's; ``None`` elsewhere.

@@ -1,8 +1,8 @@
-"""What runs inside vLLM's processes: weight-transfer backends for files and for gloo.
+"""Weight-transfer backends for files and for gloo that run inside vLLM's processes.
 
-Registered through the entry point group ``vllm.general_plugins``. vLLM's own backends move weights
-between GPUs; these serve the CPU build, trainers that share only a disk with the server (``file``),
-and those that share only a network with it (``gloo``).
+vLLM finds them through the entry point group ``vllm.general_plugins``. Its own backends move
+weights between GPUs; these serve the CPU build, trainers that share only a disk with the server
+(``file``), and those that share only a network with it (``gloo``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 
 def register() -> None:
-    """Called by vLLM in every process it starts."""
+    """Register both backends; vLLM calls it in every process that it starts."""
     if "file" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine("file", FileWeightTransferEngine)
         WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
@@ -29,19 +29,28 @@ def register() -> None:
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+    """First message of the file backend: there is nothing to agree on beforehand."""
 
 
 @dataclass
 class FileUpdateInfo(WeightTransferUpdateInfo):
-    """A safetensors file with Hugging Face names, on a disk that this process reads too."""
+    """Update message of the file backend.
+
+    Attributes:
+        path: a safetensors file with Hugging Face names, on a disk that this process reads too.
+    """
 
     path: str
 
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """Where the group meets, and the rank in it of this server's first worker."""
+    """First message of the gloo backend: where the group meets, and this server's ranks in it.
+
+    Attributes:
+        world_size: the trainer's rank 0 and all workers of all servers.
+        rank_offset: rank of this server's first worker.
+    """
 
     master_address: str
     master_port: int
@@ -51,7 +60,13 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """What rank 0 is about to broadcast, in its order."""
+    """Update message of the gloo backend: what rank 0 is about to broadcast, in its order.
+
+    Attributes:
+        names: Hugging Face names.
+        dtype_names: torch's, such as ``bfloat16``.
+        shapes: of whole parameters.
+    """
 
     names: list[str]
     dtype_names: list[str]
@@ -63,7 +78,7 @@ UpdateInfo = TypeVar("UpdateInfo", bound=WeightTransferUpdateInfo)
 
 
 class _CheckpointEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Hands tensors with Hugging Face names to the model's own checkpoint loader."""
+    """Base of both: hands tensors with Hugging Face names to the model's own checkpoint loader."""
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -99,7 +114,7 @@ class _CheckpointEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class FileWeightTransferEngine(_CheckpointEngine[FileInitInfo, FileUpdateInfo]):
-    """A file at a time."""
+    """Backend ``file``: each update message is one safetensors file to load."""
 
     init_info_cls = FileInitInfo
     update_info_cls = FileUpdateInfo
@@ -115,7 +130,7 @@ class FileWeightTransferEngine(_CheckpointEngine[FileInitInfo, FileUpdateInfo]):
 
 
 class GlooWeightTransferEngine(_CheckpointEngine[GlooInitInfo, GlooUpdateInfo]):
-    """A parameter at a time, whole, into host memory first."""
+    """Backend ``gloo``: each worker receives whole parameters, one at a time, in host memory."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo

@@ -1,7 +1,7 @@
 """vLLM's trainer-side weight-transfer engines over the Megatron student.
 
-The only module of the trainer that imports vLLM. Nothing here has run on a GPU yet; a test holds
-every call to the signatures of the installed vLLM.
+This is the only module of the trainer that imports vLLM. Nothing here has run on a GPU yet; a test
+holds every call to the signatures of the installed vLLM.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def make_vllm_sender(
     chunks: Sequence[PacedGPTModel],
     parallel: Parallel,
 ) -> Sender:
-    """The engine of ``meeting.backend``, joined with the servers; collective."""
+    """vLLM's engine for ``meeting.backend``, joined with the servers' group; collective."""
     client: Any = sync  # the other ranks' engines never call it
     weights: Any = source(meeting, chunks, parallel)  # structurally vLLM's class
     return WeightTransferTrainerFactory.trainer_init(
@@ -43,14 +43,14 @@ def make_vllm_sender(
 
 
 def init_info(meeting: Meeting, parallel: Parallel) -> TrainerInitInfo:
-    """What vLLM's factory picks the engine by."""
+    """The first message of ``meeting.backend``, by whose type vLLM's factory picks the engine."""
     if meeting.backend is RefitBackend.ipc:
         return IPCTrainerInitInfo(rank=parallel.rank, packed=True)
     workers = sum(meeting.workers)
     place: dict[str, Any] = {"master_address": meeting.address, "master_port": meeting.port}
     if meeting.backend is RefitBackend.nccl:
         return NCCLTrainerInitInfo(rank=parallel.rank, world_size=1 + workers, **place)
-    # servers of equal size replicate, the ranks of one shard
+    # (servers, ranks of one): the servers, which are of equal size, replicate; the ranks shard
     mesh = (len(meeting.workers), meeting.workers[0])
     return M2NTrainerInitInfo(
         rank=parallel.rank,
@@ -64,7 +64,10 @@ def init_info(meeting: Meeting, parallel: Parallel) -> TrainerInitInfo:
 def source(
     meeting: Meeting, chunks: Sequence[PacedGPTModel], parallel: Parallel
 ) -> WeightSource | MegatronWeightSource:
-    """Whole parameters on rank 0 (nccl) or on every rank (ipc), or each rank's shards (m2n)."""
+    """The weight source of ``meeting.backend``.
+
+    It yields whole parameters on rank 0 (nccl) or on every rank (ipc), or each rank's shards (m2n).
+    """
     if meeting.backend is RefitBackend.nccl:
         return MegatronWeightSource(chunks, parallel)
     if meeting.backend is RefitBackend.ipc:
@@ -73,7 +76,10 @@ def source(
 
 
 class EverywhereSource(MegatronWeightSource):
-    """Every rank gets every parameter: the server's worker on a GPU reads that GPU's copy."""
+    """Source for ``ipc``: every rank gets every whole parameter.
+
+    A server's worker reads the copy of the rank that is on its GPU.
+    """
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         shapes = {meta.name: meta.shape for meta in self.metadata()}
@@ -85,11 +91,16 @@ class EverywhereSource(MegatronWeightSource):
             yield name, tensor
 
     def held_names(self) -> set[str] | None:
+        """``None``: every rank receives every parameter."""
         return None
 
 
 class ShardSource(M2NWeightSource):
-    """Each rank's tensor-parallel parts: m2n sends them straight to whom they belong."""
+    """Source for ``nccl_m2n``: each rank yields its tensor-parallel part of every parameter.
+
+    m2n sends each part straight to the workers that hold it. What ``shard_dim`` does not cut (the
+    vocabulary's, the experts') every rank yields whole.
+    """
 
     def __init__(self, chunks: Sequence[PacedGPTModel], parallel: Parallel) -> None:
         self.chunks = chunks
@@ -97,11 +108,15 @@ class ShardSource(M2NWeightSource):
         self.dtype = next(chunks[0].parameters()).dtype
 
     def mesh(self) -> M2NMesh:
-        """Tensor-parallel neighbours are next to each other; all else replicates."""
+        """The trainer's ranks as ``[world / tp, tp]``: along the first axis they replicate.
+
+        Tensor-parallel neighbours are next to each other in Megatron's order of ranks.
+        """
         tensor = self.parallel.tp_size
         return M2NMesh((self.parallel.world_size // tensor, tensor), start_rank=0)
 
     def metadata(self) -> list[VllmParamMeta]:
+        """Name, dtype, whole shape and placement of every parameter, on every rank."""
         architecture = self.chunks[0].architecture
         return [
             M2NParamMeta(

@@ -11,11 +11,16 @@ from safetensors.torch import save_file
 from nemo_paced.refit.file_transfer import VERSION_FILE
 from nemo_paced.refit.weight_source import MegatronWeightSource
 
-FILE_BYTES = 2**30
+FILE_BYTES = 2**30  # a file ends once it holds so much: rank 0 keeps no more in memory
 
 
 def write_weights(source: MegatronWeightSource, folder: Path | None, *, version: int) -> None:
-    """Write the source's weights as safetensors; collective. Only rank 0 has a folder."""
+    """Write the source's weights as safetensors files; collective.
+
+    Args:
+        folder: rank 0's, whose earlier content goes; ``None`` elsewhere.
+        version: optimizer steps behind the weights.
+    """
     if folder is None:
         for _ in source:  # take part in the gathers
             pass

@@ -1,6 +1,6 @@
 """The sharded student as a ``WeightSource`` of vLLM's weight-transfer interface.
 
-Structurally vLLM's class, without importing vLLM: trainer and server may live in different
+It has the methods of vLLM's class without importing vLLM: trainer and server may live in different
 environments. A test holds it to the real one.
 """
 
@@ -30,10 +30,10 @@ class ParamMeta:
 
 
 class MegatronWeightSource:
-    """Hugging Face names and tensors of a Megatron model, walked in the table's order.
+    """Hugging Face names and whole tensors of a Megatron model, in the architecture table's order.
 
     Iterating is collective over the ranks that hold a part, in lockstep; rank 0 alone receives the
-    tensors. Every pass is fresh: it reads the weights as they are.
+    tensors, the others ``None``. Every pass is fresh: it reads the weights as they are.
     """
 
     def __init__(self, chunks: Sequence[PacedGPTModel], parallel: Parallel) -> None:
@@ -42,7 +42,7 @@ class MegatronWeightSource:
         self.dtype = next(chunks[0].parameters()).dtype
 
     def metadata(self) -> list[ParamMeta]:
-        """Of the whole model, on every rank, without moving anything."""
+        """Name, dtype and whole shape of every parameter, on every rank; nothing is moved."""
         architecture = self.chunks[0].architecture
         return [
             ParamMeta(name.format(layer=layer), self.dtype, shape)
@@ -54,7 +54,7 @@ class MegatronWeightSource:
         return iter_hf_tensors(self.chunks, self.parallel)
 
     def groups(self) -> list[list[str]]:
-        """The names batched as :meth:`iter_groups` yields them on this rank: by layer."""
+        """Parameter names in batches of a layer, as this rank's :meth:`iter_groups` yields them."""
         if self.held_names() is not None:
             return []
         groups: dict[str, list[str]] = {}
@@ -66,9 +66,10 @@ class MegatronWeightSource:
         return list(groups.values())
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        """A pass in batches of one layer; a rank that receives nothing takes part and yields none.
+        """Iterate in batches of a layer, as (names, tensors).
 
-        Collective like iteration: run it to its end on every rank.
+        A rank that receives nothing takes part and yields none. It is collective like iteration:
+        run it to its end on every rank.
         """
         walk = iter(self)
         for names in self.groups():
@@ -79,5 +80,8 @@ class MegatronWeightSource:
             pass
 
     def held_names(self) -> set[str] | None:
-        """What iteration yields as tensors on this rank: all on rank 0, nothing elsewhere."""
+        """Names of the parameters whose tensors this rank gets from an iteration.
+
+        ``None`` says all, on rank 0; the others get none.
+        """
         return None if self.parallel.rank == 0 else set()

@@ -1,7 +1,8 @@
-"""The control routes of a weight update, of several servers as if they were one.
+"""Control routes of a weight update, for several rollout servers as if they were one.
 
-Has the methods of vLLM's ``VLLMWeightSyncClient``, which its trainer-side engines drive, without
-importing vLLM. Servers of one update form one group: their workers are numbered one after another.
+The class has the methods of vLLM's ``VLLMWeightSyncClient``, which its trainer-side engines drive,
+without importing vLLM. Servers of one update form one group: their workers are numbered one after
+another.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from nemo_paced.serving.client import RolloutClient
 
 
 class WeightSync:
-    """Used by rank 0.
+    """Rank 0's control of a weight update of rollout servers.
 
     Args:
-        client: of the servers that are updated together.
+        client: talks to the servers that are updated together.
         swap: whether responses under way are finished first.
     """
 
@@ -30,19 +31,22 @@ class WeightSync:
         self.version = ""  # what the servers call the weights of the next update
 
     def pause(self) -> None:
-        """Until :meth:`resume` no server computes; what is under way is finished or held."""
+        """Pause the servers until :meth:`resume`; responses under way are finished, or held."""
         self.control.pause(finish_requests=self.swap is not WeightSwap.in_flight)
 
     def resume(self) -> None:
-        """The servers go on, with the weights that they have now."""
+        """Let the servers go on, with the weights that they have now."""
         self.control.resume()
 
     def num_workers(self) -> list[int]:
-        """Ranks of each server."""
+        """How many ranks each server has."""
         return self.control.num_workers()
 
     def versions(self) -> list[str | None]:
-        """What each server was last sent; vLLM says "default" of the weights it started with."""
+        """The version of weights that each server was last sent.
+
+        vLLM says "default" of those that it started with.
+        """
         return self.control.weight_versions()
 
     def check_same_weights(self) -> None:
@@ -61,7 +65,10 @@ class WeightSync:
                 )
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Every server joins; blocks until the trainer has joined too."""
+        """Make every server join the group; blocks until the trainer has joined too.
+
+        With a ``rank_offset``, which is the first server's, each gets its own.
+        """
         if "rank_offset" not in init_info:
             self.control.join_group(init_info)
             return
@@ -75,14 +82,15 @@ class WeightSync:
         self.control.begin_update()
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """Blocks until every server has loaded what is sent."""
+        """Make every server load what ``update_info`` describes; blocks until all have."""
         self.control.load(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End the update on every server, whose weights are then called so; else ``version``."""
         self.control.end_update(weight_version or self.version)
 
     def _join_each(self, infos: Sequence[dict[str, Any]]) -> None:
-        """Each server by its own, at once: they wait for each other."""
+        """Make each server join by its own message, all at once: they wait for each other."""
         timeout_s = self.client.request_timeout_s
         ones = [self.client.only(e, timeout_s=timeout_s) for e in self.client.endpoints]
         with ThreadPoolExecutor(len(infos)) as pool:

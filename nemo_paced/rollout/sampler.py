@@ -1,8 +1,8 @@
 """Sampling that survives its servers: replicas, client, grader and store of one served model.
 
-Lives on rank 0 (or in a command without ranks). When a server of ours dies, the others go on with
-its requests; it is started again, and asked nothing before it has the last weights that were sent.
-What was finished is in the store.
+It lives on rank 0 (or in a command without ranks). When a server of ours dies, the others go on
+with its requests; it is started again, and asked nothing before it has the last weights that were
+sent. What was finished is in the store.
 """
 
 from __future__ import annotations
@@ -37,20 +37,23 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DYING_S = 15.0  # between a broken connection and the end of the server's processes
-RETURN_S = 60.0  # for servers that somebody else runs to answer again
+DYING_S = 15.0  # wait, after a broken connection, for the end of the server's processes
+RETURN_S = 60.0  # patience while no server answers; for ours, on top of their start_timeout_s
 
 
 class Sampler:
-    """Context manager around a served model.
+    """Context manager that serves a model, or reaches servers that run, and samples from it.
 
     Args:
-        model_dir: Hugging Face directory to serve; ignored with ``rollout.endpoints``.
+        model_dir: Hugging Face directory to serve; with ``rollout.endpoints`` it only tells how
+            large the weights are.
         store_dir: where finished rollouts are appended.
-        prompt_limit: longest prompt in tokens; with the response limit the server's context.
-        trainer_gpus: of this node, which a trainer uses meanwhile.
-        max_model_len: the server's context, instead.
-        meanwhile: what is done while servers of ours start, or at once where others run.
+        log_path: log of the first server.
+        prompt_limit: longest prompt, tokens; with the response limit the server's context.
+        max_model_len: the server's context in tokens, in place of that.
+        notify: called with what starting servers say.
+        meanwhile: called while servers of ours start, or at once where others run.
+        trainer_gpus: how many GPUs of this node a trainer uses beside the servers.
     """
 
     def __init__(
@@ -128,8 +131,11 @@ class Sampler:
     ) -> list[Rollout]:
         """Graded rollouts of every problem, asking only for what the store lacks.
 
-        Args:
-            num_samples: by problem id, instead of ``settings.num_samples`` of each.
+        The arguments are those of :func:`sample_rollouts`.
+
+        Raises:
+            RolloutError: a server refused, or could not be brought back.
+            WeightsLost: no server has the weights that were sent last.
         """
         self._busy_since = time.monotonic()
         try:
@@ -154,7 +160,7 @@ class Sampler:
             self._busy_s, self._busy_since = self.busy_s(), 0.0
 
     def busy_s(self) -> float:
-        """For how long the servers have been sampling, seconds since this was made."""
+        """Seconds for which the servers have been sampling, since this object was made."""
         since = self._busy_since
         return self._busy_s + (time.monotonic() - since if since else 0.0)
 
@@ -173,12 +179,12 @@ class Sampler:
         self._with_restart(self.weights.send_written)
 
     def begin_update(self, version: str) -> Meeting | None:
-        """Hold the servers for weights that come from all ranks, as ``ServerWeights.begin``."""
+        """Pause the servers for weights that come from all ranks: ``ServerWeights.begin``."""
         self._wake()
         return self._with_restart(lambda: self.weights.begin(version))
 
     def _with_restart(self, work: Callable[[], T]) -> T:
-        """Once more after starting the servers of ours again that died."""
+        """Do ``work``, a second time after starting servers of ours again where some have died."""
         try:
             return work()
         except RolloutError:
@@ -204,7 +210,7 @@ class Sampler:
             self.client.control.wake()
 
     def _sleep(self) -> None:
-        """Weights to host memory, keys and values dropped: the GPUs are the trainer's."""
+        """Servers on the trainer's GPUs move their weights to host memory and drop cached keys."""
         if self.replicas is not None and self.replicas.sleep:
             self.client.control.sleep()
 
@@ -257,7 +263,7 @@ def _size(folder: Path) -> int:
 
 
 def served_dtype(config: PacedConfig) -> str:
-    """What a server of ours computes in: ``rollout.dtype``, else the trainer's precision."""
+    """The dtype of the servers that we start: ``rollout.dtype``, else the trainer's precision."""
     if config.rollout.dtype != "auto":
         return config.rollout.dtype
     names = {Precision.fp32: "float32", Precision.bf16: "bfloat16"}
@@ -273,15 +279,18 @@ def training_length(config: PacedConfig, model_dir: Path, prompt_limit: int) -> 
 
 
 def evaluation_length(config: PacedConfig, model_dir: Path, prompt_limit: int) -> int:
-    """Longest response when held-out problems are sampled, in tokens: as long as
-    ``evaluation.max_response_length``, or what the model's context leaves beside a prompt."""
+    """Longest response when held-out problems are sampled, in tokens.
+
+    It is ``evaluation.max_response_length``, or the part of the model's context that the longest
+    prompt leaves, if that is less.
+    """
     wanted = config.evaluation.max_response_length or config.data.max_response_length
     context = context_length(model_dir)
     return wanted if context is None else max(1, min(wanted, context - prompt_limit))
 
 
 def given_key() -> str:
-    """The key of ``rollout.endpoints``.
+    """The API key of the servers of ``rollout.endpoints``, which the environment holds.
 
     Raises:
         ConfigError: the environment has none.

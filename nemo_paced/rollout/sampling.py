@@ -20,7 +20,13 @@ from nemo_paced.serving.completions import Completion, SampleRequest
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How to sample; ``teacher_prompt`` asks with the teacher's prompt (for references)."""
+    """How responses are sampled.
+
+    Attributes:
+        num_samples: responses to each problem.
+        max_tokens: longest response, tokens.
+        teacher_prompt: whether the teacher's prompt is asked with (for references).
+    """
 
     num_samples: int
     temperature: float
@@ -30,7 +36,7 @@ class SamplingSettings:
 
 
 def sampling_seed(run_seed: int, purpose: str, step: int, problem_id: str, sample: int) -> int:
-    """A function of run, purpose, step, problem and sample: a repeated request asks the same."""
+    """A seed of 31 bits, hashed from the arguments: a repeated request asks for the same."""
     text = f"{run_seed}/{purpose}/{step}/{problem_id}/{sample}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
@@ -55,10 +61,10 @@ def sample_rollouts(
     Grading and writing run in threads beside the requests.
 
     Args:
-        num_samples: by problem id, where they differ; else ``settings.num_samples`` of each.
+        num_samples: responses by problem id, where they differ; else ``settings.num_samples``.
         step: optimizer steps behind the served weights.
-        samples_per_request: at most; the token route refuses more than a server decodes at once
-            (``rollout.max_num_seqs``).
+        samples_per_request: at most so many; the token route refuses more than a server decodes at
+            once (``rollout.max_num_seqs``).
         purpose: keeps apart what is sampled at the same step (``pass_rates``, ``train``, ...).
         progress: called with (problems finished, problems in all).
     """
@@ -107,10 +113,11 @@ def sample_rollouts(
 
 
 def in_requests(missing: Sequence[int], limit: int) -> list[list[int]]:
-    """The samples of each request, consecutive ones, at most ``limit``.
+    """The sample numbers of each request, at most ``limit`` of them.
 
-    Cut at multiples of the limit, whatever is missing: what a killed run asks for again are the
-    same requests with the same seeds. Of one request's samples the first ones are stored first.
+    They are cut at multiples of the limit, whatever is missing: what a killed run asks for again
+    are the same requests with the same seeds. Of one request's samples the first ones are stored
+    first, so what is missing of it is consecutive, as long as the limit stays the same.
     """
     return [list(group) for _, group in groupby(missing, key=lambda sample: sample // limit)]
 
@@ -118,7 +125,7 @@ def in_requests(missing: Sequence[int], limit: int) -> list[list[int]]:
 def long_tail_first(
     requests: Sequence[SampleRequest], store: RolloutStore, seed: int
 ) -> list[SampleRequest]:
-    """The order to send in: unknown lengths, shuffled, then what was longest before.
+    """Requests in the order to send: of unknown length, shuffled, then the longest known first.
 
     A long response that is started last keeps every server but one waiting for it.
     """

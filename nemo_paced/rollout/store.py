@@ -25,7 +25,7 @@ from nemo_paced.records import Rollout
 
 logger = logging.getLogger(__name__)
 
-HOLD_S = 10.0  # for a killed run's last process to be gone
+HOLD_S = 10.0  # wait for the last process of a killed run to be gone
 
 Key = tuple[str, int, str, int]  # purpose, step, problem id, sample
 
@@ -42,7 +42,7 @@ class RolloutStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._places: dict[Key, tuple[int, int]] = {}  # offset and length of the line
         self._lengths: dict[str, int] = {}  # tokens of a problem's latest rollout
-        self._waiting: dict[Key, tuple[Rollout, bytes]] = {}  # of threads that want to write
+        self._waiting: dict[Key, tuple[Rollout, bytes]] = {}  # with their lines, not written yet
         self._writing = threading.Lock()
         self._file = self.path.open("ab+", buffering=0)
         try:
@@ -83,7 +83,7 @@ class RolloutStore:
         return self._parse(line.removesuffix(b"\n"), offset)[1]
 
     def known_length(self, problem_id: str) -> int | None:
-        """Tokens of the latest rollout of a problem, whatever its purpose; a guess of the next."""
+        """Tokens of a problem's latest rollout, whatever its purpose: a guess of the next one's."""
         return self._lengths.get(problem_id)
 
     def append(self, purpose: str, rollouts: Iterable[Rollout]) -> None:
@@ -96,7 +96,7 @@ class RolloutStore:
         with self._writing:
             found = self._waiting.copy()
             new = {key: entry for key, entry in found.items() if key not in self}
-            if new:  # not written with another thread's
+            if new:  # else another thread has written all of them with its own
                 self._write(new)
             for key in found:
                 del self._waiting[key]
@@ -120,7 +120,7 @@ class RolloutStore:
         self._lengths[rollout.problem_id] = len(rollout.response_ids)
 
     def _drop_cut_line(self) -> None:
-        """Back to whole lines; where even that fails, reading drops the rest."""
+        """Cut the file back to whole lines; where even that fails, reading drops the rest."""
         try:
             self._file.truncate(self._end)
         except OSError:
@@ -172,14 +172,14 @@ def _rollout(fields: dict[str, Any]) -> Rollout:
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """A full disk takes a part and refuses the rest at the next call."""
+    """Write all of ``data``: a full disk takes a part and refuses the rest at the next call."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def _hold(descriptor: int, path: Path) -> None:
-    """Two writers would cut each other's lines."""
+    """Lock the file for this process: two writers would cut each other's lines."""
     deadline = time.monotonic() + HOLD_S
     while True:
         try:

@@ -1,8 +1,8 @@
-"""ASGI middleware for vLLM's server: every route asks for the key.
+"""ASGI middleware for vLLM's server: every route requires the API key.
 
 vLLM's own ``--api-key`` guards paths under a few prefixes only; whoever reaches the port could
-pause the server or replace its weights. Given to it by ``--middleware``; the key comes through the
-environment, never through the command line that other users can see.
+pause the server or replace its weights. The server loads this class by ``--middleware``; the key
+comes through the environment, never through the command line that other users can see.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ API_KEY_VARIABLE = "NEMO_PACED_API_KEY"
 
 
 class ApiKeyMiddleware:
-    """Answers 401 unless the header ``Authorization: Bearer KEY`` fits; health included."""
+    """ASGI app that passes on only requests with the header ``Authorization: Bearer KEY``.
+
+    Others are answered 401 (a websocket is closed), requests for the server's health included.
+
+    Raises:
+        RuntimeError: the environment has no key.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""Which of the transports of ``rollout.refit`` a run can use."""
+"""Choice of the transport of ``rollout.refit`` that a run can use."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ LOOPBACK = "127.0.0.1"
 
 
 def choose_backend(config: RolloutConfig, gpus: int, hosts: Sequence[str]) -> RefitBackend:
-    """``rollout.refit``, with ``auto`` resolved; the same in the trainer and in rollout-server.
+    """The transport of ``rollout.refit``, with ``auto`` resolved.
+
+    The trainer and ``rollout-server`` both decide by this.
 
     Args:
-        gpus: that this process sees.
-        hosts: of the servers.
+        gpus: how many GPUs this process sees.
+        hosts: the servers' hosts; without GPUs, ``auto`` takes files only where all are loopback.
 
     Raises:
-        ConfigError: a backend that lacks something, which is named.
+        ConfigError: the backend that was asked for lacks something, which is named.
     """
     backend, on_this_machine = config.refit, all(is_loopback(host) for host in hosts)
     if backend is RefitBackend.auto:
@@ -43,6 +45,7 @@ def choose_backend(config: RolloutConfig, gpus: int, hosts: Sequence[str]) -> Re
 
 
 def is_loopback(host: str) -> bool:
+    """Whether a host is ``localhost`` or a loopback IP address; other names are not looked up."""
     if host == "localhost":
         return True
     try:
@@ -52,7 +55,8 @@ def is_loopback(host: str) -> bool:
 
 
 def importable(package: str) -> bool:
+    """Whether a package is installed; the parents of a dotted name are imported, it is not."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of a parent
+    except ModuleNotFoundError:  # a parent of the dotted name is missing
         return False

@@ -1,4 +1,4 @@
-"""Which of several servers gets the next request, and which are left alone for now."""
+"""Load balancing over rollout servers: the next request goes to the least loaded that answers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from nemo_paced.errors import RolloutError
 
 logger = logging.getLogger(__name__)
 
-FIRST_PROBE_S, LONGEST_PROBE_S = 0.5, 10.0  # between two attempts to bring a server back
+FIRST_PROBE_S, LONGEST_PROBE_S = 0.5, 10.0  # pause between two attempts to bring a server back
 
 
 class Balancer:
-    """The least loaded server of those that answer; lives in one event loop.
+    """Chooses the least loaded of the rollout servers that answer; lives in one event loop.
 
-    A server that breaks a connection or does not answer is left alone until ``revive`` brings it
-    back, which runs in a thread and may start a process.
+    A server that breaks a connection or does not answer gets no requests until ``revive`` has
+    brought it back.
 
     Args:
         revive: called with an endpoint until it returns ``True``: the server is there again, with
-            the weights it should have. A ``RolloutError`` of it ends the sampling.
-        patience_s: how long to wait when no server answers.
+            the weights it should have. It runs in a thread and may start a process; a
+            ``RolloutError`` that it raises ends the sampling.
+        patience_s: seconds to wait when no server answers.
     """
 
     def __init__(
@@ -30,9 +31,9 @@ class Balancer:
     ) -> None:
         self._revive = revive
         self._patience_s = patience_s
-        self._load = dict.fromkeys(endpoints, 0)
-        self._taken = dict.fromkeys(endpoints, 0)
-        self._last_error: dict[str, str] = {}  # of those that are down
+        self._load = dict.fromkeys(endpoints, 0)  # requests in flight
+        self._taken = dict.fromkeys(endpoints, 0)  # requests so far: decides between equal loads
+        self._last_error: dict[str, str] = {}  # by endpoint, of the servers that are down
         self._returns: dict[str, asyncio.Task[None]] = {}
         self._failure: RolloutError | None = None
         self._changed = asyncio.Event()
@@ -46,7 +47,9 @@ class Balancer:
         await asyncio.gather(*self._returns.values(), return_exceptions=True)
 
     async def acquire(self, avoid: str | None = None) -> str:
-        """A server for one request; ``avoid`` is taken only when there is no other.
+        """The endpoint for one request, which counts as in flight until :meth:`release`.
+
+        ``avoid`` is taken only when no other server is up.
 
         Raises:
             RolloutError: no server answers, or one could not be brought back.
@@ -67,7 +70,7 @@ class Balancer:
         self._load[endpoint] -= 1
 
     def down(self, endpoint: str, error: str) -> None:
-        """Send nothing to this server until it is back."""
+        """Send nothing to this server until ``revive`` has brought it back."""
         if endpoint in self._last_error:
             return
         up = len(self._load) - len(self._last_error) - 1

@@ -1,8 +1,8 @@
 """HTTP client of rollout servers: samples, and the engine's control routes.
 
-Asynchronous inside, a plain call outside. Requests in flight are bounded; each goes to the server
-with the fewest. A transport error, no answer in time or a 5xx is tried again, at another server
-where there is one; an answer that does not hold what was asked for is refused.
+The client is asynchronous inside and a plain call outside. Requests in flight are bounded; each
+goes to the server with the fewest. A transport error, no answer in time or a 5xx is tried again,
+at another server where there is one; an answer that does not hold what was asked for is refused.
 
 Samples come through aiohttp, which takes a sixth of httpx's processor time for each request
 (benchmarks/README.md) and so leaves it to a server on the same cores; the few control calls are
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 CONNECT_TIMEOUT_S = 30.0
-HANDING_OVER = 32  # results at a time; their threads wait for graders and for the disk
+HANDING_OVER = 32  # threads that run on_result; they mostly wait for graders and for the disk
 PROBE_TIMEOUT_S = 10.0  # a server that is well answers at once
 # Less than the 5 s after which vLLM's server closes an idle connection: a request sent on one that
 # is being closed would look like a server that died.
@@ -49,15 +49,16 @@ OnResult = Callable[[SampleRequest, list[Completion]], None]
 
 
 class RolloutClient:
-    """Samples from one or several servers of the same model.
+    """Client that samples from one or several rollout servers of the same model.
 
     Args:
-        max_in_flight: requests at a server; so many times the servers in all.
-        request_timeout_s: from sending a request to the end of its answer.
-        max_retries: of one request, after its first attempt.
-        revive: brings a server back that does not answer (see :class:`Balancer`); without it we
-            wait until it says that it is well again.
-        patience_s: how long no server at all may answer.
+        max_in_flight: requests in flight per server; their sum over all servers is bounded.
+        request_timeout_s: seconds from sending a request to the end of its answer.
+        max_retries: attempts at one request after its first.
+        revive: brings a server back that does not answer (see :class:`Balancer`); without it the
+            client waits until the server passes its health check again.
+        patience_s: seconds for which no server at all may answer before sampling fails.
+        engine: what the servers run: their routes and answers.
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class RolloutClient:
         self.patience_s = patience_s
         self.engine = engine
         self._headers = {"Authorization": f"Bearer {api_key}"}
-        self._routes: dict[str, Route] = {}  # of the endpoints that lack the first choice
+        self._routes: dict[str, Route] = {}  # by endpoint, where it lacks the engine's first route
 
     def only(self, endpoint: str, *, timeout_s: float) -> RolloutClient:
-        """A client of one of the servers."""
+        """A client of one of the servers, with the same key and a timeout of its own."""
         client = RolloutClient([endpoint], "", request_timeout_s=timeout_s, engine=self.engine)
         client._headers = self._headers
         return client
@@ -104,16 +105,19 @@ class RolloutClient:
             RolloutError: a request that failed ``1 + max_retries`` times, was refused, or was
                 answered wrongly. What finished before has been handed to ``on_result``.
         """
-        # Threads of their own: where storing is slow, a server that died must not wait for it to
-        # be brought back.
+        # A pool of its own: the event loop's default one runs ``revive``, which must not queue
+        # behind results whose storing is slow.
         with ThreadPoolExecutor(HANDING_OVER) as pool:
             asyncio.run(self._sample_all(requests, on_result, pool))
 
     def call(self, method: str, path: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Call a control route on every server at once; returns their JSON answers.
+        """Call a control route on every server at once; returns their JSON answers in order.
+
+        Args:
+            arguments: of ``httpx.Client.request``, such as ``json`` or ``params``.
 
         Raises:
-            RolloutError: a server that cannot be reached or does not answer 200.
+            RolloutError: a server cannot be reached, or does not answer 200 (RouteRefused).
         """
         with (
             httpx.Client(
@@ -137,6 +141,7 @@ class RolloutClient:
             return list(pool.map(one, self.endpoints))
 
     def healthy(self, endpoint: str) -> bool:
+        """Whether a server passes its health check within ``PROBE_TIMEOUT_S`` seconds."""
         try:
             self.only(endpoint, timeout_s=PROBE_TIMEOUT_S).control.check_health()
         except RolloutError:
@@ -149,7 +154,7 @@ class RolloutClient:
         gate = asyncio.Semaphore(self.max_in_flight * len(self.endpoints))
         handing_over: set[asyncio.Task[None] | None] = set()
         timeout = aiohttp.ClientTimeout(self.request_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
-        # the gate bounds the requests
+        # no limit on connections: the gate bounds the requests
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         async with (
             Balancer(self.endpoints, revive=self.revive, patience_s=self.patience_s) as balancer,
@@ -170,7 +175,7 @@ class RolloutClient:
                 await asyncio.gather(*tasks)
             except BaseException:
                 for task in tasks:
-                    if task not in handing_over:  # what is finished is kept
+                    if task not in handing_over:  # answers that have come are still kept
                         task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 raise
@@ -248,7 +253,7 @@ def _excerpt(content: bytes, characters: int) -> str:
 
 
 class RouteRefused(RolloutError):
-    """A server did not answer 200."""
+    """Error of a control route that did not answer 200; ``path`` and ``status`` say which."""
 
     def __init__(self, endpoint: str, path: str, status: int, text: str) -> None:
         super().__init__(f"{endpoint}{path} answered {status}: {text}")
@@ -262,5 +267,8 @@ class _TryAgain(Exception):
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """httpx's own, made once: it reads all certificates, 15 ms for each of the calls of a refit."""
+    """httpx's default TLS context, made once: each call of a refit would read all certificates.
+
+    That takes 15 ms.
+    """
     return httpx.create_ssl_context()

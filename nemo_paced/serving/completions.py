@@ -1,4 +1,4 @@
-"""What is asked of a server and what it answers: token ids out, ids and log-probabilities in."""
+"""Sampling requests to a rollout server and its answers: token ids, and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ NO_LOGPROB = -9999.0  # vLLM's number for a log-probability that is not finite, 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """``n`` samples of one prompt; ``key`` and ``first_sample``, the number of the first of them,
-    come back with the answer."""
+    """A request for ``n`` samples of one prompt.
+
+    Attributes:
+        key: id of the problem; like ``first_sample`` not sent, but given back with the answer.
+        seed: of the whole request; the server derives those of its samples.
+        max_tokens: longest response, tokens.
+        stop_token_ids: the first of these ends a sample, and is a part of it.
+        first_sample: number of the first of the ``n`` among the problem's samples.
+    """
 
     key: str
     prompt_ids: tuple[int, ...]
@@ -27,10 +34,10 @@ class SampleRequest:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample.
+    """One sampled response.
 
     Attributes:
-        token_ids: with the stop token that ended it.
+        token_ids: of the response, with the stop token that ended it.
         logprobs: of each token under the model at temperature 1, nats.
         finish_reason: ``stop``, or ``length`` when cut at ``max_tokens``.
         weight_versions: (version, tokens) of each run of tokens that one version of the weights
@@ -53,7 +60,13 @@ class Aborted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A path of the server with its words for a request and for one sample of the answer."""
+    """A sampling route of a server.
+
+    Attributes:
+        path: of the URL.
+        body: makes the JSON body of a request.
+        read_choice: reads one sample out of the answer's ``choices``.
+    """
 
     path: str
     body: Callable[[SampleRequest], dict[str, Any]]
@@ -61,7 +74,7 @@ class Route:
 
 
 def read_completions(answer: Any, request: SampleRequest, route: Route) -> list[Completion]:
-    """Exactly n samples, each of tokens with a log-probability.
+    """Read exactly ``request.n`` samples out of a JSON answer, in order, and check each.
 
     Raises:
         MalformedAnswer: anything else.

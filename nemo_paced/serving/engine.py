@@ -1,7 +1,7 @@
-"""The seam of the inference engine: how a served model is started, asked, held and given weights.
+"""Interface to the inference engine: how a server is started, sampled from, paused and updated.
 
-What is behind it is vLLM (``vllm_engine.py``), and no other module of the package knows its routes,
-its command line or its environment.
+Behind it is vLLM (``vllm_engine.py``), and no other module of the package knows its routes, its
+command line or its environment.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Call = Callable[..., list[dict[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One server that is to be started.
+    """What one server is started with.
 
     Attributes:
         model_dir: Hugging Face directory to serve.
         host, port: where it listens.
         max_model_len: longest prompt plus response, tokens.
         dtype: ``float32`` or ``bfloat16``.
-        api_key: what every route asks for.
+        api_key: the key that every route requires.
         devices: ``CUDA_VISIBLE_DEVICES`` of the server; ``None`` for those of this process.
-        refit: how it gets new weights.
-        sleeps: its GPUs are somebody else's too.
+        refit: the transport by which it gets new weights.
+        sleeps: whether it can give up its GPUs' memory, because the trainer uses them too.
     """
 
     model_dir: Path
@@ -48,9 +48,10 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a running server serves.
+    """One model that a running server says it serves.
 
     Attributes:
+        name: what requests call it.
         root: the directory that its weights were read from; ``None``: it does not say.
         max_model_len: longest prompt plus response, tokens; ``None``: it does not say.
     """
@@ -61,59 +62,64 @@ class ModelCard:
 
 
 class Control(Protocol):
-    """The control routes of some servers; each is called on all of them at once.
+    """Control routes of one or several servers; each method calls all of them at once.
 
     Every method raises RolloutError where a server cannot be reached or refuses.
     """
 
     def check_health(self) -> None:
-        """Return where every server is well."""
+        """Return if every server passes its health check."""
 
     def models(self) -> list[list[ModelCard]]:
-        """What each server serves."""
+        """The models that each server serves."""
 
     def weight_versions(self) -> list[str | None]:
-        """What each server was last sent; ``None`` or ``default``: what it started with."""
+        """The version of weights that each server was last sent.
+
+        ``None`` or ``default``: it has those that it started with.
+        """
 
     def num_workers(self) -> list[int]:
-        """Ranks of each server."""
+        """How many ranks each server has."""
 
     def checksums(self) -> list[dict[str, Any]]:
-        """Of every parameter, by server."""
+        """The checksum of every parameter, by its name, one mapping a server."""
 
     def pause(self, *, finish_requests: bool) -> None:
-        """Compute nothing until :meth:`resume`; what is under way is finished or held."""
+        """Compute nothing until :meth:`resume`; requests under way are finished first, or held."""
 
     def resume(self) -> None:
-        """Go on, without keys and values of earlier weights."""
+        """Compute again, without the cached keys and values of earlier weights."""
 
     def sleep(self) -> None:
-        """Give the GPUs' memory up, weights going to host memory."""
+        """Give up the GPUs' memory; the weights move to host memory."""
 
     def wake(self) -> None:
-        """Take the memory again; nothing where a server is awake."""
+        """Take the GPUs' memory again; does nothing where a server is awake."""
 
     def join_group(self, init_info: dict[str, Any]) -> None:
-        """Join the trainer's group for weights; blocks until the trainer has joined too."""
+        """Join the process group for weights; blocks until the trainer has joined too."""
 
     def leave_group(self) -> None: ...
 
     def begin_update(self) -> None: ...
 
     def load(self, update_info: Any) -> None:
-        """Load what is sent; blocks until it is loaded."""
+        """Load the weights that ``update_info`` describes; blocks until they are loaded."""
 
     def end_update(self, version: str) -> None:
-        """The weights are whole; ``version`` is what they are called from now on."""
+        """End an update: the weights are whole, and ``version`` names them from now on."""
 
 
 class Engine(Protocol):
-    """An inference engine.
+    """An inference engine, as the rest of the package uses it.
 
     Attributes:
-        routes: that sample, the preferred one first; a server that lacks it is asked by the next.
+        routes: its sampling routes, the preferred one first; a server that lacks one is asked by
+            the next.
         no_such_route: status codes by which a server says that it lacks a route.
-        too_many_samples: what its refusal of more samples than it decodes at once contains.
+        too_many_samples: a part of the text by which a server refuses a request for more samples
+            than it decodes at once.
     """
 
     routes: tuple[Route, ...]

@@ -20,14 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 class Replicas:
-    """Context manager around the servers; every one asks for the same key.
+    """Context manager around the servers of one model, which all require the same API key.
+
+    :meth:`start` starts them, and leaving the context ends them.
 
     Args:
         model_dir: Hugging Face directory to serve.
         max_model_len: longest prompt plus response, tokens.
         dtype: ``float32`` or ``bfloat16``.
-        log_path: of the first server; the others' have their number behind the name.
-        api_key: made for these servers when ``None``.
+        log_path: the first server's log; those of the others have their number behind the name.
+        api_key: the key; ``None``: one is made for these servers.
         trainer_gpus: how many of this node's GPUs, the first ones, a trainer uses meanwhile.
 
     Raises:
@@ -52,7 +54,7 @@ class Replicas:
         gpus, visible = gpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         colocated = config.placement is RolloutPlacement.colocated
         devices = replica_devices(config, gpus, visible, first=0 if colocated else trainer_gpus)
-        self.sleep = bool(colocated and gpus and trainer_gpus)
+        self.sleep = bool(colocated and gpus and trainer_gpus)  # while the trainer uses their GPUs
         host = listen_address(config.host)
         self.backend = choose_backend(config, gpus, [host])
         self.sidecars = {
@@ -123,14 +125,14 @@ class Replicas:
                 future.result()
 
     def ended(self, within_s: float = 0.0) -> list[str]:
-        """Endpoints whose server is gone, after waiting so long for a first one."""
+        """Endpoints of the servers that have ended, after waiting ``within_s`` for a first one."""
         for sidecar in self.sidecars.values():
             if sidecar.ended(within_s / len(self.sidecars)):
                 break
         return [endpoint for endpoint, s in self.sidecars.items() if not s.alive()]
 
     def restart(self, endpoint: str, progress: Callable[[str], None] | None = None) -> None:
-        """Start one anew, with the weights of ``model_dir``: newer ones are to be sent after.
+        """Start one server anew, with the weights of ``model_dir``: newer ones must be sent after.
 
         Raises:
             RolloutError: it died more than ``rollout.max_restarts`` times, or does not start.
@@ -152,12 +154,12 @@ def replica_devices(
     """``CUDA_VISIBLE_DEVICES`` of each replica: its own GPUs, as many as it is split over.
 
     Args:
-        gpus: that this process sees; 0 for the CPU build.
+        gpus: how many this process sees; 0 for the CPU build.
         visible: ``CUDA_VISIBLE_DEVICES`` of this process.
-        first: of these GPUs that servers may have.
+        first: index of the first of these GPUs that servers may have.
 
     Raises:
-        ConfigError: fewer GPUs than replicas need.
+        ConfigError: fewer GPUs than the replicas need.
     """
     count, width = config.num_replicas, config.tensor_parallel_size
     if not gpus:

@@ -1,4 +1,4 @@
-"""One server beside the trainer, as a child process."""
+"""A rollout server beside the trainer, as a child process."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ LOG_TAIL_LINES = 25
 
 
 class Sidecar:
-    """Starts, watches and ends one server; use as a context manager.
+    """One server as a child process, to be started, watched and ended.
 
-    The server asks for a key on every route, and dies with this process, whatever ends it.
+    Leaving it as a context manager ends the server. The server requires a key on every route, and
+    dies with this process, whatever ends it.
 
     Args:
-        log_path: where the server's output goes.
+        log_path: the server's output is appended here.
     """
 
     def __init__(self, served: Served, log_path: Path, engine: Engine = VLLM) -> None:
@@ -62,7 +63,8 @@ class Sidecar:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.engine.environment(self.served),
-                start_new_session=True,  # outlives a killed group just long enough to clean up
+                # the supervisor outlives our killed process group just long enough to clean up
+                start_new_session=True,
             )
         self._wait_until_healthy(progress)
 
@@ -77,12 +79,12 @@ class Sidecar:
         return not self.alive()
 
     def restart(self, progress: Callable[[str], None] | None = None) -> None:
-        """Start anew on the same port with the weights of ``model_dir``: send newer ones after."""
+        """Start the server anew, on the same port and with the weights of ``model_dir``."""
         self.stop()
         self.start(progress)
 
     def stop(self) -> None:
-        """End the whole process tree; safe to call twice."""
+        """End the server's whole process tree; safe to call twice."""
         if self._process is None:
             return
         assert self._process.stdin is not None, "started with a pipe"
@@ -120,7 +122,7 @@ class Sidecar:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
+    """``count`` different ports of ``host``'s interface that nobody listens on now."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
@@ -129,7 +131,7 @@ def free_ports(host: str, count: int) -> list[int]:
 
 
 def listen_address(host: str) -> str:
-    """The IPv4 address of a network interface; a host name or an address as it is."""
+    """The IPv4 address of the network interface named ``host``; a host or an address as it is."""
     import psutil
 
     for address in psutil.net_if_addrs().get(host, []):

@@ -1,7 +1,8 @@
-"""Runs a server and ends its whole process tree when the one who started it is gone.
+"""A process that runs a server and ends its whole process tree when its own parent is gone.
 
-``python -m nemo_paced.serving.supervisor COMMAND...`` with a pipe as standard input: the kernel
-closes the pipe when the parent dies, by SIGKILL too, and the end of file is the order to stop.
+It is started as ``python -m nemo_paced.serving.supervisor COMMAND...`` with a pipe as standard
+input: the kernel closes the pipe when the parent dies, by SIGKILL too, and the end of file is the
+order to stop.
 
 The server's process group has a leader of ours, which holds the end of another such pipe: a
 supervisor that is killed itself leaves nothing either. The leader does not outlive the server.
@@ -18,13 +19,13 @@ import threading
 import time
 from collections.abc import Callable
 
-GRACE_S = 10.0
+GRACE_S = 10.0  # between SIGTERM and SIGKILL
 LEAD = "--lead"  # before the command: this process is the leader of its group
 
 
 def main(command: list[str]) -> int:
-    """Exit code of the command, which runs in a session (hence process group) of its own."""
-    # the parent may have them blocked
+    """Run the command in a session (hence process group) of its own; returns its exit code."""
+    # the parent may have blocked them, and children inherit that
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
     leader = subprocess.Popen(
         [sys.executable, "-m", "nemo_paced.serving.supervisor", LEAD, *command],
@@ -35,21 +36,21 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing the pipe
     _at_end_of_file(lambda: _end_group(leader))
     code = leader.wait()
-    _signal_group(leader.pid, signal.SIGKILL)  # the server, helpers that outlived it
+    _signal_group(leader.pid, signal.SIGKILL)  # what is left of the group, such as helpers
     return code
 
 
 def lead(command: list[str]) -> int:
-    """Exit code of the command, which runs in this process's group."""
+    """Run the command in this process's group; returns its exit code."""
     _at_end_of_file(lambda: _signal_group(os.getpgrp(), signal.SIGKILL))
-    # It goes to the whole group: the server takes its time, and this process waits for it. Not
-    # SIG_IGN, which the server would inherit.
+    # SIGTERM goes to the whole group: the server takes its time to end, and this process waits for
+    # it. Not SIG_IGN, which the server would inherit.
     signal.signal(signal.SIGTERM, lambda *_: None)
     return subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
 
 
 def _at_end_of_file(act: Callable[[], None]) -> None:
-    """Once nobody holds the other end of standard input; in a thread."""
+    """Call ``act``, in a thread, once nobody holds the other end of standard input."""
 
     def wait() -> None:
         while os.read(0, 4096):

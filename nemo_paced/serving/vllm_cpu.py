@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ForkingCpuPlatform(CpuPlatform):
-    """One process for engine and worker, for models on one rank."""
+    """vLLM's CPU platform with one forked process for engine and worker of a model on one rank."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

@@ -1,4 +1,4 @@
-"""vLLM behind the seam of ``engine.py``: its command line, environment, routes and their words.
+"""vLLM as the inference engine of ``engine.py``: command line, environment, routes, their JSON.
 
 Two routes sample. ``/inference/v1/generate`` is vLLM's own for token ids: it alone tells which
 weights sampled each token, takes the sampling parameters as they are (no defaults of the server's
@@ -42,7 +42,7 @@ def _sampling(request: SampleRequest) -> dict[str, Any]:
         "top_p": request.top_p,
         "max_tokens": request.max_tokens,
         "stop_token_ids": list(request.stop_token_ids),
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # no alternatives: the sampled token's alone
         "detokenize": False,
     }
 
@@ -151,7 +151,10 @@ class VllmControl:
 
 
 def _json_safe(update_info: dict[str, Any]) -> dict[str, Any]:
-    """CUDA IPC handles are tuples of bytes: pickled for the server, which asks for our key."""
+    """The update as JSON can carry it: CUDA IPC handles, tuples of bytes, are pickled.
+
+    The server unpickles them, on a route that requires our key.
+    """
     if "ipc_handles" not in update_info:
         return update_info
     rest = {name: value for name, value in update_info.items() if name != "ipc_handles"}
@@ -212,7 +215,7 @@ class Vllm:
             special["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         if not gpu_count():
             special[FORK_VARIABLE] = "1"
-            # a core for HTTP, as vLLM reserves it
+            # all cores but one, which vLLM too reserves for HTTP
             threads = str(max(1, len(os.sched_getaffinity(0)) - 1))
             special["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
         return {
@@ -221,7 +224,7 @@ class Vllm:
             API_KEY_VARIABLE: served.api_key,
             "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes, which our key guards
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(served.config.kv_cache_gib))),
-            "VLLM_PLUGINS": "nemo_paced",  # every installed package may bring some: seconds each
+            "VLLM_PLUGINS": "nemo_paced",  # those of other packages can take seconds to load
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
