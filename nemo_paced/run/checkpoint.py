@@ -6,7 +6,6 @@ RNG state under their standard keys, and beside them
     paced.json            step, problems consumed, skipped steps, layout, configuration
     pass_rates.parquet    the table that the weights of the next step come from
     hf/                   configuration and tokenizer of the student: what ``export-hf`` needs
-
     files.json            how long each file is: what is shorter when read is not resumed from
 
 It is written under a temporary name and renamed when whole, so a directory with its final name is
@@ -50,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 PASS_RATES_FILE = "pass_rates.parquet"
 HF_FOLDER = "hf"
-# torch's own is no Exception
+# torch's CheckpointException is no Exception
 _FAILURES = (Exception, CheckpointException)
 
 
@@ -67,7 +66,8 @@ def save(
     """Write the checkpoint of ``state.step``; collective.
 
     Args:
-        keep: how many stay, once this one is whole.
+        hf_dir: the student's Hugging Face directory, whose configuration and tokenizer are copied.
+        keep: how many checkpoints stay, once this one is whole.
         background: write there and return; it is whole after ``finish`` only.
 
     Raises:
@@ -105,10 +105,10 @@ def save(
 
 
 def finish(background: AsyncCallsQueue, *, wait: bool) -> None:
-    """Make checkpoints whole whose files are written; collective.
+    """Make the background's checkpoints whole whose files are written; collective.
 
     Args:
-        wait: for those as well that are not written yet.
+        wait: whether to wait for those that are not written yet.
 
     Raises:
         CheckpointError: one could not be written.
@@ -132,7 +132,13 @@ def _explained(final: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
-    """Restore model, optimizer and RNG from ``directory``, at whatever layout it was written."""
+    """Restore model, optimizer and RNG from ``directory``, whatever layout wrote it; collective.
+
+    The RNG state is restored only at the layout that wrote it.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
     state = read_state(directory)
     same_layout = state.layout == (parallel.tp_size, parallel.pp_size)
     wanted = _sharded_state(student, parallel, loading=True, with_rng=same_layout)
@@ -147,7 +153,11 @@ def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
 
 
 def load_model(directory: Path, chunks: Sequence[GPTModel]) -> None:
-    """Restore the weights alone, at whatever layout they were written."""
+    """Restore the weights alone, whatever layout wrote them; collective.
+
+    Raises:
+        CheckpointError: they are damaged, or of another model.
+    """
     loaded = _load({"model": _sharded_chunks(chunks)}, directory)
     _load_chunks(chunks, loaded["model"])
 
@@ -157,7 +167,7 @@ def save_model(
 ) -> None:
     """Write a checkpoint of weights alone (``import-hf``): a start, not a run to resume.
 
-    Collective; under a temporary name first, which a later start replaces.
+    It is collective, and written under a temporary name first, which a later start replaces.
 
     Raises:
         CheckpointError: it could not be written, or ``directory`` exists and is not empty.
@@ -217,7 +227,7 @@ def _sharded_state(
 
 
 def _sharded_chunks(chunks: Sequence[GPTModel]) -> dict[str, Any]:
-    """By chunk; the keys on disk count layers over the whole model and know no chunks."""
+    """Megatron's sharded state by chunk; on disk, keys count the whole model's layers instead."""
     return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
 
 
@@ -262,7 +272,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """One line that says what was wrong, out of what wraps it."""
+    """One line that says what was wrong, taken out of the error that wraps it."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines() or ["no message"]

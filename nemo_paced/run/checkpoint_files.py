@@ -21,7 +21,7 @@ SIZES_FILE = "files.json"
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a run needs to go on, beyond tensors.
+    """What a run needs to go on beyond tensors: the content of ``paced.json``.
 
     Attributes:
         step: optimizer steps taken.
@@ -68,7 +68,7 @@ def read_state(directory: Path) -> RunState:
 
 
 def record_sizes(directory: Path) -> None:
-    """Remember how long each file is: the last thing written into a checkpoint."""
+    """Write how long each file is to ``files.json``, the last file of a checkpoint."""
     sizes = {
         str(path.relative_to(directory)): path.stat().st_size
         for path in sorted(directory.rglob("*"))
@@ -78,7 +78,7 @@ def record_sizes(directory: Path) -> None:
 
 
 def damage(directory: Path) -> str | None:
-    """What a checkpoint's files lack of what was written; ``None``: nothing.
+    """The first fault of a checkpoint's files, in words; ``None``: they are as they were written.
 
     Lengths are compared, not contents: reading a large checkpoint takes as long as loading it.
     """
@@ -111,7 +111,11 @@ def newest_whole(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """``source`` itself if it is a checkpoint, else the newest whole one of the run directory."""
+    """``source`` itself if it is a checkpoint, else the newest whole one of the run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if (source / "metadata.json").exists():  # Megatron's; a run directory may hold an export hf/
         return source
     found = newest_whole(source)
@@ -124,7 +128,12 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
-    """The checkpoint to resume from, after checking that its run was configured alike."""
+    """The checkpoint to resume from, after checking that its run was configured alike.
+
+    Raises:
+        PacedError: there is one, and ``exp_manager.resume_if_exists`` is false.
+        CheckpointError: none is whole, or a setting that decides the result differs.
+    """
     if not checkpoints(run_dir):
         return None
     if not config.exp_manager.resume_if_exists:
@@ -143,13 +152,16 @@ def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
 
 
 def steps_trained(config: PacedConfig, run_dir: Path) -> int:
-    """The step of the :func:`newest_checkpoint`; 0 where there is none."""
+    """The step of the :func:`newest_checkpoint`, which may raise; 0 where there is none."""
     found = newest_checkpoint(config, run_dir)
     return 0 if found is None else read_state(found).step
 
 
 def prune(run_dir: Path, keep: CheckpointCallbackParams) -> None:
-    """Remove all but the newest and the best."""
+    """Remove complete checkpoints but the newest ``save_top_k`` and the best ``save_best_k``.
+
+    The best are those of the highest validation accuracy.
+    """
     found = checkpoints(run_dir)
     if keep.save_top_k == -1:
         return

@@ -21,7 +21,7 @@ def run_of(model: Path) -> Path | None:
 
 
 def save_config(config: PacedConfig, run_dir: Path) -> Path:
-    """Write ``config.yaml`` into a directory, which is made where it is missing; its path."""
+    """Write ``config.yaml`` into a directory, made where it is missing; returns the file's path."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG_FILE
     path.write_text(OmegaConf.to_yaml(to_dict(config)))

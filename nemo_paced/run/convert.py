@@ -1,4 +1,6 @@
-"""Hugging Face directories to Megatron checkpoints and back, on the CPU of one or several ranks.
+"""Conversion of Hugging Face directories to Megatron checkpoints and back, on the CPU.
+
+It runs on one or several ranks.
 
 A rank holds its own shards and at most one file of the export beside them, never the whole model.
 """
@@ -68,10 +70,10 @@ def export_hf(config: PacedConfig, source: Path, out_dir: Path) -> None:
 
 
 def check_ranks(config: PacedConfig) -> None:
-    """Conversion has exactly the ranks of one copy of the model.
+    """Check that a conversion has exactly the ranks of one copy of the model.
 
     Raises:
-        ConfigError: more ranks, which would hold copies.
+        ConfigError: more ranks, which would hold copies, or fewer.
     """
     model = config.model
     if model.context_parallel_size > 1:
@@ -117,7 +119,7 @@ def _model(
 
 @contextmanager
 def _progress(what: str, parallel: Parallel) -> Iterator[Callable[[int, int], None]]:
-    """Takes (tensors done, tensors in all): a bar on a terminal, else a line now and then."""
+    """Context with a function of (tensors done, tensors in all): draws a bar, or logs lines."""
     enabled = parallel.rank == 0
     bar = progress_bar(enabled=enabled)
     task = bar.add_task(what, total=None, note="")

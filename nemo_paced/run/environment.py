@@ -45,9 +45,9 @@ class Start:
         time: UTC, ISO 8601.
         step: optimizer steps taken before.
         nodes: distinct hosts of the ranks that train.
-        devices: their ranks by the name of the device that each computes on.
+        devices: how many ranks compute on each device, by its name.
         processor: its model, and how many cores this process may use.
-        memory_gib: of the node.
+        memory_gib: the node's main memory.
         cuda: version that torch was built for; empty without.
         commit: ``git describe`` of the checkout that the package lies in; empty for an installed
             package. ``-dirty`` marks changes that were not committed.
@@ -71,7 +71,10 @@ class Start:
 
 
 def record_start(run_dir: Path, parallel: Parallel, step: int) -> None:
-    """Rank 0 adds this start to the run's file; called on every rank that trains."""
+    """Add this start to the run's ``environment.json``; called on every rank that trains.
+
+    Rank 0 gathers the ranks' hosts and devices, and writes.
+    """
     key = "environment/{}"
     own = [socket.gethostname(), device_name(parallel)]
     if parallel.rank:
@@ -87,7 +90,7 @@ def record_start(run_dir: Path, parallel: Parallel, step: int) -> None:
 
 
 def record_preparation(run_dir: Path, seconds: Mapping[str, float]) -> None:
-    """Rank 0 adds to the last start how long it took until its first step."""
+    """Add to the last start how long its parts took until the first step; rank 0 alone calls it."""
     *earlier, last = read_starts(run_dir)
     rounded = {part: round(value, 2) for part, value in seconds.items()}
     _write(run_dir, [*earlier, replace(last, preparation_s=rounded)])
@@ -115,7 +118,7 @@ def _write(run_dir: Path, starts: Sequence[Start]) -> None:
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of those packages that are installed."""
+    """Versions of those packages that are installed, by name."""
     found = {}
     for package in packages:
         try:
@@ -126,7 +129,7 @@ def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def device_name(parallel: Parallel) -> str:
-    """Of what this rank computes on, with a GPU's memory."""
+    """Name of the device that this rank computes on; a GPU's with its memory."""
     import torch
 
     if parallel.device.type != "cuda":
@@ -138,7 +141,7 @@ def device_name(parallel: Parallel) -> str:
 def commit(folder: Path = PACKAGE_DIR) -> str:
     """``git describe`` of the checkout that tracks ``folder``; empty where none does."""
     if not _git(folder, "ls-files", "--error-unmatch", "__init__.py"):
-        return ""  # an environment inside somebody else's checkout
+        return ""  # the package is installed somewhere inside another project's checkout
     return _git(folder, "describe", "--always", "--dirty", "--abbrev=12")
 
 
@@ -163,6 +166,7 @@ def _start(step: int, nodes: int, devices: dict[str, int]) -> Start:
 
 
 def processor_name() -> str:
+    """The processor's model from ``/proc/cpuinfo``, else what Python says of it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -170,7 +174,7 @@ def processor_name() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Its output; empty where git, the checkout or the answer is missing."""
+    """The output of a git command; empty where git, the checkout or the answer is missing."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

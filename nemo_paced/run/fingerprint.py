@@ -1,4 +1,7 @@
-"""What must not change between a run and its resumption, and the difference named when it did."""
+"""Checks that the configuration and data of a run are those it was started with, when it resumes.
+
+Where they are not, the error names the difference.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from nemo_paced.records import Problem
 
 DATA_FILE = "data_fingerprint.json"
 
-# Where a run computes and what it logs may change; what it computes may not.
+# Settings that may change when a run resumes: where it computes and what it logs, not what it
+# computes.
 CHANGEABLE = (
     "trainer.num_nodes",
     "trainer.devices",
@@ -62,7 +66,7 @@ CHANGEABLE = (
     "training",
     "snr",
 )
-# Within `rollout`, these decide what is sampled.
+# Settings within `rollout` that may not change: they decide what is sampled.
 FIXED = (
     "rollout.temperature",
     "rollout.top_p",

@@ -93,7 +93,7 @@ def exp_manager_block(config: PacedConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _wandb_run_id(run_dir: Path) -> str:
-    """Kept with the run, so that a resumed one goes on in the same W&B run."""
+    """The id of the run in W&B, kept in ``run_dir``: a resumed run goes on under the same."""
     path = run_dir / "wandb_run_id"
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n")
@@ -101,7 +101,10 @@ def _wandb_run_id(run_dir: Path) -> str:
 
 
 class _quiet:
-    """NeMo and Lightning announce themselves and their whole schema; a run's log is for the run."""
+    """Context in which NeMo and Lightning are silent.
+
+    They announce themselves and their whole schema; a run's log is for the run.
+    """
 
     def __enter__(self) -> None:
         self._out, self._err = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())

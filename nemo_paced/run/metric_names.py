@@ -1,4 +1,4 @@
-"""What a run logs, in one place: the names are the same in ``metrics.jsonl``, TensorBoard and W&B.
+"""Every value that a run logs: its name, the same in all loggers, its unit and its meaning.
 
 ``docs/metrics.md`` is made from here: ``make docs``.
 """
@@ -15,10 +15,11 @@ VALIDATION = "steps with a validation"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a name stands for.
+    """What a logged name stands for.
 
     Attributes:
         unit: of its value; ``share`` is between 0 and 1, ``0 or 1`` a yes or no.
+        meaning: Markdown, as docs/metrics.md has it.
         when: at which steps it is logged.
     """
 

@@ -10,7 +10,11 @@ from nemo_paced.files import without_nan, write_whole
 
 
 class MetricsFile:
-    """Append-only JSON lines; a resumed run first drops the lines of steps it will repeat."""
+    """Append-only JSON lines; a resumed run first drops the lines of steps it will repeat.
+
+    Args:
+        next_step: the lowest ``step`` of the lines that will be written.
+    """
 
     def __init__(self, path: Path, *, next_step: int) -> None:
         self.path = path

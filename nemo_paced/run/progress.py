@@ -1,4 +1,4 @@
-"""What rank 0 shows and keeps of a run: metrics.jsonl, NeMo's loggers, a progress bar."""
+"""Log and display of a run, on rank 0: metrics.jsonl, NeMo's loggers, a progress bar."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from nemo_paced.run.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
 
-LINE_EVERY_S = 60.0
+LINE_EVERY_S = 60.0  # between two lines of the log about something long, where no bar is drawn
 
 
 def progress_bar(*, enabled: bool = True) -> Progress:
-    """A bar with what it is doing, how far, how long it took and how long is left.
+    """A progress bar: what is done, how far it is, how long it took and how long is left.
 
-    Drawn on a terminal only; elsewhere (a job's log file) :class:`RunLog` writes lines instead, and
-    so do :func:`bar_task` and :func:`server_notes` of what takes longer than ``LINE_EVERY_S``.
+    It is drawn on a terminal only; elsewhere (a job's log file) :class:`RunLog` writes lines
+    instead, and so do :func:`bar_task` and :func:`server_notes` of what takes longer than
+    ``LINE_EVERY_S``.
     """
     console = Console(file=sys.stderr)
     return Progress(
@@ -69,7 +70,7 @@ def bar_task(bar: Progress, description: str, total: int) -> Iterator[Callable[[
 
 
 def server_notes(bar: Progress) -> Callable[[str], None]:
-    """Shows what a starting server says, for as long as it says something."""
+    """A function that shows what starting servers say; an empty note ends the display."""
     task = bar.add_task("rollout server", total=None, note="", visible=False)
     lines: _Lines | None = None
 
@@ -106,7 +107,12 @@ class _Lines:
 
 
 class RunLog:
-    """Context manager; on ranks other than 0 (``enabled=False``) it does nothing."""
+    """Log of a run's steps: ``metrics.jsonl``, loggers and progress bar; a context manager.
+
+    Args:
+        first_step: optimizer steps taken before this start.
+        enabled: ``False`` on ranks other than 0, where it does nothing.
+    """
 
     def __init__(
         self, config: PacedConfig, run_dir: Path, first_step: int, *, enabled: bool
@@ -136,9 +142,9 @@ class RunLog:
                 self._loggers.close()
 
     def open_loggers(self) -> None:
-        """What importing NeMo takes seconds for: rank 0 does it while servers start.
+        """Open NeMo's loggers, unless they are open.
 
-        Nothing where they are open.
+        Importing NeMo takes seconds: rank 0 does it while servers start.
         """
         if self.enabled and self._loggers is None:
             self._loggers = open_loggers(self.config, self.run_dir)

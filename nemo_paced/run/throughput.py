@@ -1,4 +1,4 @@
-"""How fast a step was: tokens a second, FLOP/s of both models, and MFU where the peak is known.
+"""Throughput of a step: tokens a second, FLOP/s of both models, and MFU where the peak is known.
 
 Model FLOPs are counted as papers count them: what the tokens need (no padding, nothing that is
 recomputed), 3 forwards for forward and backward. Peaks are the data sheets' (``sizing/hardware``).
@@ -20,19 +20,19 @@ from nemo_paced.student.step import StepResult
 
 
 class Throughput:
-    """Of the models and ranks of one run."""
+    """Computes the throughput of a run's steps from the sizes of its models and its ranks."""
 
     def __init__(self, config: PacedConfig, parallel: Parallel) -> None:
         self.student = Architecture.read(config.student.hf_path, "student.hf_path")
         self.teacher = Architecture.read(config.teacher_hf_path, "teacher.hf_path")
         self.student_ranks = config.student_ranks
         self.teacher_ranks = config.teacher_ranks
-        self.separate = bool(config.teacher.separate_ranks)  # its time is not seen here
+        self.separate = bool(config.teacher.separate_ranks)  # the teacher's time is not seen here
         bf16 = config.trainer.compute_precision is Precision.bf16
         self.peak = peak_flops(parallel.device) if bf16 else None
 
     def metrics(self, items: Sequence[TrainItem], result: StepResult) -> dict[str, float]:
-        """Of a step that has trained on ``items``."""
+        """Tokens/s, TFLOP/s per rank and MFU of a step that has trained on ``items``."""
         seconds = result.teacher_s + result.student_s
         student = self.student_flops(items) / self.student_ranks
         told = {
@@ -47,7 +47,10 @@ class Throughput:
         return told
 
     def student_flops(self, items: Sequence[TrainItem]) -> float:
-        """Forward and backward, LM head at the response tokens included."""
+        """Model FLOPs of the student's forward and backward on ``items``.
+
+        The LM head is included, at the response tokens.
+        """
         head = 2 * self.student.vocab_size * self.student.hidden_size
         return 3 * sum(
             forward_flops(self.student, length := _length(item.student_prompt_ids, item), length)
@@ -56,7 +59,10 @@ class Throughput:
         )
 
     def teacher_flops(self, items: Sequence[TrainItem]) -> float:
-        """Forward, without the LM head (its product is a part of the loss)."""
+        """Model FLOPs of the teacher's forward on ``items``.
+
+        The LM head is left out: its product is a part of the loss.
+        """
         return sum(
             forward_flops(self.teacher, length := _length(item.teacher_prompt_ids, item), length)
             for item in items
@@ -64,7 +70,7 @@ class Throughput:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of a GPU in bf16, FLOP/s; ``None`` where it is not known (every CPU)."""
+    """The bf16 peak of a GPU, FLOP/s; ``None`` where it is not known (every CPU)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()

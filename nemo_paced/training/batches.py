@@ -1,4 +1,4 @@
-"""Rank 0 decides what a global batch holds; every rank gets it as one message of token ids."""
+"""Global batches: rank 0 decides what one holds, every rank gets it as a message of token ids."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Batch:
     metrics: dict[str, float]
 
     def to_message(self) -> dict[str, Any]:
+        """Plain data for the other ranks, which :meth:`from_message` reads."""
         return {"items": [asdict(item) for item in self.items], "metrics": self.metrics}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Measures the FP8 certificate before the first step, on responses that will be trained on.
+"""Measurement of the FP8 certificate before the first step, on responses that are trained on.
 
 The teacher is in memory once: its hidden states of these responses are kept on the host while it is
 let go of and loaded again in FP8. The student is only asked for its own hidden states, to see what
@@ -117,7 +117,10 @@ def _teacher_hidden(step: Step, items: Sequence[TrainItem]) -> dict[str, torch.T
 
 @torch.no_grad()
 def _student_hidden(step: Step, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-    """Final hidden states [N, h] of micro-batches; the output layer stands aside meanwhile."""
+    """The student's final hidden states [N, h] of micro-batches, on the last stage; else none.
+
+    The output layer stands aside meanwhile.
+    """
     chunks, parallel = step.student.chunks, step.parallel
     if not parallel.is_last_stage:
         run_schedule(
@@ -151,7 +154,7 @@ def _drift(
     exact: dict[str, torch.Tensor],
     quantized: dict[str, torch.Tensor],
 ) -> Drift:
-    """Of all ranks' responses, the same on every rank."""
+    """The drift over all ranks' responses, the same on every rank."""
     batches = cut_batch(items, step.cut, step.parallel, teacher=False)
     student = _student_hidden(step, batches)
     own: list[Drift] = []
@@ -172,7 +175,7 @@ def _drift(
 
 
 def _tokens(batch: MicroBatch, hidden: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of the micro-batch's response tokens on this rank, in its order: [N, h]."""
+    """Hidden states [N, h] of the micro-batch's response tokens on this rank, in its order."""
     whole_NH = torch.cat([hidden[name] for name, _ in batch.spans])
     return whole_NH if batch.local_N is None else whole_NH[batch.local_N.cpu()]
 
@@ -197,7 +200,7 @@ def _meter(step: Step, divergence: Divergence) -> DriftMeter:
 
 
 def _identity(config: PacedConfig, parallel: Parallel) -> dict[str, Any]:
-    """What a certificate holds for: teacher, settings, device; not the limit it is held to."""
+    """What a certificate is valid for: teacher, settings, device; not the limit on its KL."""
     settings = to_dict(config.teacher.fp8)
     del settings["max_kl"]
     on_gpu = parallel.device.type == "cuda"

@@ -37,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class Driver:
-    """Checks all inputs when made; what takes time is in methods of its own, called in order."""
+    """Rank 0's inputs, servers and pass rates, and the batches made from them.
+
+    It checks all inputs when made; what takes time is in methods of its own, called in order.
+    """
 
     def __init__(self, config: PacedConfig, run_dir: Path) -> None:
         self.config = config
@@ -55,7 +58,7 @@ class Driver:
         check_data(run_dir, self.problems)
         self.order = ProblemOrder(len(self.problems), config.model.seed, config.data.shuffle)
         self.references: dict[str, Response] = {}
-        self._tables: dict[int, PassRateTable] = {}  # before the batch of a step was made
+        self._tables: dict[int, PassRateTable] = {}  # by step, as it was before its batch was made
         self._stack = ExitStack()
 
     def __enter__(self) -> Driver:
@@ -65,7 +68,7 @@ class Driver:
         self._stack.close()
 
     def find_references(self, log: RunLog) -> None:
-        """Stored responses, sampled from the teacher where they are needed and missing."""
+        """Read the stored responses, or sample them from the teacher, where stages need them."""
         self.log = log
         if self.config.needs_references:
             self.references = load_references(
@@ -73,7 +76,7 @@ class Driver:
             )
 
     def start_servers(self) -> None:
-        """Those of the student, or a connection to the ones that run."""
+        """Start the student's servers, or reach those of ``rollout.endpoints``."""
         self.sampler = self._stack.enter_context(
             prepare.student_sampler(
                 self.config,
@@ -86,7 +89,7 @@ class Driver:
         )
 
     def check_servers(self) -> None:
-        """Servers that somebody else runs have to take the student's weights, if any are sent.
+        """Check that servers of somebody else take the student's weights, if any are sent.
 
         Raises:
             ConfigError: names one that does not.
@@ -95,7 +98,7 @@ class Driver:
             self.sampler.require_weight_routes()
 
     def first_pass_rates(self, resumed_from: Path | None) -> None:
-        """The checkpoint's table, a given one, or a first estimate.
+        """Set the pass rates to begin with: the checkpoint's, given ones, or a first estimate.
 
         Raises:
             ConfigError: no problem has both a weight and a reference.
@@ -105,13 +108,17 @@ class Driver:
             weights_with_references(self.table.weights(), self.references)  # now, not at a step
 
     def estimate_pass_rates(self, step: int) -> None:
-        """Pass rates and weights anew with the student as it is served."""
+        """Estimate pass rates and weights anew, with the student as it is served."""
         self.table = prepare.estimate_pass_rates(
             self.config, self.problems, self.sampler, self.run_dir, step=step, bar=self.log.bar
         )
 
     def batch(self, step: int, consumed: int, stage: StageConfig) -> Batch:
-        """The global batch of a step; samples it first in an on-policy stage."""
+        """The global batch of a step, whose responses an on-policy stage samples first.
+
+        Args:
+            consumed: problems of the steps before.
+        """
         self._keep_table_before(step)
         positions = self.order.take(consumed, self.config.model.global_batch_size)
         problems = [self.problems[position] for position in positions]
@@ -141,8 +148,9 @@ class Driver:
         return Batch(items, metrics)
 
     def save_pass_rates(self, step: int) -> None:
-        """What the checkpoint of ``step`` has to hold: free re-estimation moves it at each step.
+        """Write the table that the checkpoint of ``step`` has to hold.
 
+        Only free re-estimation moves it from step to step; otherwise it is written already.
         Rollouts that were sampled ahead are in the store: a resumed run counts them in their turn.
         """
         if self.config.weights.reestimate is Reestimation.free:
@@ -151,7 +159,7 @@ class Driver:
             prepare.save_table(self._tables.get(step, table), self.run_dir, step)
 
     def _keep_table_before(self, step: int) -> None:
-        """For a checkpoint written while batches ahead of it are made."""
+        """Keep the table for a checkpoint that is written while batches ahead of it are made."""
         if self.config.weights.reestimate is Reestimation.free:
             oldest = step - self.config.rollout.steps_ahead
             self._tables = {k: t for k, t in self._tables.items() if k >= oldest}
@@ -177,7 +185,7 @@ class Driver:
                 advance(min(begin + size, len(missing)), len(missing))
 
     def certificate_batch(self, step: int, consumed: int) -> Batch:
-        """The problems that come first with their responses, each of weight 1, to compare on."""
+        """The batch of the FP8 certificate: the first problems in order, each of weight 1."""
         order = self.order.take(consumed, len(self.problems))
         problems = [self.problems[position] for position in order]
         if self.references:
@@ -254,7 +262,7 @@ class Driver:
         )
 
     def _explored(self, problem: Problem, step: int) -> bool:
-        """Whether it is sampled for its pass rate alone; the same in a resumed run."""
+        """Whether a problem is sampled for its pass rate alone; the same in a resumed run."""
         draw = sampling_seed(self.config.model.seed, "exploration", step, problem.id, 0)
         return draw < self.config.weights.exploration * 2**31
 

@@ -1,4 +1,4 @@
-"""Each step's batch on every rank, and ahead of its turn where somebody can use it.
+"""Exchange of batches: rank 0 makes them, ahead of their turn where that helps, for every rank.
 
 Rank 0 makes a batch (stored responses, or rollouts of the served student) and gives it to the other
 ranks through the store. It makes the next ones early in two cases: a teacher on ranks of its own
@@ -34,7 +34,9 @@ T = TypeVar("T")
 
 
 class BatchExchange:
-    """A context manager: leaving it waits for what is being sampled.
+    """Gives rank 0's batches and results to every rank.
+
+    It is a context manager: leaving it waits for what is being sampled, unless by an error.
 
     Args:
         driver: rank 0's; ``None`` elsewhere.
@@ -57,9 +59,9 @@ class BatchExchange:
         self._sampled_until = 0  # rollouts of the steps below are made or being made
         self._announced_until = 0  # the remote teacher knows the batches of the steps below
         self._ahead: dict[int, Future[Batch]] = {}  # rank 0's
-        self._given = 0
+        self._given = 0  # batches of give_all; part of their keys
         self._losses = 0  # of the servers' weights; what is asked for again has another key
-        self._published: list[str] = []
+        self._published: list[str] = []  # rank 0's: keys that are still in the store
         self._sampler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
 
     def __enter__(self) -> BatchExchange:
@@ -74,11 +76,14 @@ class BatchExchange:
         return step < self._sampled_until
 
     def batch(self, step: int, consumed: int, stage: Stage, served_step: int | None) -> Batch:
-        """The batch of this step, which is made now if it is not yet.
+        """The batch of a step, on every rank; it is made now if it is not yet.
 
         Args:
             consumed: problems of the steps before.
             served_step: optimizer steps behind the weights that it would be sampled with.
+
+        Raises:
+            StopRequested, WeightsLost: as in :meth:`give`.
         """
         batch = self.give(_key(step), lambda: self._made(step, consumed, stage, served_step))
         self._sampled_until = max(self._sampled_until, step + 1)
@@ -90,7 +95,12 @@ class BatchExchange:
         return batch
 
     def sample_ahead(self, step: int, consumed: int, stage: Stage, served_step: int) -> None:
-        """Begin with the rollouts of the following steps, as far as they may be stale."""
+        """Begin to sample the following steps, as many as may be sampled before their turn.
+
+        Args:
+            consumed: problems of the steps before ``step``.
+            served_step: optimizer steps behind the served weights.
+        """
         last = step
         while last < step + self.config.rollout.steps_ahead and self._goes_on(stage, last):
             last += 1
@@ -107,12 +117,15 @@ class BatchExchange:
         wait(self._ahead.values())
 
     def give_all(self, make: Callable[[], Batch]) -> Batch:
-        """What rank 0 makes now, on every rank, beside the steps' batches."""
+        """A batch beside those of the steps, which rank 0 makes now, on every rank."""
         self._given += 1
         return self.give(f"given/{self._given}", make)
 
     def give(self, key: str, make: Callable[[], Batch]) -> Batch:
-        """What rank 0 makes, on every rank.
+        """The batch that rank 0 makes, on every rank.
+
+        Args:
+            key: its name in the store, the same on every rank and used once.
 
         Raises:
             StopRequested: on every rank.
@@ -125,7 +138,10 @@ class BatchExchange:
         return batch
 
     def read_everywhere(self) -> None:
-        """A collective has gone through: every rank has read what was given before it."""
+        """Remove what was given so far from the store.
+
+        It is called after a collective, before which every rank has read what was given.
+        """
         while self._published:
             self.parallel.messages.forget(self._published.pop())
 
@@ -144,7 +160,7 @@ class BatchExchange:
         return result
 
     def on_rank_0(self, key: str, work: Callable[[Driver], T]) -> T | None:
-        """Its result, on rank 0; the others wait for its end, as in :meth:`tell`."""
+        """The result of ``work`` on rank 0; the others wait for its end, as in :meth:`tell`."""
         results: list[T] = []
 
         def done(driver: Driver) -> str:
@@ -166,7 +182,7 @@ class BatchExchange:
         return message
 
     def _unless_stopped(self, key: str, make: Callable[[], T]) -> T:
-        """On rank 0: what the others wait for, or all stop here."""
+        """What rank 0 makes while the others wait for it, or all stop (or send weights) here."""
         try:
             with stop.interruptible():
                 others = self.parallel.world_size > 1
@@ -194,7 +210,7 @@ class BatchExchange:
         return self.config.model.global_batch_size
 
     def _goes_on(self, stage: Stage, step: int) -> bool:
-        """Whether the step after belongs to the stage too, and has the same estimate behind it."""
+        """Whether the next step is of the same stage, with the same estimate of pass rates."""
         following = step + 1
         if following >= self.config.trainer.max_steps:
             return False

@@ -1,4 +1,4 @@
-"""What can go wrong while training, noticed and named: NaN, spikes, a wrong server, a hung rank."""
+"""Detection of faults while training: NaN, loss spikes, a wrong server, a hung rank."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from nemo_paced.training.schedule import Stage
 logger = logging.getLogger(__name__)
 
 SPIKE_WINDOW = 50  # steps of a stage that a loss is compared with
-_ENOUGH = 10  # of them at least
+_ENOUGH = 10  # steps before the first loss that is compared
 # Losses of small batches differ by factors from step to step, whatever the factor that is asked
-# for: a spike is also so many deviations above them. Both are robust, and of the logarithm.
+# for: a spike is also so many deviations above them. Median and deviation are robust, and of the
+# logarithm.
 SPIKE_DEVIATIONS = 5.0
-_DEVIATION_OF_MAD = 1.4826  # of a normal distribution, over its median absolute deviation
+_DEVIATION_OF_MAD = 1.4826  # a normal distribution's, over its median absolute deviation
 
 
 class RunStopped(PacedError):
-    """A bound was passed; raised on every rank at the same step."""
+    """The run passed a bound on its faults; raised on every rank at the same step."""
 
 
 class Guard:
-    """Looks at each step's result; counts skipped steps over the whole run.
+    """Judges each step's result, and counts skipped steps over the whole run.
 
     Args:
         speaks: whether this rank logs what all ranks see.
@@ -50,9 +51,10 @@ class Guard:
     def check(
         self, step: int, stage: Stage, batch: Batch, result: StepResult | None, *, fresh: bool
     ) -> list[str]:
-        """Log what is odd, and stop when it passes its bound.
+        """Log what is odd about a step's result, and stop the run where a bound is passed.
 
         Args:
+            result: ``None``: the batch had nothing to train on.
             fresh: whether the batch was sampled with the weights that the step began with.
 
         Returns:
@@ -113,10 +115,14 @@ class Guard:
 
 
 class Watch:
-    """Each rank tells how far it is; rank 0 names those that stay behind.
+    """Watch over the ranks: each tells how far it is, and rank 0 names those that stay behind.
 
     A rank that hangs shows as an error of all the others, each in another collective. They tell
-    through the store, which needs no collective. A context manager: a thread of rank 0 looks.
+    through the store, which needs no collective. While it is entered as a context manager, a thread
+    of rank 0 looks.
+
+    Args:
+        timeout_s: of a collective; a rank is behind once it has not moved for half of it.
     """
 
     def __init__(self, parallel: Parallel, timeout_s: float) -> None:
@@ -144,7 +150,7 @@ class Watch:
             ) from error
 
     def reached(self, step: int, phase: str) -> None:
-        """This rank begins a phase of a step; all ranks go through the same ones."""
+        """Tell that this rank begins a phase of a step; all ranks go through the same ones."""
         self._passed += 1
         if self.parallel.world_size > 1:
             told = [self._passed, step, phase, socket.gethostname(), time.time()]

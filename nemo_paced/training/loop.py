@@ -98,9 +98,9 @@ def with_cache_folder(config: PacedConfig, run_dir: Path) -> PacedConfig:
 
 
 def agreed_checkpoint(config: PacedConfig, run_dir: Path, parallel: Parallel) -> Path | None:
-    """Rank 0's :func:`newest_checkpoint` on every rank: file systems may show them different ones.
+    """Rank 0's :func:`newest_checkpoint`, on every rank: file systems may show different ones.
 
-    Collective.
+    It is collective.
     """
     chosen: list[Path | None] = [None]
     if parallel.rank == 0:
@@ -111,7 +111,7 @@ def agreed_checkpoint(config: PacedConfig, run_dir: Path, parallel: Parallel) ->
 
 
 class Loop:
-    """State of a run on one rank: how far it is, and which weights the rollout server has."""
+    """The training loop of one rank, with how far it is and which weights the servers have."""
 
     def __init__(
         self,
@@ -128,8 +128,8 @@ class Loop:
         self.models = models
         self.driver = driver
         self.parallel = parallel
-        self.step = 0
-        self.consumed = 0
+        self.step = 0  # optimizer steps taken
+        self.consumed = 0  # problems of those steps
         self.guard = Guard(config, speaks=parallel.rank == 0)
         self.throughput = Throughput(config, parallel)
         self.watch = Watch(parallel, config.training.collective_timeout_s)
@@ -138,16 +138,23 @@ class Loop:
         async_save = config.exp_manager.checkpoint_callback_params.async_save
         self.background = AsyncCallsQueue() if async_save else None
         self.served_step: int | None = None  # optimizer steps behind the server's weights
-        self.saved_step: int | None = None
+        self.saved_step: int | None = None  # step of the last checkpoint
         self.exchange = BatchExchange(
             config, all_stages, driver, parallel, models.step.teacher.remote
         )
         self.refit = Refit(models.student, parallel, driver, self.exchange)
-        self.times: dict[str, float] = {}
-        self._sampled_s = 0.0  # for which the servers were busy until the last step's end
+        self.times: dict[str, float] = {}  # seconds of the current step by part
+        self._sampled_s = 0.0  # the servers' sampling time up to the end of the last step
 
     def run(self, resume_from: Path | None) -> bool:
-        """Whether all steps are done; if not, it was asked to stop."""
+        """Take all steps; returns ``False`` where the run was asked to stop before.
+
+        Args:
+            resume_from: a checkpoint to go on from.
+
+        Raises:
+            RunStopped: a bound on faults was passed.
+        """
         if resume_from is not None:
             self._restore(resume_from)
         max_steps = self.config.trainer.max_steps
@@ -179,7 +186,7 @@ class Loop:
         return True
 
     def _prepare(self, log: RunLog, resume_from: Path | None) -> None:
-        """What comes before the first step of this start."""
+        """Do what comes before the first step of this start: references, servers, pass rates."""
         spent: dict[str, float] = {}
         with timed(spent, "references"):
             self.exchange.on_rank_0("references", lambda driver: driver.find_references(log))
@@ -205,7 +212,7 @@ class Loop:
             checkpoint.finish(self.background, wait=True)
 
     def _one_step(self) -> dict[str, Any]:
-        """Batch, teacher, student, update, and what is due after it; returns the log line."""
+        """Take one step and do what is due after it; returns the log line."""
         self.times = {}
         begin = time.perf_counter()
         stage = schedule.stage_at(self.stages, self.step)
@@ -251,7 +258,7 @@ class Loop:
         }
 
     def _waits(self, on_policy: bool, step_s: float) -> dict[str, float]:
-        """For which share of the step trainer and servers each waited for the other; on rank 0."""
+        """Shares of a step for which trainer and servers waited for each other; on rank 0."""
         if self.driver is None:
             return {}
         before, self._sampled_s = self._sampled_s, self.driver.sampler.busy_s()
@@ -263,7 +270,7 @@ class Loop:
         }
 
     def _enter(self, stage: Stage) -> None:
-        """What a stage asks for at its first step, and pass rates when they are due."""
+        """Do what a stage asks for at its first step, and estimate pass rates when they are due."""
         first = self.step == stage.first_step
         if first and stage.config.reset_optimizer and self.step > 0:
             self.models.student.reset_optimizer()
@@ -297,7 +304,7 @@ class Loop:
         certify(self.models, batch.items, responses, divergence, self.run_dir)
 
     def _fill_teacher_cache(self) -> None:
-        """``teacher.placement=cached``: all signals that are missing, then no teacher any more."""
+        """With ``teacher.placement=cached``, make all missing signals and let the teacher go."""
         if self.config.teacher.placement is not TeacherPlacement.cached:
             return
         source = self.models.step.teacher
@@ -315,7 +322,7 @@ class Loop:
         self._check_cache(source.cache)
 
     def _check_cache(self, cache: SignalCache) -> None:
-        """A disk that filled up would have the teacher loaded again for every step."""
+        """Check that no signal is missing: with a full disk every step would load the teacher."""
         if self.driver is not None:
             lacking = sum(len(b.items) for b in self.driver.uncached_references(cache))
             if lacking:
@@ -341,7 +348,7 @@ class Loop:
         self.served_step = self.step
 
     def _sampled(self, ask: Callable[[], T]) -> T:
-        """What the servers are asked for; again where they had all lost the weights."""
+        """The answer of ``ask``; it is repeated where all servers had lost the weights."""
         while True:
             try:
                 return ask()
@@ -429,7 +436,7 @@ class Loop:
 
 @contextmanager
 def timed(times: dict[str, float], name: str) -> Iterator[None]:
-    """Adds to ``times``; what is timed inside counts there alone."""
+    """Context that adds its seconds to ``times[name]``; a part timed inside counts there alone."""
     begin, before = time.perf_counter(), sum(times.values())
     yield
     inside = sum(times.values()) - before

@@ -1,7 +1,7 @@
 """What has to exist before the first step: prompts, the served student and its pass rates.
 
-Used by ``train`` for whatever is missing, and by the command ``pass-rates``. What the teacher has
-to answer before is in ``references.py``.
+``train`` makes here whatever is missing, and so does the command ``pass-rates``. What the teacher
+has to answer before is in ``references.py``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ PASS_RATES_FILE = "pass_rates.parquet"
 
 
 def make_prompts(config: PacedConfig) -> Prompts:
-    """Prompts of the run, after checking that both models mean the same by each token."""
+    """Prompts of the run, after checking that both models mean the same by each token.
+
+    Raises:
+        ConfigError: there is no student, or the tokenizers differ.
+    """
     if not config.student.hf_path:
         raise ConfigError("student.hf_path is empty: give the student's Hugging Face directory")
     if config.teacher.hf_path:
@@ -39,7 +43,11 @@ def make_prompts(config: PacedConfig) -> Prompts:
 
 
 def check_prompts(problems: Sequence[Problem], prompts: Prompts) -> None:
-    """Build every prompt once: a problem that is too long is named before anything starts."""
+    """Build every prompt once: a problem that is too long is named before anything starts.
+
+    Raises:
+        ConfigError: names the problem.
+    """
     for problem in problems:
         prompts.student(problem)
         prompts.teacher(problem)
@@ -55,6 +63,12 @@ def student_sampler(
     max_model_len: int | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> Sampler:
+    """The sampler of the student as it was before training; its files lie in ``run_dir``.
+
+    Args:
+        notify, max_model_len, meanwhile: as in :class:`Sampler`.
+        beside_trainer: whether this node's first ``trainer.devices`` GPUs are the trainer's.
+    """
     return Sampler(
         config,
         Path(config.student.hf_path),
@@ -70,10 +84,10 @@ def student_sampler(
 
 
 def evaluation_settings(config: PacedConfig, max_tokens: int | None = None) -> SamplingSettings:
-    """How held-out problems are sampled: the ``evaluation`` block.
+    """How held-out problems are sampled, from the ``evaluation`` block.
 
     Args:
-        max_tokens: of a response; ``None``: what :func:`evaluation_length` says of the student.
+        max_tokens: longest response; ``None``: what :func:`evaluation_length` says of the student.
     """
     evaluation = config.evaluation
     if max_tokens is None:
@@ -96,9 +110,12 @@ def estimate_pass_rates(
     step: int,
     bar: Progress,
 ) -> PassRateTable:
-    """Graded rollouts of every problem by the served student; writes the table, also by its step.
+    """Estimate the table of pass rates from graded rollouts of the served student, and write it.
 
-    ``weights.num_rollouts`` of each, or as many in the mean with ``weights.adaptive``.
+    Each problem gets ``weights.num_rollouts``, or as many in the mean with ``weights.adaptive``.
+
+    Args:
+        step: optimizer steps behind the served weights.
     """
     settings = SamplingSettings(
         num_samples=config.weights.num_rollouts,
@@ -131,7 +148,7 @@ def estimate_pass_rates(
 
 
 def save_table(table: PassRateTable, run_dir: Path, step: int) -> None:
-    """As the version of ``step``, and as the one that the next checkpoint takes along."""
+    """Write the table as the version of ``step``, and as what the next checkpoint takes along."""
     table.write(run_dir / "pass_rates" / f"step_{step:08d}.parquet")
     table.write(run_dir / PASS_RATES_FILE)
 

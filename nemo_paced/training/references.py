@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 REFERENCES_FILE = "references.jsonl"
 
-# Samples 0..n-1 of each of these problems, asking only for those that do not exist.
+# (problems, n by problem id) -> samples 0..n-1 of each; only those that do not exist are asked for
 Sample = Callable[[Sequence[Problem], Mapping[str, int]], list[Rollout]]
 
 
@@ -55,6 +55,9 @@ def load_references(
     meanwhile: Callable[[], None] | None = None,
 ) -> dict[str, Response]:
     """The stored response of every problem but the dropped ones, made first where it is missing.
+
+    Args:
+        meanwhile: called while the teacher's servers start, if they have to.
 
     Raises:
         ConfigError: a problem without one (no solution, not in the file), or all are dropped.
@@ -95,10 +98,10 @@ def sample_references(
     bar: Progress,
     meanwhile: Callable[[], None] | None = None,
 ) -> Path:
-    """Ask the teacher, which sees the privileged context, and write references.jsonl.
+    """Sample from the teacher, which sees the privileged context, and write references.jsonl.
 
     Args:
-        meanwhile: what is done while the teacher's servers start.
+        meanwhile: called while the teacher's servers start.
     """
     settings = config.references
     sampling = SamplingSettings(
@@ -131,7 +134,7 @@ def sample_references(
 
 
 def told(found: Sequence[Reference], wrong: WrongReferences) -> str:
-    """The log line: how many are right, at which attempt, and what became of the others."""
+    """The log line of sampled references: how many are right, and what became of the others."""
     right = [reference for reference in found if reference.rollout.correct]
     later = sum(reference.attempts > 1 for reference in right)
     became = "dropped" if wrong is WrongReferences.drop else "kept"
@@ -155,7 +158,7 @@ def references(config: PacedConfig, run_dir: Path) -> Path:
 def _is_made(config: PacedConfig, run_dir: Path) -> bool:
     """Whether references.jsonl is there, and made with these settings.
 
-    That of another ``references.wrong`` or ``references.max_attempts`` is made anew from the
+    A file of another ``references.wrong`` or ``references.max_attempts`` is made anew from the
     samples that there are, and from new ones where they are too few.
     """
     path = run_dir / REFERENCES_FILE
@@ -165,7 +168,7 @@ def _is_made(config: PacedConfig, run_dir: Path) -> bool:
 def _choose(
     problems: Sequence[Problem], sample: Sample, settings: ReferencesConfig
 ) -> Iterator[Reference]:
-    """One reference a problem, in their order; a round of samples for each attempt.
+    """One reference of each problem, in their order; a round of samples for each attempt.
 
     What a round asks for follows from the verdicts of those before it, which are in the store.
     """
@@ -204,7 +207,7 @@ def _teacher_sampler(
     bar: Progress,
     meanwhile: Callable[[], None] | None,
 ) -> Sampler:
-    """Served by ``references.endpoints``, else by servers of our own while they are needed."""
+    """The teacher's sampler: over ``references.endpoints``, else with servers of our own."""
     endpoints = list(config.references.endpoints)
     replicas = 1 if endpoints else config.rollout.num_replicas
     rollout = replace(

@@ -51,8 +51,8 @@ def stage_at(all_stages: Sequence[Stage], step: int) -> Stage:
 def reestimation_due(weights: WeightsConfig, stage: Stage, step: int) -> bool:
     """Whether pass rates are sampled anew before optimizer step ``step``; step 0 has its own.
 
-    At a stage's first step not for ``weights.scheme=unweighted``: no weight follows from hours of
-    sampling. Who wants to watch them asks for ``weights.reestimate=every_n_steps``.
+    They are not at a stage's first step with ``weights.scheme=unweighted``: no weight follows from
+    hours of sampling. Who wants to watch them asks for ``weights.reestimate=every_n_steps``.
     """
     if step == 0:
         return False

@@ -1,4 +1,4 @@
-"""The student's weights into the rollout servers, from all ranks."""
+"""Refit: all ranks bring the student's weights into the rollout servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from nemo_paced.training.exchange import BatchExchange
 
 
 class Refit:
-    """Every student rank has one; its calls are collective.
+    """Brings the student's weights into the rollout servers; every student rank has one.
+
+    Its calls are collective.
 
     Args:
         driver: rank 0's; ``None`` elsewhere.
@@ -82,7 +84,7 @@ class Refit:
 
 
 def _plan(driver: Driver, step: int) -> dict[str, Any]:
-    """What every rank has to know of the update; rank 0's servers are held from here on."""
+    """What every rank has to know of an update; unless files carry it, servers are paused now."""
     sampler = driver.sampler
     if sampler.weights.backend is RefitBackend.file:
         return {"through_files": True}

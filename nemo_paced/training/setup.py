@@ -1,4 +1,4 @@
-"""Builds what a rank trains with: student, teacher, and the step between them."""
+"""Building of what a rank trains with: student, teacher, and the step between them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def build_models(
     """Load both Hugging Face checkpoints into this rank's shards.
 
     Args:
-        certify_fp8: load a teacher that is to run in FP8 as it is first, to be compared.
+        certify_fp8: first load a teacher that is to run in FP8 unquantised, to be compared.
+        weights: reads the weights out of the Hugging Face directories.
     """
     student_dir = Path(config.student.hf_path)
     vocab_size = tokenizer_vocab_size(student_dir)

@@ -1,10 +1,10 @@
 """Stopping a run on request: SLURM's warning before the time limit, or SIGTERM.
 
-The signal of the warning is SIGUSR1. Its receiver is a thread: the signal is blocked everywhere
-else, so that the helpers of a rank (rollout server, graders, checkpoint writers), which inherit
-that, outlive a warning that SLURM sends to every process of a step. Rank 0 decides where to stop:
-at the next message that the others wait for (``training/loop.py``), so all stop at the same step.
-While it samples, which may take hours, it is interrupted; what was sampled is in the store.
+The warning is SIGUSR1. Its receiver is a thread: the signal is blocked everywhere else, so that the
+helpers of a rank (rollout server, graders, checkpoint writers), which inherit that, outlive a
+warning that SLURM sends to every process of a step. Rank 0 decides where to stop: at the next
+message that the others wait for (``exchange.py``), so all stop at the same step. While it samples,
+which may take hours, it is interrupted; what was sampled is in the store.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import FrameType
 import psutil
 
 WARNING = signal.SIGUSR1
-_KNOCK = signal.SIGUSR2  # of the receiving thread, at the main one
+_KNOCK = signal.SIGUSR2  # interrupts the main thread; sent by a thread of this process
 _POLL_S = 0.2
 
 _requested = threading.Event()
@@ -29,11 +29,11 @@ _interruptible = False  # written by the main thread alone
 
 
 class StopRequested(KeyboardInterrupt):
-    """The run stops here. A KeyboardInterrupt, so that no handler of errors takes it for one."""
+    """The run is to stop; a KeyboardInterrupt, so that no handler of errors takes it for one."""
 
 
 def block_warning() -> None:
-    """Keep the warning waiting for a receiver; in the main thread, before it starts others."""
+    """Block the warning until a receiver takes it; main thread, before it starts others."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING})
 
 
@@ -50,7 +50,7 @@ def listen() -> None:
 
 
 def leave() -> None:
-    """This rank has stopped and will end: the launcher need not hurry it.
+    """Ignore SIGTERM from now on: this rank has stopped and will end by itself.
 
     The first rank that ends with a status above 0 makes srun and torchrun terminate the others,
     whose status would then be that of the signal.
@@ -78,7 +78,7 @@ def requested() -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Work of the main thread that a request may break off, at any place.
+    """Context for work of the main thread that a request may break off, at any place.
 
     Raises:
         StopRequested: now, if it was requested before.
@@ -110,14 +110,14 @@ def _knock() -> None:
     main = threading.main_thread().ident
     assert main is not None, "it runs"
     _requested.wait()
-    while True:  # one that comes just before the main thread falls asleep is not noticed
+    while True:  # a signal just before the main thread falls asleep is not noticed: send another
         if _interruptible:
             signal.pthread_kill(main, _KNOCK)
         time.sleep(_POLL_S)
 
 
 def _leave_other_signals() -> None:
-    """To other threads."""
+    """Block all signals in this thread, which leaves them to other threads."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
@@ -132,8 +132,8 @@ def _take(number: int, frame: FrameType | None) -> None:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             raise StopRequested from None
-        # raised here, between two callbacks of the loop, one of them could be lost, and cleaning up
-        # would wait for it for ever
+        # Were it raised here, between two callbacks of the loop, one of them could be lost, and
+        # cleaning up would wait for it for ever.
         loop.call_soon_threadsafe(_cancel_all, loop)
 
 
