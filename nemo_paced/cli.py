@@ -1,4 +1,4 @@
-"""``nemo-paced COMMAND``: what a user types. Imports nothing heavy before a command runs."""
+"""The command line ``nemo-paced COMMAND``, which imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ The run directory is exp_manager.exp_dir/exp_manager.name (default nemo_experime
 
 @dataclass(frozen=True)
 class Command:
-    """Attributes: entry, module:function taking the arguments; summary; usage, shown by --help."""
+    """A command of ``nemo-paced``.
+
+    Attributes:
+        entry: ``module:function``; the function takes the command's arguments.
+        summary: one line of the overview.
+        usage: what ``--help`` shows.
+    """
 
     entry: str
     summary: str
@@ -305,7 +311,14 @@ differences, the settings that differ, curves. Runs of other lengths may be comp
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 the user can mend it, 75 stopped on request, 130 after Ctrl-C."""
+    """Run the command that ``arguments`` name and return the exit status.
+
+    0: done; 2: an error that the user can mend; 75: stopped on request; 128 + n: ended by signal n
+    (130 after Ctrl-C).
+
+    Args:
+        arguments: command and its arguments; ``None``: those of this process.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())

@@ -1,8 +1,8 @@
-"""From a command line to a validated configuration, as NeMo's ``hydra_runner`` composes it.
+"""Composition of a validated configuration from a command line, as in NeMo's ``hydra_runner``.
 
-That is ``hydra.main`` with a few settings and two arithmetic resolvers, which are made here:
-importing it from NeMo takes seven seconds of Lightning, torchmetrics and transformers. Its resolver
-``gpu_name`` is left out: the machine that composes need not have the GPU.
+``hydra_runner`` is ``hydra.main`` with a few settings and two arithmetic resolvers. These are made
+here, since importing it from NeMo takes seven seconds of Lightning, torchmetrics and transformers.
+Its resolver ``gpu_name`` is left out: the machine that composes need not have the GPU.
 
 YAML files hold only differences: ``conf/default.yaml`` names the schema (the dataclasses of
 ``config.py``, whose defaults are the defaults) and every recipe starts from it.
@@ -26,21 +26,21 @@ from nemo_paced.errors import ConfigError
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
 ASSETS = PACKAGE / "quickstart" / "assets"
-# of hydra's flags, those that a value follows
+# flags of hydra that a value follows
 VALUE_FLAGS = (
     *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     *("--cfg", "-c", "--package", "-p", "--info", "-i"),
 )
-# of hydra: no files, no other working directory, and logging as the command has set it up
+# hydra writes no files, keeps the working directory, and leaves logging as the command set it up
 OVERRIDES = (
     *("hydra.output_subdir=null", "hydra.run.dir=."),
     *("hydra/job_logging=none", "hydra/hydra_logging=none"),
 )
-NEMO_HYDRA = "1.1"  # the behaviour that hydra_runner, which names no version, gets
+NEMO_HYDRA = "1.1"  # version_base; what hydra_runner, which names none, gets
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a command; a mistake in them is a ConfigError, and ``--help`` is the cli's."""
+    """Parser of a command's flags: a mistake raises ConfigError; ``cli.main`` shows ``--help``."""
 
     def __init__(self, command: str) -> None:
         super().__init__(prog=command, add_help=False, allow_abbrev=False)
@@ -90,7 +90,7 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
-    """Flags with their values, then overrides: argparse takes overrides in one place only."""
+    """The same arguments, flags with values first: argparse takes overrides in one place only."""
     flags: list[str] = []
     overrides: list[str] = []
     takes_value = False
@@ -101,7 +101,11 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 
 def to_config(cfg: Any) -> PacedConfig:
-    """Dataclasses from a composed or loaded configuration, checked against the schema."""
+    """Dataclasses from a composed or loaded configuration, checked against the schema.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, an impossible combination.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -118,13 +122,15 @@ def to_config(cfg: Any) -> PacedConfig:
 def recipe_arguments(
     known: argparse.Namespace, run_dir: Path | None, *, without: Sequence[str] = ()
 ) -> list[str]:
-    """The recipe that was asked for, else that of the run that a command looks at.
+    """Arguments that select the recipe asked for, else the configuration of the run looked at.
 
-    A model is asked with the prompts it was trained with; another template would measure that.
+    A model is asked with the prompts it was trained with: with another template, the change of
+    template would be measured too.
 
     Args:
         known: parsed ``--config-path``, ``--config-name`` and, where the command has it, ``--cfg``.
-        without: lists of the run's configuration that are emptied: the servers of then.
+        run_dir: the run that the model lies in; ``None``: none.
+        without: keys whose lists in the run's configuration are emptied (its servers are gone).
     """
     given: list[str] = []
     for flag in ("config_path", "config_name", "cfg"):
@@ -137,14 +143,18 @@ def recipe_arguments(
 
 
 def load_config(path: Path) -> PacedConfig:
-    """A resolved configuration that was saved with a run."""
+    """Read a resolved configuration that was saved with a run.
+
+    Raises:
+        ConfigError: it does not fit the schema.
+    """
     from omegaconf import OmegaConf
 
     return to_config(OmegaConf.load(path))
 
 
 def run_directory(config: PacedConfig) -> Path:
-    """``exp_dir/name[/version]`` as an absolute path."""
+    """The run directory, ``exp_dir/name[/version]``, as an absolute path."""
     settings = config.exp_manager
     version = settings.version
     if version is None and settings.use_datetime_version:
@@ -154,7 +164,7 @@ def run_directory(config: PacedConfig) -> Path:
 
 
 def _register_resolvers() -> None:
-    """``${paced.assets:NAME}``, what ships inside the package, and NeMo's arithmetic."""
+    """Register ``${paced.assets:NAME}``, a path inside the package, and NeMo's arithmetic."""
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("paced.assets", lambda n: str(ASSETS / n), replace=True)
@@ -178,7 +188,7 @@ def _explain(message: str) -> str:
 
 
 def _nearest(word: str, keys: list[str]) -> list[str]:
-    """At most one: a key of the same name in another block, else one that is spelt alike."""
+    """At most one key: of the same name in another block, else one that is spelt alike."""
     name = word.rpartition(".")[2]
     namesakes = [key for key in keys if key.rpartition(".")[2] == name]
     return difflib.get_close_matches(word, namesakes or keys, n=1, cutoff=0 if namesakes else 0.6)
@@ -189,7 +199,7 @@ def _quoted(text: str) -> list[str]:
 
 
 def dotted_keys(tree: Any, prefix: str = "") -> list[str]:
-    """Of every setting and block in a configuration as dictionaries."""
+    """Dotted keys of every setting and block in a configuration given as nested dictionaries."""
     keys: list[str] = []
     for key, value in tree.items() if isinstance(tree, dict) else ():
         keys += [prefix + key, *dotted_keys(value, f"{prefix}{key}.")]

@@ -277,4 +277,5 @@ class PacedConfig:
 
     @property
     def teacher_hf_path(self) -> str:
+        """The teacher's Hugging Face directory: the student's under self-distillation."""
         return self.teacher.hf_path or self.student.hf_path

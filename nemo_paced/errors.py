@@ -5,7 +5,10 @@ Everything else (a broken invariant of ours) is an ``assert`` or passes through 
 
 
 class PacedError(Exception):
-    """Base class: the command line prints these without a traceback and exits with status 2."""
+    """Base class of the errors that a user can act on.
+
+    The command line prints them without a traceback and exits with status 2.
+    """
 
 
 class ConfigError(PacedError, ValueError):
@@ -34,12 +37,12 @@ class Interrupted(PacedError):
     """Not an error: a signal ended the command, and nothing of it runs any more.
 
     Args:
-        number: of the signal.
+        number: the signal's.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__("interrupted")
-        self.exit_status = 128 + number  # as a shell says it
+        self.exit_status = 128 + number  # as a shell reports a death by signal
 
 
 class GradingError(PacedError):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON that every program reads, and digests of plain data."""
+"""Atomic file writes, JSON that every program reads, and digests of plain data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file in place of an earlier one only when it is whole; its folder is made."""
+    """Write a file that replaces an earlier one only when it is whole; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         if isinstance(content, bytes):
@@ -52,5 +52,5 @@ def without_nan(tree: Any) -> Any:
 
 
 def digest(tree: Any, digits: int = 16) -> str:
-    """Hex digits that follow plain data: of the SHA-256 of its JSON."""
+    """The first ``digits`` hex digits of the SHA-256 of plain data's JSON."""
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:digits]

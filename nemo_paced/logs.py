@@ -1,4 +1,4 @@
-"""What a command shows of its log."""
+"""Logging of the commands to standard error, by rank."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 import warnings
 from typing import TextIO
 
-PART_VARIABLE = "NEMO_PACED_PART"  # in the environment of a command that another one runs
+PART_VARIABLE = "NEMO_PACED_PART"  # set in the environment of a command that another command runs
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what ``sys.stderr`` is now: a progress bar puts itself there and stays below."""
+    """Log handler on the current ``sys.stderr``, which a progress bar replaces to stay below."""
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
@@ -29,7 +29,7 @@ def launcher_rank() -> int:
 
 
 def set_up_logging(rank: int) -> None:
-    """Rank 0 tells what happens; the others only what is wrong."""
+    """Send logs to standard error: from INFO on for rank 0, from WARNING on for the others."""
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(

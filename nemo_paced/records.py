@@ -1,4 +1,4 @@
-"""The nouns that cross folders: problems, responses, rollouts and pass rates.
+"""The records that all parts of the package share: problems, responses, rollouts and pass rates.
 
 Token ids travel, never text that would be tokenised a second time: a response is the ids that the
 sampler produced (its EOS included when it stopped by itself) or that a tokenizer made once.
@@ -30,7 +30,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response to one problem, in token ids; the sequence trained along.
+    """A response to one problem in token ids: the sequence along which the loss is taken.
 
     Attributes:
         response_id: unique within a run; the key (response_id, t) matches teacher and student.
@@ -53,8 +53,8 @@ class Rollout(Response):
         sample: index 0..K-1 among the samples of this problem at this step.
         step: optimizer steps that the sampling policy had taken.
         seed: the sampling seed sent to the server.
-        logprobs: log-probability of each sampled token under the *sampling* temperature 1
-            distribution of the server, nats; same length as ``response_ids``.
+        logprobs: log-probability of each sampled token under the served model at temperature 1,
+            nats; same length as ``response_ids``.
         weight_versions: (version, tokens) of each run of tokens that one version of the served
             weights sampled, in order; empty where the server did not say.
         text: decoded response, for grading and reading only; never tokenised again.
@@ -76,11 +76,17 @@ class Rollout(Response):
 
 @dataclass(frozen=True, slots=True)
 class PassRate:
-    """What is known of one problem's difficulty for the student.
+    """The student's estimated pass rate on one problem, and the weight that follows from it.
 
-    ``num_correct`` of ``num_rollouts`` are counts of the latest estimate; the ``effective_*`` are
-    the (possibly discounted) pseudo-counts that the weight is computed from. Without discounting
-    both pairs are equal. ``weight`` has mean 1 over the training set.
+    Attributes:
+        id: the problem's.
+        num_correct: right ones among the rollouts since the last full estimate.
+        num_rollouts: all rollouts since then.
+        effective_correct: ``num_correct``, earlier rollouts discounted by ``weights.discount``.
+        effective_rollouts: ``num_rollouts``, discounted alike.
+        pass_rate: ``effective_correct / effective_rollouts``.
+        weight: a function of the two effective counts; its mean over the training set is 1.
+        student_step: optimizer steps that the student had taken at the latest estimate.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""The list of checks, and what runs them. Nothing here reads a weight or changes a file."""
+"""The preflight checks that one process makes; none of them reads a weight or changes a file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nemo_paced.preflight.inputs import Inputs
 
 Check = Callable[[Inputs], Iterator[Finding]]
 
+# all that `train --dry-run` checks
 OF_MODELS: tuple[Check, ...] = (
     models.layouts,
     models.vocabularies,
@@ -37,7 +38,7 @@ CHECKS: tuple[Check, ...] = (
 def check_inputs(
     config: PacedConfig, run_dir: Path, checks: Sequence[Check] = CHECKS
 ) -> list[Finding]:
-    """Everything that one process can find: models, tokenizers, files, disk, servers, in seconds.
+    """Findings of one process on models, tokenizers, files, disk and servers; takes seconds.
 
     What ranks have to find together is in ``ranks.py``.
     """

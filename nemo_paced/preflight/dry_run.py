@@ -50,12 +50,15 @@ PROMPT, RESPONSE = 8, 8  # tokens
 
 @dataclass(frozen=True, slots=True)
 class DryRank:
-    """What one rank of the job built and ran.
+    """What a dry run built and ran as one rank of the job.
 
     Attributes:
-        layers, parameters: of its part of the student.
-        problems: of the global batch that was run.
-        peak_bytes: of this process so far, resident.
+        rank: of the full world.
+        stage: the rank's pipeline stage.
+        layers, parameters: of the rank's part of the student.
+        problems: in the global batch that was run.
+        seconds: wall time.
+        peak_bytes: most resident memory of this process so far.
     """
 
     rank: int
@@ -68,12 +71,13 @@ class DryRank:
 
 
 def dry_run(config: PacedConfig, folder: Path) -> list[DryRank]:
-    """Run a step as the first rank of the first, a middle and the last pipeline stage.
+    """Run a training step as the first rank of the first, a middle and the last pipeline stage.
 
     Args:
         folder: takes two model directories without weights.
 
     Raises:
+        ConfigError: the teacher has ranks of its own.
         PacedError: a rank failed; its traceback is in the log.
     """
     short = shortened(config, folder)
@@ -81,14 +85,24 @@ def dry_run(config: PacedConfig, folder: Path) -> list[DryRank]:
 
 
 def chosen_ranks(config: PacedConfig) -> list[int]:
-    """First ranks of the stages that differ; stages are the slowest axis of Megatron's order."""
+    """The first ranks of the first, the second and the last pipeline stage, each once.
+
+    Stages are the slowest axis of Megatron's order of ranks.
+    """
     stages = config.model.pipeline_model_parallel_size
     a_stage = config.world_size // stages
     return [a_stage * stage for stage in sorted({0, min(1, stages - 1), stages - 1})]
 
 
 def shortened(config: PacedConfig, folder: Path) -> PacedConfig:
-    """The same configuration with models of few layers, on CPU tensors, without a cache."""
+    """A configuration for a dry run: models of few layers, on CPU tensors, no teacher cache.
+
+    Args:
+        folder: takes the model directories.
+
+    Raises:
+        ConfigError: the teacher has ranks of its own.
+    """
     if config.teacher.separate_ranks:
         raise ConfigError(
             "train --dry-run runs one world of ranks, and teacher.placement is separate: run it "
@@ -118,7 +132,7 @@ def shortened(config: PacedConfig, folder: Path) -> PacedConfig:
 
 
 def _short_model(stages: int, source: Path, target: Path) -> str:
-    """``config.json`` with fewer layers, and links to what else is small (the tokenizer).
+    """Make a model directory: ``config.json`` of fewer layers, links to other small files.
 
     Args:
         stages: a number that the layers must divide into.
@@ -128,7 +142,7 @@ def _short_model(stages: int, source: Path, target: Path) -> str:
     whole = hf_config["num_hidden_layers"]
     layers = stages * max(1, min(LAYERS_A_STAGE, whole // stages))
     cut = {
-        key: value[:layers]  # what it lists of each layer (`layer_types`)
+        key: value[:layers]  # lists of one entry a layer (`layer_types`)
         for key, value in hf_config.items()
         if isinstance(value, list) and len(value) == whole
     }
@@ -177,7 +191,7 @@ def _run_rank(config: PacedConfig, rank: int) -> DryRank:
 
 @contextmanager
 def _as_rank(config: PacedConfig, rank: int) -> Iterator[Parallel]:
-    """This process as one rank of the full world."""
+    """Make this process one rank of the full world, on fake process groups."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     for name in ("RANK", "WORLD_SIZE"):
@@ -199,7 +213,7 @@ def _random_model(
     *,
     on_loaded: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> None:
-    """Small values in place of those of a checkpoint, and of what another stage would send."""
+    """Fill a model with random weights; its inputs from other stages will be random too."""
     for gpt in chunks:
         gpt.decoder.register_forward_pre_hook(_receive_values)
         with torch.no_grad():
@@ -213,7 +227,10 @@ def _random_model(
 
 
 def _receive_values(decoder: Any, _: object) -> None:
-    """A router must find tokens that differ, or experts would go without any."""
+    """Forward pre-hook that fills the activations received from another stage with noise.
+
+    A router must find tokens that differ, or experts would go without any.
+    """
     if decoder.input_tensor is not None:
         with torch.no_grad():
             decoder.input_tensor.normal_()
@@ -227,6 +244,7 @@ def _random_head(
     padded_vocab: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """Random weights of an LM head, ``[v/tp, h]``."""
     shape = padded_vocab // parallel.tp_size, architecture.hidden_size
     return torch.randn(shape, dtype=dtype, device=parallel.device).mul_(0.02)
 
@@ -239,7 +257,7 @@ def _tokens(count: int, first: int, vocab_size: int) -> tuple[int, ...]:
 
 
 def _items(config: PacedConfig, vocab_size: int) -> list[TrainItem]:
-    """Short ones, enough for a pipeline's steady state, unless a batch has fewer."""
+    """Short training items, enough for a pipeline's steady state unless a batch has fewer."""
     model = config.model
     micro_batches = model.pipeline_model_parallel_size + 1
     count = config.data_parallel_size * model.micro_batch_size * micro_batches
@@ -257,6 +275,10 @@ def _items(config: PacedConfig, vocab_size: int) -> list[TrainItem]:
 
 
 def _update(models: Models) -> None:
-    """The optimizer's part: what was received is no number, and a step would leave it out."""
+    """One step of the optimizer, on gradients of zero.
+
+    The gradients of the step may hold NaN, since received values are arbitrary here; the optimizer
+    would skip them.
+    """
     models.student.zero_grad()
     assert models.student.update() is not None, "gradients of zero are finite"

@@ -1,4 +1,4 @@
-"""Problem files and prompts, the run directory, and room on the disk."""
+"""Preflight checks of problem files and prompts, the run directory, and room on the disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 def problem_prompts(inputs: Inputs) -> Iterator[Finding]:
-    """Every prompt within its limit, every privileged context there."""
+    """Check that every prompt is within its limit and every privileged context is there."""
     if inputs.prompts is None:
         return
     for key, problems in inputs.problems.items():
@@ -72,7 +72,7 @@ def _missing_solutions(inputs: Inputs) -> Iterator[Finding]:
 
 
 def stored_inputs(inputs: Inputs) -> Iterator[Finding]:
-    """Files of earlier work: references, pass rates."""
+    """Check the files of earlier work that are to be used: references, pass rates."""
     config = inputs.config
     if config.references.path is not None and not Path(config.references.path).is_file():
         yield error(
@@ -90,7 +90,7 @@ def stored_inputs(inputs: Inputs) -> Iterator[Finding]:
 
 
 def run_directory(inputs: Inputs) -> Iterator[Finding]:
-    """Stages that have steps, and a directory of this run or of none."""
+    """Check that every stage has steps, and that the directory is this run's or no run's."""
     config, run_dir = inputs.config, inputs.run_dir
     problems = inputs.problems.get("data.problems")
     try:
@@ -106,7 +106,7 @@ def run_directory(inputs: Inputs) -> Iterator[Finding]:
 
 
 def disk(inputs: Inputs) -> Iterator[Finding]:
-    """Room for the checkpoints that are kept and the one being written, and for the cache."""
+    """Check the disk's room for checkpoints, kept and being written, and for a teacher cache."""
     config, run_dir = inputs.config, inputs.run_dir
     if inputs.student is not None:
         params = config.exp_manager.checkpoint_callback_params
@@ -148,7 +148,7 @@ def disk(inputs: Inputs) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(shape: Architecture, precision: Precision) -> int:
-    """Weights, float32 master weights (in bf16) and two moments, of all ranks together."""
+    """Bytes of a checkpoint, all ranks together: weights, fp32 masters (in bf16), two moments."""
     return model_parameters(shape) * (2 + 4 + 8 if precision is Precision.bf16 else 4 + 8)
 
 

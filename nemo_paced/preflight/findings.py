@@ -1,4 +1,4 @@
-"""What a preflight finds, and how it is shown: all of it at once, each with its remedy."""
+"""Findings of a preflight, and how they are shown: all at once, each with its remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_paced.errors import PacedError
 
 class Severity(Enum):
     error = "error"  # the run cannot work: it is not started
-    warning = "warning"  # it can, but hardly as intended
+    warning = "warning"  # the run can work, but hardly as intended
     note = "note"  # worth knowing; shown by `preflight` alone
 
 
@@ -24,7 +24,13 @@ _COLOURS = {Severity.error: "red", Severity.warning: "yellow", Severity.note: "d
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Attributes: where, a setting or a rank; what, with the values; remedy, what to do."""
+    """Something that a check found.
+
+    Attributes:
+        where: what it concerns: a setting by its dotted key, a rank, a library.
+        what: what was found, with the values.
+        remedy: what to do; may be empty.
+    """
 
     severity: Severity
     where: str
@@ -37,7 +43,10 @@ class Finding:
 
 
 class PreflightFailed(PacedError):
-    """At least one finding is an error. Without a message on ranks that do not show findings."""
+    """The preflight found an error, or this rank could not take part in it.
+
+    The message is empty on ranks that do not show findings.
+    """
 
 
 def error(where: str, what: str, remedy: str = "") -> Finding:
@@ -60,8 +69,8 @@ def refuse(findings: Sequence[Finding], *, notes: bool = False, shown: bool = Tr
     """Show the findings on standard error and stop if one is an error.
 
     Args:
-        notes: show those too.
-        shown: on all ranks but the first: stop without a word.
+        notes: show findings of severity ``note`` too.
+        shown: false on all ranks but the first: they stop without a word.
 
     Raises:
         PreflightFailed: there is an error among them.
@@ -74,7 +83,7 @@ def refuse(findings: Sequence[Finding], *, notes: bool = False, shown: bool = Tr
 
 
 def show(findings: Sequence[Finding], console: Console | None = None) -> None:
-    """A table on a terminal; elsewhere one line a finding, which grep and a log file can use."""
+    """Print findings, errors first: a table on a terminal, elsewhere one line each, for grep."""
     console = console or Console(stderr=True)
     ordered = sorted(findings, key=lambda f: list(Severity).index(f.severity))
     if not ordered:

@@ -1,4 +1,4 @@
-"""What the checks look at, each part read once; ``None`` where it cannot be read."""
+"""Inputs of the preflight checks, each read once; ``None`` where one cannot be read."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from nemo_paced.records import Problem
 
 T = TypeVar("T")
 
+# settings of the block `data`
 PROBLEM_FILES = ("problems", "validation_problems", "forgetting_problems")
 
 
@@ -49,7 +50,7 @@ class Inputs:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The student's."""
+        """The student's tokenizer; ``None`` where it cannot be read."""
         return self._tokenizer("student.hf_path", self.config.student.hf_path)
 
     @cached_property
@@ -60,7 +61,7 @@ class Inputs:
 
     @cached_property
     def tokenizer_rows(self) -> int | None:
-        """Highest token id + 1."""
+        """Highest token id of the student's tokenizer, plus 1."""
         return None if self.tokenizer is None else max(self.tokenizer.get_vocab().values()) + 1
 
     @cached_property
@@ -72,7 +73,7 @@ class Inputs:
 
     @cached_property
     def problems(self) -> dict[str, list[Problem]]:
-        """By the key of their file; without the files that cannot be read."""
+        """Problems by the setting that names their file, without files that cannot be read."""
         read = {}
         for name in PROBLEM_FILES:
             path = getattr(self.config.data, name)

@@ -1,4 +1,4 @@
-"""Do the two models fit the layout, each other's vocabulary and the sequence limits?"""
+"""Preflight checks of both models: layout, vocabulary, sequence limits, batch, GPU memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, 
 
 
 def layouts(inputs: Inputs) -> Iterator[Finding]:
-    """Heads, key-value heads, MLP columns, layers and experts by the ranks they are cut over."""
+    """Check that heads, key-value heads, MLP columns, layers and experts divide over ranks."""
     config = inputs.config
     models = [("student", inputs.student, config.model, "model")]
     if not inputs.is_self_teacher:
@@ -29,7 +29,7 @@ def layouts(inputs: Inputs) -> Iterator[Finding]:
         tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
         pipeline = layout.pipeline_model_parallel_size
         virtual = layout.virtual_pipeline_model_parallel_size
-        # one dimension at a time, so that each is found
+        # one dimension at a time, so that every misfit is found
         for sizes in (
             (tensor, 1, 1, 1),
             (1, pipeline, virtual, 1),
@@ -54,7 +54,7 @@ def layouts(inputs: Inputs) -> Iterator[Finding]:
 
 
 def check_layouts(config: PacedConfig) -> None:
-    """Whether both models can be cut as asked; from their ``config.json`` alone.
+    """Refuse a layout that either model cannot be cut by, from their ``config.json`` alone.
 
     Raises:
         ConfigError: a size that does not divide a model, or a key for experts where there are none.
@@ -93,7 +93,7 @@ def check_layouts(config: PacedConfig) -> None:
 
 
 def vocabularies(inputs: Inputs) -> Iterator[Finding]:
-    """Rows of both embeddings, what they are padded to, and the tokenizer's highest id."""
+    """Check the rows of both embeddings, and the top-k, against the tokenizer's highest id."""
     models = [("student", inputs.student), ("teacher", inputs.teacher)]
     rows = {who: a.vocab_size for who, a in models if a is not None}
     if len(rows) < 2:
@@ -127,7 +127,7 @@ def vocabularies(inputs: Inputs) -> Iterator[Finding]:
 
 
 def sequence_limits(inputs: Inputs) -> Iterator[Finding]:
-    """Prompt + response against the positions that a model was made for.
+    """Check that prompt + response fit the positions that each model was made for.
 
     ``max_position_embeddings`` is the length after rope scaling; vLLM refuses to serve more.
     """
@@ -166,7 +166,10 @@ def _limit(
 
 
 def batch(inputs: Inputs) -> Iterator[Finding]:
-    """What a global batch leaves idle. Nothing has to divide: uneven shares are padded."""
+    """Check how much of a global batch is padding, and for how long pipeline stages are idle.
+
+    Nothing has to divide: uneven shares are padded.
+    """
     model, ranks = inputs.config.model, inputs.config.data_parallel_size
     if model.packed_sequence_size:  # rows are filled by length, whatever the number of problems
         return
@@ -192,13 +195,13 @@ def batch(inputs: Inputs) -> Iterator[Finding]:
 
 
 def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
-    """The plan's estimate against the GPU that this process sees."""
+    """Check the memory that ``nemo-paced plan`` estimates against the GPU of this process."""
     total = _gpu_bytes() if inputs.config.trainer.accelerator != "cpu" else None
     if total is None or inputs.student is None or inputs.teacher is None:
         return
     work = work_of(
         inputs.config, mean_prompt=1, mean_response=1, accelerator=Accelerator.gpu
-    )  # means are of no account for memory
+    )  # mean lengths do not enter the memory
     layout, teacher = student_layout(inputs.config), teacher_plan(inputs.config)
     for shape, cut in ((inputs.student, layout), (inputs.teacher, teacher.layout)):
         if not divides(shape, cut.tensor, cut.pipeline * cut.virtual):

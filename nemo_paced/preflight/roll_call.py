@@ -1,4 +1,4 @@
-"""Who is there? Asked through the key-value store of the job, so that a missing rank hangs nobody.
+"""Roll call of a job's ranks through its key-value store, so that a missing rank hangs nobody.
 
 Every rank writes a report of itself under its own key; rank 0 reads them until a deadline, compares
 them and publishes what it found, which every rank returns. No process group exists yet: in a
@@ -22,14 +22,20 @@ from nemo_paced.preflight.findings import Finding, PreflightFailed, Severity, er
 
 POLL_S = 0.05
 HERE = "here"  # key: rank 0 has begun, whatever it does before the roll call
-READING_S = 3600.0
+READING_S = 3600.0  # longest that rank 0 may read the inputs before the roll call
 MAX_CLOCK_SKEW_S = 2.0
 MIN_FREE_SHARE = 0.9  # of a GPU's memory, before this job has used any
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Attributes: visible, GPUs of the process; total, free: bytes of the rank's own."""
+    """The GPU of one rank.
+
+    Attributes:
+        name: as CUDA gives it.
+        visible: number of GPUs that the process sees.
+        total, free: bytes of this GPU's memory.
+    """
 
     name: str
     visible: int
@@ -39,9 +45,10 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What a rank says of itself.
+    """A rank's report of itself: host, library versions and GPU.
 
     Attributes:
+        host: the node's name.
         libraries: name -> version, which must be equal on all ranks.
         gpu: the one that it will use; ``None``: it sees none.
     """
@@ -71,11 +78,13 @@ def call_roll(
     timeout_s: float,
     needs_gpu: bool = False,
 ) -> list[Finding]:
-    """Exchange reports; every rank of the job calls this and returns the same findings.
+    """Exchange and compare the ranks' reports; collective, with the same findings on all ranks.
 
     Args:
         store: of this roll call alone (a prefix of the job's).
-        timeout_s: how long ranks are waited for.
+        own: the report of this rank.
+        timeout_s: how long ranks are waited for, seconds.
+        needs_gpu: whether a rank without a GPU is an error.
 
     Raises:
         PreflightFailed: on another rank, where rank 0 is not heard of.
@@ -101,7 +110,7 @@ def call_roll(
 
 
 def _answer(store: Store, rank: int, timeout_s: float) -> list[Finding]:
-    """What a rank but the first does: tell the time when asked, and take the verdict.
+    """The roll call of a rank other than 0: tell the time when asked, and take the verdict.
 
     Raises:
         PreflightFailed: rank 0 is not heard of, so there is no verdict.
@@ -144,7 +153,15 @@ def _host_of(host: str | None) -> str:
 def skewed(
     reports: dict[int, RankReport], clocks: dict[int, float], asked: float, answered: float
 ) -> list[Finding]:
-    """Clocks that cannot have shown what they did between rank 0's question and the last answer."""
+    """A warning for each clock that is more than ``MAX_CLOCK_SKEW_S`` off that of rank 0.
+
+    The skew is the least that explains a reading taken between rank 0's question and the last
+    answer.
+
+    Args:
+        clocks: reading of each rank's clock, seconds since the epoch.
+        asked, answered: rank 0's clock at its question and after the last answer.
+    """
     found = []
     for rank, clock in clocks.items():
         skew = min(clock - asked, 0.0) + max(clock - answered, 0.0)
@@ -157,7 +174,7 @@ def skewed(
 
 
 def unequal(reports: Sequence[RankReport]) -> list[Finding]:
-    """Libraries whose version on some ranks is not that on most."""
+    """An error for each library version that is not the one of most ranks."""
     found = []
     for name in sorted({name for report in reports for name in report.libraries}):
         versions: dict[str, list[RankReport]] = defaultdict(list)
@@ -178,7 +195,7 @@ def unequal(reports: Sequence[RankReport]) -> list[Finding]:
 
 
 def gpus(reports: Sequence[RankReport]) -> list[Finding]:
-    """A GPU for every rank, of one kind, and not in use by others."""
+    """Findings on ranks without a GPU, on GPUs in use by others, and on GPUs of several kinds."""
     found = []
     blind = [report for report in reports if report.gpu is None]
     if blind:
@@ -210,7 +227,7 @@ def gpus(reports: Sequence[RankReport]) -> list[Finding]:
 
 
 def _some(reports: Sequence[RankReport]) -> str:
-    """Ranks by name, the first few of many."""
+    """The names of ranks in a sentence: the first three, and how many more there are."""
     told = ", ".join(report.who for report in reports[:3])
     return told + (f" and {len(reports) - 3} more" if len(reports) > 3 else "")
 
@@ -240,4 +257,5 @@ def _plain(finding: Finding) -> dict[str, Any]:
 
 
 def first_line(told: Exception) -> str:
+    """The first line of an error's message, at most 200 characters; its type without one."""
     return str(told).strip().splitlines()[0][:200] if str(told).strip() else type(told).__name__

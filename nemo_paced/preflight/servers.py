@@ -1,4 +1,4 @@
-"""Rollout servers: vLLM and GPUs for those of our own, an answer from those of somebody else."""
+"""Preflight checks of rollout servers: what own ones need, and whether running ones answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nemo_paced.training.references import to_be_sampled
 
 
 def own_servers(inputs: Inputs) -> Iterator[Finding]:
-    """vLLM and as many GPUs as the replicas take, where servers of our own are started."""
+    """Check vLLM, GPUs and ``rollout.refit`` where the run starts servers of its own."""
     rollout = inputs.config.rollout
     if rollout.endpoints:
         return
@@ -46,9 +46,9 @@ def own_servers(inputs: Inputs) -> Iterator[Finding]:
 
 
 def endpoints(inputs: Inputs) -> Iterator[Finding]:
-    """Servers that somebody else runs: each answers, takes our key and serves long enough.
+    """Check that running servers answer, take the key and serve long enough sequences.
 
-    Only those that this start is going to ask.
+    Only those that this start is going to ask are checked.
     """
     config, data = inputs.config, inputs.config.data
     response = max(data.max_response_length, config.evaluation.max_response_length or 0)

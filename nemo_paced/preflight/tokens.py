@@ -1,4 +1,4 @@
-"""Do student and teacher mean the same by each token, and end and frame text alike?"""
+"""Preflight checks that student and teacher read, end and frame text by the same tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REMEDY = "distillation matches token ids: choose a teacher of the student's fami
 
 
 def token_ids(inputs: Inputs) -> Iterator[Finding]:
-    """Each id is the same token to both, and as special or as ordinary."""
+    """Check that each id is the same token to both models, and special to both or neither."""
     student, teacher = inputs.tokenizer, inputs.teacher_tokenizer
     if student is None or teacher is None or student is teacher:
         return
@@ -42,7 +42,10 @@ def token_ids(inputs: Inputs) -> Iterator[Finding]:
 
 
 def end_of_text(inputs: Inputs) -> Iterator[Finding]:
-    """A response ends with one of the student's stop tokens: the teacher's must be among them."""
+    """Check that the student has stop tokens, and the teacher's among them.
+
+    Responses of both models end with one of the student's.
+    """
     if inputs.prompts is None or inputs.teacher_tokenizer is None:
         return
     folders = Path(inputs.config.student.hf_path), Path(inputs.config.teacher_hf_path)
@@ -69,7 +72,7 @@ def end_of_text(inputs: Inputs) -> Iterator[Finding]:
 
 
 def chat_templates(inputs: Inputs) -> Iterator[Finding]:
-    """Both prompts are framed by the student's template."""
+    """Check the chat templates: the student's frames the prompts of both models."""
     student, teacher = inputs.tokenizer, inputs.teacher_tokenizer
     if student is None or teacher is None or not inputs.config.data.use_chat_template:
         return
@@ -89,7 +92,7 @@ def chat_templates(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _stop_ids(tokenizer: Any, folder: Path) -> set[int]:
-    """EOS of the tokenizer and of generation_config.json, as ``Prompts.stop_token_ids``."""
+    """EOS ids of tokenizer and generation_config.json, as ``Prompts.stop_token_ids`` has them."""
     ids = {tokenizer.eos_token_id}
     path = folder / "generation_config.json"
     if path.exists():
