@@ -12,11 +12,13 @@ from nemo_paced.run.config_file import save_config
 
 
 def import_hf(arguments: list[str]) -> None:
+    """The command ``import-hf``: a Hugging Face directory becomes a Megatron checkpoint."""
     paths, overrides = _two_paths(arguments, "import-hf HF_DIR CHECKPOINT_DIR")
     with_config(overrides, lambda config: _convert("import-hf", config, *paths))
 
 
 def export_hf(arguments: list[str]) -> None:
+    """The command ``export-hf``: a checkpoint becomes a Hugging Face directory."""
     (source, out_dir), overrides = _two_paths(arguments, "export-hf CHECKPOINT_DIR HF_DIR")
     from nemo_paced.run.checkpoint_files import find_checkpoint
 
@@ -25,7 +27,7 @@ def export_hf(arguments: list[str]) -> None:
 
 
 def _convert(task: str, config: PacedConfig, *paths: Path) -> None:
-    """In this process where the layout is one rank, else on ranks of their own."""
+    """Convert in this process where the layout is one rank, else on ranks of their own."""
     from nemo_paced.commands.launch import launch, run_task
     from nemo_paced.run.convert import check_ranks
 

@@ -1,4 +1,4 @@
-"""The command ``evaluate``: which models on what, then :mod:`nemo_paced.evaluation.run`."""
+"""The command ``evaluate``, which asks its models by :mod:`nemo_paced.evaluation.run`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Problems = dict[str, list[Problem]]
 
 
 def main(arguments: list[str]) -> None:
-    """The command ``evaluate``."""
+    """The command ``evaluate``: accuracy of a model, and of a baseline beside it."""
     parser = Parser("evaluate")
     parser.add_argument("model", type=Path)
     parser.add_argument("--problems", action="append", default=[], metavar="[NAME=]FILE")
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
 
 
 def load_named(named: Sequence[str]) -> Problems:
-    """Problem files by suite: the name in ``NAME=FILE``, else the file's own.
+    """Problems by suite, which is named by ``NAME=FILE``, else after its file.
 
     Raises:
         ConfigError: two of one name, or a file that is no problem file.
@@ -84,7 +84,7 @@ def load_named(named: Sequence[str]) -> Problems:
 
 
 def own_problems(config: PacedConfig) -> Problems:
-    """The held-out problems that the configuration names.
+    """The held-out and forgetting problems that the configuration names, by suite.
 
     Raises:
         ConfigError: it names none.
@@ -110,7 +110,7 @@ def _no_model(path: Path) -> str:
 
 
 def _short_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Flags that are short for settings."""
+    """The overrides that the command's short flags stand for."""
     block, given = "evaluation.lm_eval", []
     if arguments.samples is not None:
         given.append(f"evaluation.samples={arguments.samples}")
@@ -151,10 +151,10 @@ def _evaluate(config: PacedConfig, arguments: argparse.Namespace, problems: Prob
 
 
 def _given_models(config: PacedConfig, arguments: argparse.Namespace) -> dict[str, Path]:
-    """By label, the baseline first; without one that is a results file.
+    """Paths of the models to be asked, by label: the baseline first, unless it is a results file.
 
     Raises:
-        ConfigError: two models for servers that run already.
+        ConfigError: there are two models, and servers that run already.
     """
     paths = {"baseline": arguments.baseline, "model": arguments.model}
     given = {label: path for label, path in paths.items() if path is not None and path.is_dir()}
@@ -167,7 +167,7 @@ def _given_models(config: PacedConfig, arguments: argparse.Namespace) -> dict[st
 
 
 def _as_hf(path: Path, scratch: Path) -> Path:
-    """A Hugging Face directory as it is; a checkpoint exported to scratch space."""
+    """A model's Hugging Face directory: ``path``, or ``scratch`` after exporting a checkpoint."""
     if (path / "config.json").exists():
         return path
     from nemo_paced.run.convert import export_hf
@@ -177,7 +177,11 @@ def _as_hf(path: Path, scratch: Path) -> Path:
 
 
 def _longest_prompt(config: PacedConfig, models: dict[str, Path], problems: Problems) -> int:
-    """Tokens; 0 without problems. A prompt above data.max_prompt_length is named here."""
+    """Tokens of the longest prompt; 0 without problems.
+
+    Raises:
+        ConfigError: a prompt is longer than ``data.max_prompt_length``.
+    """
     if not problems:
         return 0
     prompts = [
@@ -200,7 +204,7 @@ def _earlier(baseline: Path | None, job: Job) -> ResultsFile:
     suites = [*job.problems, *job.tasks]
     if missing := [suite for suite in suites if suite not in file.models[label]]:
         raise ConfigError(f"--baseline {baseline} has no suite {missing[0]!r}: evaluate it on that")
-    asked = {suite: file.asked.get(suite, "") for suite in suites}  # what is not told is refused
+    asked = {suite: file.asked.get(suite, "") for suite in suites}  # without a digest: refused
     now = ResultsFile({}, job.settings, job.asked)
     check_alike(replace(file, asked=asked), now, names=(f"--baseline {baseline}", "now"))
     kept = {suite: file.models[label][suite] for suite in suites}

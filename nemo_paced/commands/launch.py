@@ -1,4 +1,4 @@
-"""Starts the ranks of a command on this node, or joins those that a launcher started."""
+"""How a command starts its ranks on this node, or joins those that a launcher started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError, Interrupted, PacedError, Stopped
 from nemo_paced.training import stop
 
-# what runs on every rank, as module:function of the configuration and paths
+# task -> module:function, which every rank calls with the configuration and paths
 TASKS = {
     "preflight": "nemo_paced.preflight.ranks:refuse_ranks",
     "train": "nemo_paced.training.loop:train",
@@ -35,6 +35,7 @@ def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> N
         paths: the task's other arguments.
 
     Raises:
+        ConfigError: several nodes without a launcher.
         PacedError: a rank failed; what it said is on standard error already.
         Interrupted: by SIGINT, SIGTERM or SIGHUP to this process.
         Stopped: the run was asked to stop and did; the ranks that are started here are asked by
@@ -52,7 +53,7 @@ def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> N
 
 
 def run_task(task: str, config: PacedConfig, *paths: Path) -> None:
-    """This rank's part; training begins with the checks that ranks make together."""
+    """Run this rank's part of a task; ``train`` begins with the checks that ranks make together."""
     if task == "train":
         run_task("preflight", config)
     module, _, function = TASKS[task].partition(":")
@@ -60,7 +61,11 @@ def run_task(task: str, config: PacedConfig, *paths: Path) -> None:
 
 
 def join_launcher() -> bool:
-    """Whether torchrun or srun started this process; srun's variables become torchrun's."""
+    """Whether torchrun or srun started this process; srun's variables become torchrun's.
+
+    Raises:
+        ConfigError: srun without ``MASTER_ADDR``.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
     if "SLURM_PROCID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
@@ -101,7 +106,7 @@ def _start_ranks(count: int, task: str, *paths: Path) -> None:
         stop.pass_on(_WORKER)
     try:
         elastic_launch(agent, sys.executable)("-m", _WORKER, task, *map(str, paths))
-    except SignalException as told:  # which the ranks have ended by
+    except SignalException as told:  # the agent has ended the ranks by it
         raise Interrupted(told.sigval) from None
     except ChildFailedError as error:
         for failure in error.failures.values():
@@ -117,8 +122,8 @@ def _start_ranks(count: int, task: str, *paths: Path) -> None:
         ) from None
 
 
-EXIT_SAID = 2  # of a rank that printed a PacedError
+EXIT_SAID = 2  # exit status of a rank that printed a PacedError
 
 
 class AlreadySaid(PacedError):
-    """The message was printed by the rank that failed."""
+    """A rank failed and has printed why; this error has no message."""

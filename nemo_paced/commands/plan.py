@@ -25,9 +25,9 @@ from nemo_paced.sizing.search import (
 )
 from nemo_paced.sizing.shapes import Accelerator, Work, student_layout, teacher_plan, work_of
 
-SHOWN = 5
-MAX_GPUS = 1024
-# of data.max_*: responses rarely reach their limit, prompts are a good deal shorter than theirs
+SHOWN = 5  # layouts
+MAX_GPUS = 1024  # that are tried without --nodes
+# mean length over data.max_*: responses rarely reach their limit, prompts are a good deal shorter
 MEAN_SHARE = 0.5
 
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
 
 def show(config: PacedConfig, options: argparse.Namespace, console: Console) -> None:
-    """Print the plan.
+    """Print memory and time of the configured layout, and the cheapest layouts that fit.
 
     Raises:
         ConfigError: a config.json that is not there, an option that cannot be.

@@ -30,7 +30,10 @@ def preflight(arguments: list[str]) -> None:
 
 
 def is_first_rank(config: PacedConfig) -> bool:
-    """Whether this process checks for all; under torchrun or srun every rank runs the command."""
+    """Whether this process is the one that checks the inputs for all ranks.
+
+    Under torchrun or srun every rank runs the command; rank 0 announces itself here.
+    """
     from nemo_paced.commands.launch import join_launcher
     from nemo_paced.preflight.ranks import announce
 
@@ -41,7 +44,10 @@ def is_first_rank(config: PacedConfig) -> bool:
 
 
 def check_run_inputs(config: PacedConfig, run_dir: Path, *, notes: bool) -> None:
-    """What one process can find before ranks or servers start.
+    """Make the checks that need one process, before ranks or servers start.
+
+    Args:
+        notes: show findings of severity ``note`` too.
 
     Raises:
         PreflightFailed: an error was found; all findings are on standard error.

@@ -16,6 +16,7 @@ SIMULATE_FLAG = "--simulate"
 
 
 def pass_rates(arguments: list[str]) -> None:
+    """The command ``pass-rates``, with a model or by simulation."""
     if SIMULATE_FLAG in arguments:
         from nemo_paced.commands.weights import simulate_pass_rates
 
@@ -27,6 +28,7 @@ def pass_rates(arguments: list[str]) -> None:
 
 
 def references(arguments: list[str]) -> None:
+    """The command ``references``: one response of the teacher to every problem."""
     from nemo_paced.training.references import references as make
 
     def action(config: PacedConfig) -> None:

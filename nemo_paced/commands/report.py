@@ -13,7 +13,7 @@ from nemo_paced.report.run_page import write_report
 
 
 def main(arguments: list[str]) -> None:
-    """The command ``report``."""
+    """The command ``report``: write a page and print its path."""
     parser = Parser("report")
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--compare", nargs="+", metavar="[LABEL=]RUN")

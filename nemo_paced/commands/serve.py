@@ -21,7 +21,7 @@ from nemo_paced.training.prepare import server_notes
 logger = logging.getLogger(__name__)
 
 ENDPOINTS_FILE, KEY_FILE = "endpoints.json", "api_key"
-WATCH_S = 1.0
+WATCH_S = 1.0  # between two looks for servers that died
 
 
 def main(arguments: list[str]) -> None:
@@ -32,7 +32,9 @@ def main(arguments: list[str]) -> None:
 
 
 def serve(config: PacedConfig, role: str) -> None:
-    """Start the servers, say where they are, and keep them running until SIGTERM or SIGINT.
+    """Start a model's servers, print their endpoints, and keep them running until a signal.
+
+    The signal is SIGTERM or SIGINT.
 
     Args:
         role: ``student`` or ``teacher``.
@@ -77,7 +79,7 @@ def _replicas(config: PacedConfig, role: str, folder: Path) -> Replicas:
 
 
 def _write_files(folder: Path, replicas: Replicas) -> None:
-    """Endpoints for whoever reads them, the key for this user alone."""
+    """Write the endpoints for whoever reads them, and the key for this user alone."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / KEY_FILE).unlink(missing_ok=True)
     descriptor = os.open(folder / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -85,11 +87,11 @@ def _write_files(folder: Path, replicas: Replicas) -> None:
         file.write(replicas.api_key + "\n")
     temporary = folder / f".{ENDPOINTS_FILE}.tmp"
     temporary.write_text(json.dumps({"endpoints": replicas.endpoints}, indent=1) + "\n")
-    temporary.replace(folder / ENDPOINTS_FILE)  # its being there means that all are healthy
+    temporary.replace(folder / ENDPOINTS_FILE)  # that the file is there means that all are healthy
 
 
 def _watch(replicas: Replicas) -> None:
-    """Start again what dies; a trainer sends its weights again when it sees the old ones."""
+    """Restart servers that die; a trainer sends its weights again when it sees the old ones."""
     while True:
         for endpoint in replicas.ended():
             replicas.restart(endpoint)

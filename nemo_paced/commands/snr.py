@@ -18,7 +18,7 @@ from nemo_paced.run.config_file import run_of, save_config
 
 
 def main(arguments: list[str]) -> None:
-    """The command ``snr``."""
+    """The command ``snr``: measure gradient SNR against pass rate and print it."""
     parser = Parser("snr")
     parser.add_argument("--step", type=int)
     parser.add_argument("--pass-rates", type=Path)
@@ -73,7 +73,7 @@ def _snr(
 
 
 def show(path: Path, console: Console) -> None:
-    """Print a measurement and draw its figure beside it."""
+    """Print an SNR measurement and draw its figure beside its file."""
     from nemo_paced.report.snr_figure import write_png
     from nemo_paced.snr.record import SnrRecord
     from nemo_paced.snr.summary import summarise
@@ -125,8 +125,11 @@ def _resolve(config: PacedConfig, model: Path | None, run_dir: Path, step: int |
 
 
 def default_out(config: PacedConfig, model: Path, run_dir: Path) -> Path:
-    """``RUN/snr/MODEL_DIVERGENCE.json``; a measurement of something else has another name, so that
-    neither takes the other's place: of other layers, or along responses that are not the usual."""
+    """The file of a measurement: ``RUN/snr/MODEL_DIVERGENCE.json``.
+
+    Layers below the head, and responses that are not the divergence's usual ones, add to the name,
+    so that no measurement takes the place of another.
+    """
     from nemo_paced.snr.plan import step_of, what_is_measured
     from nemo_paced.snr.record import FOLDER
 
@@ -145,7 +148,7 @@ def default_out(config: PacedConfig, model: Path, run_dir: Path) -> Path:
 
 
 def _absolute(config: PacedConfig) -> PacedConfig:
-    """The table's path as the ranks find it."""
+    """The configuration with the pass-rate table's path as the ranks find it."""
     if config.snr.pass_rates is None:
         return config
     path = str(Path(config.snr.pass_rates).absolute())

@@ -17,6 +17,7 @@ DRY_RUN_FLAG = "--dry-run"
 
 
 def train(arguments: list[str]) -> None:
+    """The command ``train``, and its dry run."""
     if DRY_RUN_FLAG in arguments:
         with_config([a for a in arguments if a != DRY_RUN_FLAG], dry_run)
         return
@@ -38,7 +39,7 @@ def dry_run(config: PacedConfig) -> None:
     from nemo_paced.preflight.findings import refuse
 
     refuse(check_inputs(config, run_directory(config), OF_MODELS))
-    logging.getLogger("megatron").setLevel(logging.WARNING)  # every parameter by name
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # at INFO it lists every parameter
     with tempfile.TemporaryDirectory() as folder:
         for done in run(config, Path(folder)):
             logger.info(
@@ -57,7 +58,7 @@ def dry_run(config: PacedConfig) -> None:
 
 
 def train_with(config: PacedConfig) -> None:
-    """Check, save the configuration, start the ranks unless nothing is left to train."""
+    """Check the inputs, save the configuration, and start the ranks if steps are left to train."""
     from nemo_paced.commands.launch import join_launcher, launch
     from nemo_paced.run.checkpoint_files import steps_trained
 

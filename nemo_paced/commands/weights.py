@@ -1,4 +1,4 @@
-"""``nemo-paced weights`` and ``pass-rates --simulate``: about weights, with no model."""
+"""The commands ``weights`` and ``pass-rates --simulate``, which need no model."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class MeasuredLaws:
 
 
 def measured_laws(path: Path) -> MeasuredLaws:
-    """The laws in a file of ``nemo-paced snr``.
+    """The power laws of SNR^2 and ||E g||^2 in a file of ``nemo-paced snr``.
 
     Raises:
-        ConfigError: no such file, or exponents that it does not bound.
+        ConfigError: no such file, or too few bins to fit or to bound the exponents.
     """
     summary = summarise(SnrRecord.read(path))
     snr, signal = summary.snr_law, summary.signal_law
@@ -75,10 +75,11 @@ def show(
     console: Console,
     measured: MeasuredLaws | None = None,
 ) -> None:
-    """Print a table's weights under ``config``.
+    """Print the weights of a pass-rate table under ``config``, and what follows from them.
 
     Args:
-        measured: of this run's gradients, for the variance ratio.
+        measured: power laws of the run's gradients, for the variance ratio; ``None``: the paper's
+            assumptions are taken.
 
     Raises:
         ConfigError: unequal numbers of rollouts under the plug-in estimate, or all weights 0.
@@ -205,7 +206,7 @@ def _assumed_line(config: WeightsConfig, half: float) -> str:
 
 
 def _exponents(how: str, a_s: float, b_s: float, a_prime: float, b_prime: float) -> str:
-    """||E g|| ~ p^a_s (1-p)^b_s and SNR^2 ~ p^a' (1-p)^b'."""
+    """The exponents of ||E g|| ~ p^a_s (1-p)^b_s and SNR^2 ~ p^a' (1-p)^b', in words."""
     return (
         f"{how} a_s = {a_s:.3g}, b_s = {b_s:.3g} (signal), a' = {a_prime:.3g}, "
         f"b' = {b_prime:.3g} (SNR^2)"

@@ -1,4 +1,4 @@
-"""One rank that ``launch`` started: ``TASK CONFIG_FILE PATH...``."""
+"""The program of one rank that ``launch`` started: ``TASK CONFIG_FILE PATH...``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_paced.logs import set_up_logging
 from nemo_paced.training import stop
 
 PARENT_POLL_S = 0.5
-ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}  # the launcher's
+ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}  # the launcher's to ranks
 _LAUNCHER = os.getppid()
 
 
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _end_group_with_parent() -> None:
-    """Whatever ends this rank ends its helpers too: a killed launcher leaves nothing behind.
+    """End this rank's helpers with it, also when the launcher is killed.
 
     Megatron's checkpoint writer keeps server processes that outlive a rank which does not exit by
     itself. They are in this rank's process group; threads wait for the launcher's signal (the one

@@ -12,9 +12,13 @@ LABELS_IN_A_ROW = 36  # characters below an axis before they overlap
 
 
 def accuracy_bars(labels: Sequence[str], suites: dict[str, list[tuple[float, float]]]) -> str:
-    """mean@k with its standard error, by model and suite: suite -> (mean, s.e.) a model.
+    """Bars of mean@k with its standard error, by model and suite, as inline SVG.
 
     Names that do not fit below the bars stand beside them.
+
+    Args:
+        labels: of the models.
+        suites: suite -> (mean, standard error) of each model.
     """
     names = [shown_name(label) for label in labels]
     upright = sum(map(len, names)) <= LABELS_IN_A_ROW
@@ -44,7 +48,13 @@ def accuracy_bars(labels: Sequence[str], suites: dict[str, list[tuple[float, flo
 def differences(
     labels: Sequence[str], suites: dict[str, list[tuple[float, float]]], reference: str
 ) -> str:
-    """Accuracy minus the reference model's, with two standard errors: an interval each."""
+    """Intervals of accuracy minus the reference model's, ± two standard errors, as inline SVG.
+
+    Args:
+        labels: of the models.
+        suites: suite -> (mean difference, standard error) of each model.
+        reference: name of the model that is subtracted.
+    """
     with style():
         figure, axes = axes_of(height=1.4 + 0.28 * len(labels) * len(suites))
         at = np.arange(len(labels))

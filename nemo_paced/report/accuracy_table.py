@@ -16,7 +16,7 @@ WITHIN_NOISE, OUTCOME = "within noise", "outcome"
 def accuracy_table(
     results: Results, suites: list[str], settings: dict[str, Any], baselines: Baselines
 ) -> Section:
-    """Every suite by model, each model's difference from its baseline beside it."""
+    """Table of accuracies by suite and model, with differences from each model's baseline."""
     compared = [f"minus {shown_baseline(baselines)}", OUTCOME] if baselines else []
     heading = ["problems", "model", "mean@k", *compared, "pass@k", "maj@k", "truncated"]
     heading += ["mean tokens", "95 % within"]
@@ -46,7 +46,7 @@ def accuracy_table(
 
 
 def _listed(settings: dict[str, Any]) -> str:
-    """``temperature 0.6, lm_eval (num_fewshot 5, limit 2000)``."""
+    """Settings in one line: ``temperature 0.6, lm_eval (num_fewshot 5, limit 2000)``."""
     return ", ".join(
         f"{name} ({_listed(value)})" if isinstance(value, dict) else f"{name} {value}"
         for name, value in settings.items()
@@ -56,7 +56,12 @@ def _listed(settings: dict[str, Any]) -> str:
 def _accuracy_row(
     suite: str, label: str, a: Accuracy, compared: list[str], samples: set[int]
 ) -> list[str]:
-    """``samples``: of all models on this suite; where they differ each row tells its own k."""
+    """The table's row for one model on one suite.
+
+    Args:
+        compared: cells of the difference from the baseline.
+        samples: the k of all models on this suite; where they differ each row tells its own.
+    """
     own_k = f" (k = {a.samples})" if len(samples) > 1 else ""
     return [
         f"{suite} ({len(a.per_problem)})",
@@ -72,7 +77,7 @@ def _accuracy_row(
 
 
 def group_sections(results: Results, suites: list[str]) -> list[Section]:
-    """Accuracy by the problems' groups, where a suite has several."""
+    """Table of mean@k by model and group of problems; none where no suite has several groups."""
     groups: dict[tuple[str, str], None] = {}
     for suite in suites:
         for model in results.values():
@@ -88,26 +93,30 @@ def group_sections(results: Results, suites: list[str]) -> list[Section]:
 
 
 def shown_baseline(baselines: Baselines) -> str:
-    """In a heading."""
+    """The baseline's name for a heading; ``its own base`` where models have several."""
     names = set(baselines.values())
     return names.pop() if len(names) == 1 else "its own base"
 
 
 def plus_minus(accuracy: Accuracy) -> str:
+    """An accuracy and its standard error: ``0.512 ± 0.021``."""
     return f"{accuracy.mean:.3f}{_error(accuracy)}"
 
 
 def signed(difference: Difference) -> str:
+    """A difference and its standard error, which is left out where there is no interval."""
     known = not math.isnan(difference.interval[0])
     return f"{difference.mean:+.3f}{_error(difference) if known else ''}"
 
 
 def interval(difference: Difference) -> str:
+    """Two standard errors to both sides of a difference; empty where the spread is zero."""
     low, high = difference.interval
     return "" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"
 
 
 def outcome(difference: Difference) -> str:
+    """What a difference allows to be said: ``better``, ``worse`` or ``within noise``."""
     found = difference.verdict()
     return found if found in ("better", "worse") else WITHIN_NOISE
 

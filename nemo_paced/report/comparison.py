@@ -1,4 +1,4 @@
-"""Several runs side by side: the quickstart's arms, or any runs by ``report --compare``."""
+"""The page of several runs: the quickstart's arms, or any runs by ``report --compare``."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def write_comparison(
     settings: dict[str, Any],
     baselines: Baselines | None = None,
 ) -> list[str]:
-    """Write the page; returns the sentences that the numbers allow on ``subject``.
+    """Write a page about several runs; return what the numbers allow to be said of ``subject``.
 
     Args:
         runs: label -> run directory; a label is also that of its model in ``results``.
         results: accuracies by model, the reference first; may lack some runs' models.
-        settings: how these were sampled.
-        baselines: of each model, the one that it is compared with; without them the first.
+        subject: label of the model that the sentences are about.
+        settings: how the accuracies were sampled.
+        baselines: label of a model -> of the one that it is compared with; ``None``: the first for
+            all others.
     """
     read = {label: RunFiles.read(directory) for label, directory in runs.items()}
     said = (
@@ -54,14 +56,16 @@ def write_comparison(
 
 
 def compare_runs(named: Sequence[str], out: Path | None = None) -> Path:
-    """``report --compare``; the page lies in the runs' common folder unless ``out`` says where.
+    """Write the page of ``report --compare`` and return its path.
+
+    It lies in the runs' common folder unless ``out`` says where.
 
     Args:
         named: run directories, each as ``RUN`` or ``LABEL=RUN``.
 
     Raises:
-        ConfigError: a run or a label is there twice, or runs were evaluated on different problems
-            or otherwise than alike.
+        ConfigError: a run or a label is there twice, a label is ``base``, a run cannot be read, or
+            runs were evaluated on different problems or otherwise than alike.
     """
     runs = labelled(named)
     found = EvaluatedRuns()
@@ -83,8 +87,10 @@ def compare_runs(named: Sequence[str], out: Path | None = None) -> Path:
 
 
 def labelled(named: Sequence[str]) -> dict[str, Path]:
-    """Label -> run directory. A run without a label has its folder's name; folders of one name
-    have as much of their paths as tells them apart.
+    """Run directories by label.
+
+    A run without a label has its folder's name; folders of one name have as much of their paths as
+    tells them apart.
 
     Raises:
         ConfigError: a run or a label is there twice.
@@ -103,7 +109,7 @@ def labelled(named: Sequence[str]) -> dict[str, Path]:
 
 
 def terminal_table(results: Results) -> Table:
-    """mean@k by model and suite."""
+    """Table of mean@k by model and suite, for a terminal."""
     table = Table(title="mean@k ± standard error over problems")
     table.add_column("model")
     for suite in next(iter(results.values())):

@@ -46,9 +46,9 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nemo_paced",  # the same figure gives the same bytes
 }
-_LONGEST_NAME = 25
-_LEGEND_COLUMNS, _LEGEND_CHARACTERS = 4, 58  # of a line of entries
-_LEGEND_LINE = 0.2  # inches
+_LONGEST_NAME = 25  # characters
+_LEGEND_COLUMNS, _LEGEND_CHARACTERS = 4, 58  # of one line of the legend, at most
+_LEGEND_LINE = 0.2  # height of a line, inches
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Line:
     """One curve: values at optimizer steps, with standard errors where there are any.
 
     Attributes:
-        colour: its place in ``COLOURS``: a stage or a run keeps its colour in every figure.
+        colour: index into ``COLOURS``: a stage or a run keeps its colour in every figure.
     """
 
     label: str
@@ -77,7 +77,7 @@ class Line:
 def shown_name(label: str) -> str:
     """A name as figures show it: a long one without its middle.
 
-    One that begins with _ gets an empty character before it: matplotlib would leave it out.
+    A name that begins with _ gets a character of no width before it: matplotlib would leave it out.
     """
     if len(label) > _LONGEST_NAME:
         half = (_LONGEST_NAME - 3) // 2
@@ -99,7 +99,7 @@ def axes_of(height: float | None = None) -> tuple[Figure, Any]:
 
 
 def log_axis(axes: Any) -> None:
-    """A logarithmic y axis with its numbers written out: 20, 30, 50, not 2 x 10^1.
+    """Make the y axis logarithmic, with its numbers written out: 20, 30, 50, not 2 x 10^1.
 
     Values within a factor of 2.5 stay on a linear axis, which has more numbers to read them from.
     """
@@ -119,7 +119,7 @@ def _some_minors(value: float, _: int) -> str:
 
 
 def legend(axes: Any) -> None:
-    """Above the data, so that it hides none; nothing where nothing was drawn."""
+    """Put a legend above the data, where it hides none; nothing where nothing was drawn."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         longest = max(map(len, labels)) + 5  # a key and the gap
@@ -132,7 +132,13 @@ def legend(axes: Any) -> None:
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """The ``<svg>`` element alone, without ids that another figure of the page has too."""
+    """A figure as one ``<svg>`` element, without the ids that nothing in it refers to.
+
+    Another figure of the page would have those too.
+
+    Args:
+        label: what the figure shows, for screen readers.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

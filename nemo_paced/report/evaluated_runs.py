@@ -17,15 +17,17 @@ from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.report.run_files import RunFiles
 
 BASE = "base"
-Baselines: TypeAlias = dict[str, str]  # label of a model -> of the one that it is compared with
+Baselines: TypeAlias = dict[str, str]  # label of a model -> label of its baseline
 
 
 @dataclass(slots=True)
 class EvaluatedRuns:
-    """Attributes:
-    results: of the runs and of their baselines. The first of these is ``base``; another model is
-        ``base of LABEL``, after the first run that started from it.
-    own: of each run whose baseline was evaluated, that baseline's label.
+    """Accuracies of several runs and of their baselines, each model once.
+
+    Attributes:
+        results: accuracies by label. The first baseline is ``base``; another one is
+            ``base of LABEL``, after the first run that started from it.
+        own: label of each run whose baseline was evaluated -> that baseline's label.
     """
 
     results: Results = field(default_factory=dict)
@@ -34,7 +36,7 @@ class EvaluatedRuns:
     _sources: dict[str, Source] = field(default_factory=dict)
 
     def add(self, label: str, run: RunFiles) -> None:
-        """Its trained model under the run's label, and its baseline, each model once.
+        """Add a run's trained model under the run's label, and its baseline, each model once.
 
         Raises:
             ConfigError: the label is ``base``, or earlier runs were not evaluated alike.
@@ -58,7 +60,7 @@ class EvaluatedRuns:
 
     @property
     def baselines(self) -> Baselines:
-        """Also of runs that were evaluated without one, where the others have but one."""
+        """The baseline of each trained model: its own, else the only one that the others have."""
         bases = set(self.own.values())
         shared = dict.fromkeys(self.results, min(bases)) if len(bases) == 1 else {}
         known = shared | self.own
@@ -66,7 +68,7 @@ class EvaluatedRuns:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How all were sampled; where they may differ as ``1 or 2``."""
+        """The sampling settings of all runs; values that differ are given as ``1 or 2``."""
         found: dict[str, list[Any]] = {}
         for file in self._files.values():
             for name, value in file.settings.items():
@@ -78,7 +80,7 @@ class EvaluatedRuns:
         }
 
     def _add_base(self, label: str, suites: dict[str, Accuracy], source: Source | None) -> str:
-        """The label of this model, which may be there already."""
+        """Add a baseline, unless the same model is there already, and return its label."""
         for known in dict.fromkeys(self.own.values()):
             if _same_model(self.results[known], self._sources.get(known), suites, source):
                 self.results[known] = suites | self.results[known]
@@ -94,7 +96,7 @@ class EvaluatedRuns:
 def _same_model(
     one: dict[str, Accuracy], source: Source | None, other: dict[str, Accuracy], its: Source | None
 ) -> bool:
-    """By fingerprint; by what they answered where one has none."""
+    """Whether two models are one: by fingerprint, or by accuracies where one has none."""
     if source is not None and its is not None:
         return source.fingerprint == its.fingerprint
     common = one.keys() & other.keys()

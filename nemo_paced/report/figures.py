@@ -25,15 +25,19 @@ from nemo_paced.report.drawing import (
 from nemo_paced.weights.summary import in_bins
 
 SMOOTHED_OVER = 10  # steps of the trailing mean
-FEW_POINTS = 20  # up to so many are marked, and not smoothed
-MOST_BARS = 8  # of stacked shares side by side; more are drawn as areas
+FEW_POINTS = 20  # a line of up to so many points has markers and is not smoothed
+MOST_BARS = 8  # stacked, side by side; more steps are drawn as areas
 
 
 def pass_rate_histogram(tables: dict[str, Sequence[float]], num_rollouts: int) -> str:
-    """Problems by pass rate, for each estimate (label -> pass rates).
+    """Histogram of the problems' pass rates, for each estimate, as inline SVG.
 
     With K rollouts a pass rate is one of 0/K .. K/K: up to K = 16 each has its own bar (ten equal
     bins would leave gaps and pile two values up in others), above that there are ten bins.
+
+    Args:
+        tables: label of an estimate -> pass rates of all problems.
+        num_rollouts: K.
     """
     centres, edges = _bins(num_rollouts)
     with style():
@@ -52,7 +56,7 @@ def pass_rate_histogram(tables: dict[str, Sequence[float]], num_rollouts: int) -
 def weights_by_pass_rate(
     pass_rates: Sequence[float], weights: Sequence[float], num_rollouts: int
 ) -> str:
-    """What a problem of each pass rate weighs (line), and its share of all weight (bars)."""
+    """Figure of a problem's weight by pass rate (line), and of the share of all weight (bars)."""
     values = np.asarray(weights)
     centres, edges = _bins(num_rollouts)
     held, counts = in_bins(pass_rates, edges, values), in_bins(pass_rates, edges)
@@ -83,9 +87,10 @@ def curves(
     share: bool = False,
     noisy: bool = True,
 ) -> str:
-    """One metric against the step.
+    """Figure of one metric against the optimizer step, as inline SVG.
 
     Args:
+        log: the axis is logarithmic; values that are not above 0 are left out.
         share: the axis goes from 0 to 1.
         noisy: long curves are drawn faint, under their trailing mean.
     """
@@ -125,11 +130,11 @@ def _draw_line(axes: Any, line: Line, *, log: bool, noisy: bool, band: bool) -> 
 
 
 def drift(steps: Sequence[int], shares: Sequence[Sequence[float]], means: Sequence[float]) -> str:
-    """How the training problems move between hard, useful and mastered.
+    """Figure of how the training problems move between hard, useful and mastered.
 
     Args:
-        shares: by step, of problems with a pass rate below 0.2, between and above 0.8.
-        means: by step, of the pass rate.
+        shares: at each step, shares of problems with a pass rate below 0.2, between, above 0.8.
+        means: mean pass rate at each step.
     """
     names, colours = ("below 0.2", "0.2 to 0.8", "above 0.8"), (ORANGE, BLUE, GREEN)
     columns = list(zip(*shares, strict=True))
@@ -153,7 +158,11 @@ def drift(steps: Sequence[int], shares: Sequence[Sequence[float]], means: Sequen
 
 
 def timing(seconds: dict[str, dict[str, float]]) -> str:
-    """Where the wall time of each stage, or run, went: its label -> part -> seconds."""
+    """Figure of where the wall time of each stage, or run, went.
+
+    Args:
+        seconds: label -> part -> seconds; the last part is drawn grey.
+    """
     labels = [shown_name(label) for label in seconds]
     parts = list(next(iter(seconds.values())))
     with style():
@@ -172,7 +181,7 @@ def timing(seconds: dict[str, dict[str, float]]) -> str:
 
 
 def weight_errors(lines: Sequence[Line], goal: float) -> str:
-    """RMS error of the weights against rollouts a problem (the lines' steps), and a goal."""
+    """Figure of the weights' RMS error against rollouts a problem (lines' steps), and a goal."""
     with style():
         figure, axes = axes_of()
         for line in lines:
@@ -186,7 +195,7 @@ def weight_errors(lines: Sequence[Line], goal: float) -> str:
 
 
 def _bins(num_rollouts: int) -> tuple[Any, Any]:
-    """(centres, edges) of the bars over pass rates."""
+    """Centres and edges of the bars over pass rates."""
     if num_rollouts <= 16:
         centres = np.linspace(0, 1, num_rollouts + 1)
         half = 0.5 / num_rollouts

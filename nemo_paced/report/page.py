@@ -1,4 +1,4 @@
-"""The HTML page: self-contained, readable on a narrow screen, light or dark as preferred."""
+"""The HTML page of a report: self-contained, for narrow and wide screens, light or dark."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ class Part:
 
 
 def write_page(path: Path, title: str, lead: Sequence[str], parts: Sequence[Part]) -> Path:
-    """Whole or not at all; returns ``path``."""
+    """Write an HTML page, whole or not at all, and return ``path``.
+
+    Args:
+        lead: sentences above all sections.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

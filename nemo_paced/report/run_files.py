@@ -1,4 +1,4 @@
-"""What a run directory holds, read for showing: a run that is going on, or was killed, counts."""
+"""Files of a run directory, read for a report; a run may be going on or may have been killed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """Attributes:
-    directory: of the run.
-    config: text of ``config.yaml``; empty where there is none.
-    rows: lines of ``metrics.jsonl``.
-    tables: pass-rate tables (pandas) by the student's optimizer step.
-    evaluated: ``results.json``; empty where nothing was evaluated.
-    certificate: of a teacher in FP8; ``None`` where there is none.
-    starts: what the run ran on, one a start; empty for a run that never trained.
+    """What a report reads from a run directory.
+
+    Attributes:
+        directory: of the run.
+        config: text of ``config.yaml``; empty where there is none.
+        rows: lines of ``metrics.jsonl``.
+        tables: pass-rate tables (pandas) by the student's optimizer step.
+        evaluated: ``results.json``; empty where nothing was evaluated.
+        certificate: of a teacher in FP8; ``None`` where there is none.
+        starts: what the run ran on, one entry a start; empty for a run that never trained.
     """
 
     directory: Path
@@ -37,17 +39,17 @@ class RunFiles:
 
     @property
     def results(self) -> Results:
-        """Accuracies."""
+        """Accuracies by model and suite, from ``results.json``."""
         return self.evaluated.models
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How they were sampled."""
+        """How the accuracies were sampled, from ``results.json``."""
         return self.evaluated.settings
 
     @staticmethod
     def read(directory: Path) -> RunFiles:
-        """Whatever is there.
+        """Read the files of a run that are there.
 
         Raises:
             ConfigError: nothing of a run is there, or a file of it cannot be read.
@@ -76,12 +78,16 @@ class RunFiles:
         return _flat(yaml.safe_load(self.config) or {}) if self.config else {}
 
     def setting(self, key: str) -> Any:
-        """Of the saved configuration; ``None`` where that does not have it."""
+        """A setting of the saved configuration; ``None`` where that does not have it."""
         return self.settings_by_key().get(key)
 
 
 def read_metrics(path: Path) -> Rows:
-    """Lines of ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """Lines of ``metrics.jsonl``; a last line cut short by a kill is left out.
+
+    Raises:
+        ConfigError: another line is not JSON.
+    """
     rows: Rows = []
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -95,7 +101,11 @@ def read_metrics(path: Path) -> Rows:
 
 
 def read_tables(directory: Path) -> dict[int, Any]:
-    """Every estimate kept in ``pass_rates/``, else the latest one alone."""
+    """Pass-rate tables by the student's step: all in ``pass_rates/``, else the latest alone.
+
+    Raises:
+        ConfigError: a table cannot be read.
+    """
     import pandas
 
     paths = sorted((directory / "pass_rates").glob("step_*.parquet"))

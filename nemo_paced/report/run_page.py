@@ -14,7 +14,9 @@ from nemo_paced.report.sections.timing import seconds
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write ``report.html`` from what the run directory holds; what is missing is said.
+    """Write ``report.html`` from what the run directory holds, and return its path.
+
+    What is missing is said to be missing.
 
     Raises:
         ConfigError: it is no run directory, or a file of it cannot be read.

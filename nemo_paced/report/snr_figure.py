@@ -1,4 +1,4 @@
-"""The figure of ``snr``: SNR over its largest beside the theory's curve, and gradient norms."""
+"""The figure of gradient SNR by pass rate, beside the theory's curve, and of gradient norms."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nemo_paced.weights.beta_kernel import beta_weight
 
 
 def snr_svg(record: SnrRecord, summary: Summary) -> str:
-    """Inline SVG, for a report."""
+    """The SNR figure as inline SVG, for a report."""
     with style():
         return to_svg(_draw(record, summary), "Gradient signal-to-noise ratio against pass rate")
 
 
 def write_png(record: SnrRecord, summary: Summary, path: Path) -> None:
-    """The same on white."""
+    """Write the SNR figure as a PNG on white."""
     with style():
         _draw(record, summary).savefig(path, dpi=150, facecolor="white")
 

@@ -1,4 +1,4 @@
-"""What ``pass-rates --simulate`` shows: a table, the gains in a sentence, CSV and figures."""
+"""Output of ``pass-rates --simulate``: a table, the gains in a sentence, CSV and figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ESTIMATORS = ("plug-in", "posterior", "adaptive")
 
 
 def error_table(name: str, curves: Curves) -> Table:
-    """RMS error by rollouts a problem, mean ± standard error over seeds."""
+    """Table of RMS errors by rollouts a problem, mean ± standard error over seeds."""
     table = Table(title=f"RMS error of unit-mean weights, pass rates: {name}", title_justify="left")
     table.add_column("rollouts a problem", justify="right")
     for estimator in ESTIMATORS:
@@ -33,7 +33,7 @@ def error_table(name: str, curves: Curves) -> Table:
 
 
 def gain_lines(curves: Curves) -> list[str]:
-    """What the estimator saves, and what adaptivity saves beyond it."""
+    """Sentences on what the posterior saves, and on what adaptivity saves beyond it."""
     reference = f"K = {REFERENCE_ROLLOUTS}"
     return [
         f"rollouts saved at the plug-in's error of {reference}: posterior "
@@ -55,7 +55,7 @@ def _share(curves: Curves, estimator: str, against: str) -> str:
 
 
 def write_csv(path: Path, results: dict[str, Curves]) -> None:
-    """One line a distribution, estimator, budget and seed."""
+    """Write RMS errors as CSV, one line a distribution, estimator, budget and seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -68,7 +68,7 @@ def write_csv(path: Path, results: dict[str, Curves]) -> None:
 
 
 def write_figures(path: Path, results: dict[str, Curves]) -> None:
-    """An HTML page with one figure a distribution; the dashed line is the plug-in's at K = 8."""
+    """Write an HTML page, one figure a distribution; dashed: the plug-in's error at K = 8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for name, curves in results.items():

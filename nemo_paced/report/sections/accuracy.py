@@ -1,4 +1,4 @@
-"""Accuracy and forgetting of several models, and what the numbers allow to be said of them."""
+"""Sections on accuracy and forgetting of several models, and what the numbers allow to be said."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_paced.report.evaluated_runs import Baselines
 from nemo_paced.report.sections.section import Section
 
 FORGETTING = "forgetting"
-ALL_PAIRS_OF = 4  # runs at most
+ALL_PAIRS_OF = 4  # runs, at most, of which every two are compared
 EXACT = (
     "An outcome also takes p of at most 0.05 in the exact sign-flip test (of one answer a "
     "problem it is McNemar's), which fewer than 6 changed problems cannot reach."
@@ -38,10 +38,11 @@ NOT_ENOUGH = (
 def accuracy_sections(
     results: Results, settings: dict[str, Any], baselines: Baselines | None = None
 ) -> list[Section]:
-    """Every suite by model, with paired differences from the model's baseline.
+    """Sections on every suite by model, with paired differences from the model's baseline.
 
     Args:
-        baselines: the label of each model's; without them it is the first model for all others.
+        settings: how the accuracies were sampled.
+        baselines: label of a model -> of its baseline; ``None``: the first model for all others.
     """
     labels = list(results)
     baselines = _first_for_all(results) if baselines is None else baselines
@@ -70,8 +71,10 @@ def accuracy_sections(
 
 
 def forgetting_section(results: Results, baselines: Baselines | None = None) -> Section:
-    """What the trained models lost on the forgetting suite and on lm-eval's tasks, each of what
-    its own baseline had: above 0 is forgotten."""
+    """Section on what each trained model lost of its baseline's accuracy: above 0 is forgotten.
+
+    It is measured on the suite ``forgetting`` and on lm-eval's tasks.
+    """
     title = "Forgetting"
     baselines = _first_for_all(results) if baselines is None else baselines
     bases = dict.fromkeys(baselines.values())
@@ -110,15 +113,17 @@ def _forgotten(before: Accuracy, after: Accuracy) -> list[str]:
     return [
         signed(lost),
         interval(lost),
-        str(lost.gained),  # of before minus after
+        str(lost.gained),  # what rose in before minus after was lost
         str(lost.lost),
         words.get(lost.verdict(), WITHIN_NOISE),
     ]
 
 
 def paired_section(results: Results, runs: list[str], subject: str) -> list[Section]:
-    """Every two runs against each other, paired by problem; of many runs ``subject`` alone against
-    the others. Nothing for fewer than two."""
+    """Section on every two runs against each other, paired by problem; none for fewer than two.
+
+    Of more than ``ALL_PAIRS_OF`` runs, ``subject`` alone is compared with the others.
+    """
     pairs = list(combinations(runs, 2))
     if len(runs) > ALL_PAIRS_OF:
         pairs = [(other, subject) for other in runs if other != subject and subject in results]
@@ -145,8 +150,10 @@ def paired_section(results: Results, runs: list[str], subject: str) -> list[Sect
 
 
 def verdict(results: Results, subject: str, baselines: Baselines | None = None) -> list[str]:
-    """What the numbers show of ``subject`` against each other model, and no more: sentences.
-    The baselines of others, which it did not start from, are left out."""
+    """Sentences on what the numbers show of ``subject`` against each other model, and no more.
+
+    The baselines of others, which it did not start from, are left out.
+    """
     if subject not in results:
         return [f"{subject} was not among the models evaluated."]
     known = baselines or {}
@@ -163,7 +170,7 @@ def verdict(results: Results, subject: str, baselines: Baselines | None = None) 
 
 
 def _outcomes(accuracy: Accuracy, others: dict[str, Accuracy]) -> str:
-    """``better than a (+0.1 ± 0.01); within noise of b (...), c (...)``."""
+    """The others by outcome: ``better than a (+0.1 ± 0.01); within noise of b (...), c (...)``."""
     said: dict[str, list[str]] = {"better than": [], "worse than": [], "within noise of": []}
     for label, other in others.items():
         difference = Difference.between(accuracy, other)

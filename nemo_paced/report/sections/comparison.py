@@ -1,4 +1,4 @@
-"""What a comparison says of how its runs were trained: what differs, curves, time."""
+"""Sections of a comparison on how its runs were trained: what differs, curves, time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_paced.report.sections.timing import (
 from nemo_paced.report.sections.training import LOSS_NOTE, share_clipped
 
 ABSENT = "-"
-# of every run its own: that they differ says nothing
+# settings of which every run has its own: that they differ says nothing
 OWN_SETTINGS = (
     "exp_manager.name",
     "exp_manager.exp_dir",
@@ -28,7 +28,11 @@ OWN_SETTINGS = (
 
 
 def side_by_side(runs: dict[str, RunFiles]) -> list[Section]:
-    """Label -> run, in the order in which they are shown and coloured."""
+    """Sections that show several runs beside each other.
+
+    Args:
+        runs: label -> run, in the order in which they are shown and coloured.
+    """
 
     def curve(title: str, key: str, ylabel: str, error: str | None = None, **options: Any):
         lines = [
@@ -91,7 +95,7 @@ def _run_cells(run: RunFiles) -> list[str]:
 
 
 def _settings_section(runs: dict[str, RunFiles]) -> list[Section]:
-    """The settings in which they differ: what is compared."""
+    """Section on the settings in which the runs differ, which are what is compared."""
     by_run = {label: run.settings_by_key() for label, run in runs.items() if run.config}
     if len(by_run) < 2:
         return []
@@ -105,8 +109,11 @@ def _settings_section(runs: dict[str, RunFiles]) -> list[Section]:
 
 
 def _known_to_all(by_run: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], int]:
-    """Without what is of every run its own, and without what versions of the program brought; how
-    many settings these are. Stages may be fewer in one run than in another."""
+    """The settings that all runs' versions of the program know, and how many others there are.
+
+    Settings of which every run has its own are left out and not counted. Stages may be fewer in one
+    run than in another.
+    """
     in_all = set.intersection(*map(set, by_run.values()))
     every = dict.fromkeys(key for settings in by_run.values() for key in settings)
     new = {key for key in every if key not in in_all and not key.startswith("stages.")}
@@ -133,7 +140,7 @@ def _environments_section(runs: dict[str, RunFiles]) -> list[Section]:
 
 
 def _differing(by_run: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """A table with a row for each key that is not alike."""
+    """A table with a row for each key whose value is not the same in all runs."""
     table = [["what", *by_run]]
     for key in dict.fromkeys(key for each in by_run.values() for key in each):
         cells = [_cell(each[key]) if key in each else ABSENT for each in by_run.values()]
@@ -149,7 +156,7 @@ def _cell(value: Any) -> str:
 
 
 def _without_common_tail(paths: list[str]) -> list[str]:
-    """Of long paths what tells them apart, and their name: ``/a/.../x`` for ``/a/b/c/x``."""
+    """Long paths cut to what tells them apart, and their name: ``/a/.../x`` for ``/a/b/c/x``."""
     parts = [path.split("/") for path in paths]
     common = 0
     while all(len(p) > common + 1 and p[-common - 1] == parts[0][-common - 1] for p in parts):

@@ -1,4 +1,4 @@
-"""What a report says of pass rates and weights: as they are, and how they drifted."""
+"""Report sections on pass rates and weights: as they are, and how they drifted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_paced.report.run_files import Rows, RunFiles
 from nemo_paced.report.sections.section import Section, values_of
 from nemo_paced.weights.summary import drift_metrics, effective_sample_size
 
-# what is drawn of each step: three shares that make 1, and a mean
+# metrics that are drawn at each step: three shares that make 1, and a mean
 DRIFT = (
     "weights/share_below_0.2", "weights/share_between", "weights/share_above_0.8",
     "weights/mean_pass_rate",
@@ -18,7 +18,7 @@ DRIFT = (
 
 
 def pass_rate_sections(run: RunFiles) -> list[Section]:
-    """Histogram, weights, drift."""
+    """Sections on the histogram of pass rates, the weights, and the drift of pass rates."""
     tables = run.tables
     if not tables:
         return [Section("Pass rates", missing="No pass rates were estimated yet.")]
@@ -73,7 +73,7 @@ def _drift_section(run: RunFiles) -> Section:
 
 
 def _drift_of_rows(rows: Rows) -> dict[int, tuple[float, ...]]:
-    """Shares and mean by step, at the steps where they changed."""
+    """The metrics ``DRIFT`` by step, at the steps where they changed."""
     points: dict[int, tuple[float, ...]] = {}
     last: tuple[float, ...] = ()
     for row in rows:

@@ -16,7 +16,7 @@ from nemo_paced.report.sections.training import rollout_sections, training_secti
 
 
 def run_sections(run: RunFiles) -> list[Section]:
-    """Pass rates and weights, training, rollouts, time, SNR, FP8, environment, configuration."""
+    """Sections on pass rates, training, rollouts, time, SNR, FP8, environment, configuration."""
     return [
         *pass_rate_sections(run),
         *training_sections(run.rows),

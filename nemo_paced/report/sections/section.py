@@ -1,4 +1,4 @@
-"""What a report is made of: sections with a figure, a table or plain sentences."""
+"""Sections of a report: each has a figure, a table or plain sentences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Section:
 
 
 def stage_lines(rows: Rows, key: str, error_key: str | None = None) -> list[Line]:
-    """A metric as a line a stage, at the steps that logged it; a stage keeps its colour."""
+    """The curves of a metric, one a stage, at the steps that logged it."""
     lines = (
         metric_line(stage, own, key, error_key, colour=index)
         for index, (stage, own) in enumerate(rows_by_stage(rows).items())
@@ -49,14 +49,14 @@ def rows_by_stage(rows: Rows) -> dict[str, Rows]:
 
 
 def values_of(rows: Rows, key: str) -> list[float]:
-    """Those of the steps that logged the metric (null stands for NaN in the file)."""
+    """A metric's values at the steps that logged it (null stands for NaN in the file)."""
     return [row[key] for row in rows if row.get(key) is not None]
 
 
 def metric_line(
     label: str, rows: Rows, key: str, error_key: str | None = None, *, colour: int = 0
 ) -> Line | None:
-    """``None`` where no step logged the metric."""
+    """The curve of a metric at the steps that logged it; ``None`` where none did."""
     rows = [row for row in rows if row.get(key) is not None]
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""What a report says of a run's settings and surroundings: FP8 certificate, environment, config."""
+"""Report sections on a run's settings and surroundings: FP8 certificate, environment, config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_paced.teacher.fp8.certificate import CERTIFICATE_FILE, Certificate
 
 
 def certificate_sections(run: RunFiles) -> list[Section]:
-    """How far FP8 moves the teacher; nothing for a run whose teacher is not in FP8."""
+    """Section on how far FP8 moves the teacher; none for a run whose teacher is not in FP8."""
     title = "Teacher in FP8"
     if run.certificate is not None:
         return [_certificate_section(title, run.certificate, run.setting("teacher.fp8.max_kl"))]
@@ -20,7 +20,7 @@ def certificate_sections(run: RunFiles) -> list[Section]:
 
 
 def environment_section(run: RunFiles) -> Section:
-    """Of the last start, and what was otherwise at earlier ones."""
+    """Section on the environment of the last start, and on what differed at earlier ones."""
     title = "Environment"
     if not run.starts:
         missing = f"There is no {ENVIRONMENT_FILE}: training writes it when it starts."
@@ -40,7 +40,7 @@ def environment_section(run: RunFiles) -> Section:
 
 
 def environment(start: Start) -> dict[str, str]:
-    """What is shown of a start: name -> value."""
+    """The environment of a start as it is shown: name -> value."""
     devices = ", ".join(f"{count} x {name}" for name, count in start.devices.items())
     shown = {
         "ranks that train": f"{devices}, on {start.nodes} node{'s' * (start.nodes > 1)}",

@@ -14,7 +14,7 @@ TITLE = "Gradient signal-to-noise ratio"
 
 
 def snr_sections(run_dir: Path) -> list[Section]:
-    """A section a measurement of the run, by step.
+    """Sections on the run's SNR measurements, one a file, in the order of their names.
 
     Raises:
         ConfigError: a file of them cannot be read.

@@ -1,4 +1,4 @@
-"""What a report says of time: where it went, who waited for whom, how fast it was."""
+"""Report sections on time: where it went, who waited for whom, how fast training was."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RATES = {
 
 
 def timing_sections(rows: Rows, starts: Sequence[Start]) -> list[Section]:
-    """Nothing for a run without a step."""
+    """Sections on wall time, throughput and waits; none for a run without a step."""
     if not rows:
         return []
     stages = {stage: split(own) for stage, own in rows_by_stage(rows).items()}
@@ -83,19 +83,19 @@ def _preparation_note(starts: Sequence[Start]) -> str:
 
 
 def split(rows: Rows) -> dict[str, float]:
-    """Seconds of all these steps by part; ``other`` is what no part accounts for."""
+    """Seconds of the steps in ``rows`` by part; ``other`` is what no part accounts for."""
     parts = {name: sum(values_of(rows, key)) for name, key in PARTS.items()}
     whole = sum(values_of(rows, "time/step_s"))
     return parts | {"other": max(whole - sum(parts.values()), 0.0)}
 
 
 def timing_figure(splits: dict[str, dict[str, float]]) -> str:
-    """Without parts that nobody spent time on."""
+    """Figure of the wall time by part, without parts that took next to none."""
     return figures.timing({label: _used(splits, parts) for label, parts in splits.items()})
 
 
 def split_table(splits: dict[str, dict[str, float]]) -> list[list[str]]:
-    """A row a part: seconds, and the share of that stage's or run's time."""
+    """Table of seconds and share of the time, a row for each part, by stage or run."""
     table = [["part of the step", *splits]]
     for part in _used(splits, next(iter(splits.values()))):
         cells = []
@@ -107,12 +107,12 @@ def split_table(splits: dict[str, dict[str, float]]) -> list[list[str]]:
 
 
 def seconds(value: float) -> str:
-    """Two decimals below 10, none from 100 on."""
+    """Seconds as text: two decimals below 10, none from 100 on."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _used(splits: dict[str, dict[str, float]], parts: dict[str, float]) -> dict[str, float]:
-    """The parts that took a thousandth of the time at least, somewhere; the others are other."""
+    """The parts above a thousandth of all time in ``splits``; the rest is added to ``other``."""
     whole = sum(sum(each.values()) for each in splits.values())
     used = [name for name in parts if sum(s[name] for s in splits.values()) > 1e-3 * whole]
     kept = {name: parts[name] for name in used if name != "other"}

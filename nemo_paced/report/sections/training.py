@@ -1,4 +1,4 @@
-"""What a report says of the training itself: losses, gradients, validation, rollouts."""
+"""Report sections on the training itself: losses, gradients, validation, rollouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOSS_NOTE = "Token sums weighted by problem, over the problems of a batch."
 
 
 def training_sections(rows: Rows) -> list[Section]:
-    """What every run has."""
+    """Sections that every run has: losses, gradient norm, learning rate, validation."""
     if not rows:
         return [Section("Training", missing="No optimizer step was taken yet.")]
     losses = stage_lines(rows, "loss")
@@ -42,7 +42,7 @@ def training_sections(rows: Rows) -> list[Section]:
 
 
 def rollout_sections(rows: Rows) -> list[Section]:
-    """The on-policy stage; nothing for a run without one."""
+    """Sections on the rollouts of an on-policy stage; none for a run without one."""
     gap = stage_lines(rows, "rollout/logprob_gap")
     shares = [
         metric_line("right", rows, "rollout/accuracy"),
@@ -67,7 +67,7 @@ def rollout_sections(rows: Rows) -> list[Section]:
 
 
 def share_clipped(rows: Rows) -> float:
-    """Of the steps that had a gradient."""
+    """Share of the steps that were clipped, of those whose gradient was not zero."""
     clipped = [bool(row.get("clipped")) for row in rows if row.get("grad_norm")]
     return statistics.fmean(clipped) if clipped else 0.0
 
