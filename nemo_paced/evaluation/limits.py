@@ -1,4 +1,4 @@
-"""How long responses may be: the paper's 30,000 tokens, or what the models' context leaves."""
+"""How long evaluated responses may be: the paper's 30,000 tokens, or what the context leaves."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from nemo_paced.serving.client import PROBE_TIMEOUT_S, RolloutClient
 
 logger = logging.getLogger(__name__)
 
-AS_STARTED = (None, "default")  # vLLM's weight version before any is sent
+AS_STARTED = (None, "default")  # weight versions of a server that was sent no weights
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The same for all models that are compared.
+    """Length limits of an evaluation, the same for all models that are compared.
 
     Attributes:
-        response: tokens of a response.
-        response_from: the setting or the context that it comes from.
-        lm_eval: tokens of a few-shot prompt with its answer.
-        context: of a server of ours, tokens.
+        response: most tokens of a response.
+        response_from: the setting or the context that ``response`` comes from.
+        lm_eval: most tokens of a few-shot prompt with its answer.
+        context: tokens of the longest sequence, for which a server of ours is started.
     """
 
     response: int
@@ -38,12 +38,12 @@ class Limits:
     def of(
         config: PacedConfig, models: Mapping[str, Path], *, longest_prompt: int, lm_eval: bool
     ) -> Limits:
-        """From the settings, and the shortest context among the models and running servers.
+        """Limits from the settings and the shortest context of the models and running servers.
 
         Args:
             models: Hugging Face directory by label.
             longest_prompt: of the problems, tokens; 0 where none are sampled.
-            lm_eval: whether its tasks are among what is evaluated.
+            lm_eval: whether tasks of lm-eval are among what is evaluated.
 
         Raises:
             ConfigError: a context that the longest prompt fills.
@@ -70,7 +70,7 @@ class Limits:
 
 
 def _narrowest(config: PacedConfig, models: Mapping[str, Path]) -> tuple[str, int | None]:
-    """The shortest context in words and in tokens; ``None`` where nothing says one."""
+    """The shortest context: whose it is, and its tokens, ``None`` where none is known."""
     contexts = {f"the context of the {label}": context_length(p) for label, p in models.items()}
     contexts |= {
         f"the context of {endpoint}": _served_context(endpoint, given_key(), models.values())
@@ -81,7 +81,11 @@ def _narrowest(config: PacedConfig, models: Mapping[str, Path]) -> tuple[str, in
 
 
 def _left(whose: str, context: int, longest_prompt: int) -> int:
-    """Tokens beside the longest prompt."""
+    """Tokens that a context leaves beside the longest prompt.
+
+    Raises:
+        ConfigError: there are none.
+    """
     if context <= longest_prompt:
         raise ConfigError(
             f"{whose} is {context} tokens and the longest prompt has {longest_prompt}: nothing is "
@@ -91,7 +95,7 @@ def _left(whose: str, context: int, longest_prompt: int) -> int:
 
 
 def _served_context(endpoint: str, key: str, models: Iterable[Path]) -> int:
-    """``--max-model-len`` of a running server, which is asked whether it serves the model."""
+    """``--max-model-len`` of a running server; warns where it serves other weights."""
     control = RolloutClient([endpoint], key, request_timeout_s=PROBE_TIMEOUT_S).control
     card = control.models()[0][0]
     (version,) = control.weight_versions()

@@ -1,4 +1,4 @@
-"""Our servers as a model of lm-eval: token ids both ways, so that a server needs no tokenizer.
+"""vLLM servers as a model of lm-eval: token ids both ways, so that a server needs no tokenizer.
 
 Only :mod:`nemo_paced.evaluation.lm_eval_tasks` imports this module, once lm-eval is known to be
 installed.
@@ -20,7 +20,7 @@ from nemo_paced.hf.tokenizer import stop_token_ids
 from nemo_paced.serving.engine import SERVED_NAME
 from nemo_paced.serving.vllm_engine import COMPLETIONS
 
-FAILED = (aiohttp.ClientError, asyncio.TimeoutError)  # of a request, after all its retries
+FAILED = (aiohttp.ClientError, asyncio.TimeoutError)  # errors of a request after all its retries
 MAX_TRIES = 5
 
 
@@ -34,6 +34,7 @@ class ServedModel(LocalCompletionsAPI):
         hf_dir: for its tokenizer and stop tokens.
         max_length: of prompt and answer, tokens; longer prompts lose their beginning.
         num_concurrent: requests in flight.
+        timeout_s: of a request, seconds.
         chat: prompts are chats, whose template has written the special tokens already.
     """
 
@@ -55,17 +56,18 @@ class ServedModel(LocalCompletionsAPI):
             tokenizer=str(hf_dir),
             tokenizer_backend="huggingface",
             max_length=max_length,
-            num_concurrent=max(2, num_concurrent),  # 1 is another path, which reads proxies
+            num_concurrent=max(2, num_concurrent),  # 1 takes another path, which reads proxies
             max_retries=MAX_TRIES,
             timeout=round(timeout_s),
         )
-        # as the model was trained; lm-eval's own transformers model does so too
+        # BOS as the model was trained with; lm-eval's own transformers model does so too
         self.add_bos_token = not chat and self.tokenizer("").input_ids != []
         self._stop_token_ids = list(stop_token_ids(self.tokenizer, hf_dir))
         self._until: list[str] = []
 
     @property
     def base_url(self) -> str:
+        """URL of the server whose turn it is: the next one at each reading."""
         return next(self._urls)
 
     @base_url.setter
@@ -84,6 +86,7 @@ class ServedModel(LocalCompletionsAPI):
         }
 
     def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str]:
+        """Texts of the servers' answers, cut at the strings that the task ends them at."""
         outputs = outputs if isinstance(outputs, list) else [outputs]
         choices = [c for out in outputs for c in sorted(out["choices"], key=lambda c: c["index"])]
         texts = self.tokenizer.batch_decode(

@@ -22,14 +22,15 @@ from nemo_paced.config import LmEvalConfig
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.grading.accuracy import Accuracy
 
-DRAW_SEED = 0  # of the questions under a limit: every model gets the same
+DRAW_SEED = 0  # of the questions drawn under a limit: every model gets the same
 FEWSHOT_SEED = 1234  # lm-eval's own default
+# what a task's file says of how its questions are put
 _PUT_BY = ("description", "doc_to_text", "doc_to_target", "doc_to_choice")
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """What one name in ``evaluation.lm_eval.tasks`` stands for.
+    """The tasks that one name in ``evaluation.lm_eval.tasks`` stands for.
 
     Attributes:
         tasks: lm-eval's tasks by name.
@@ -45,7 +46,7 @@ class Suite:
 
 
 def load_suites(settings: LmEvalConfig) -> dict[str, Suite]:
-    """The tasks that are named, with their data sets; empty where none is.
+    """The suites that the settings name, with their data sets; empty where they name none.
 
     Raises:
         ConfigError: lm-eval is not installed, there is no such task, its data set cannot be read,
@@ -77,11 +78,11 @@ def run_suite(
     settings: LmEvalConfig,
     cache: Path,
 ) -> Accuracy:
-    """Ask the model every question.
+    """Ask a served model every question of a suite, and score its answers.
 
     Args:
         model: a :class:`~nemo_paced.evaluation.lm_eval_endpoint.ServedModel`.
-        cache: where answers are kept as they come; an interrupted run goes on from there.
+        cache: file that keeps answers as they come; an interrupted run goes on from there.
 
     Raises:
         RolloutError: a request that failed after all its retries.
@@ -112,9 +113,14 @@ def run_suite(
 
 
 def draw(sizes: Mapping[str, int], limit: int | None) -> dict[str, list[int]]:
-    """``limit`` question numbers in all, in proportion to the tasks' sizes; the same every time.
+    """Draw ``limit`` question numbers in all, in proportion to the tasks' sizes.
 
-    Shares are rounded by largest remainder, so that their sum is exact.
+    The same are drawn every time. Shares are rounded by largest remainder, so that their sum is
+    exact.
+
+    Args:
+        sizes: questions of each task.
+        limit: ``None``: all questions.
     """
     total = sum(sizes.values())
     wanted = total if limit is None else min(limit, total)
@@ -148,7 +154,7 @@ def _load(manager: Any, name: str, settings: LmEvalConfig) -> Suite:
     for task, loaded in tasks.items():
         if getattr(loaded, "UNSAFE_CODE", False):
             raise ConfigError(f"lm-eval's task {task!r} runs code that the model writes: refused")
-        # a task that says 0 is made for 0
+        # a task whose own number of shots is 0 is made for 0
         own = loaded.get_config("num_fewshot")
         if own != 0 and settings.num_fewshot is not None:
             loaded.set_config(key="num_fewshot", value=settings.num_fewshot)
@@ -161,8 +167,11 @@ def _load(manager: Any, name: str, settings: LmEvalConfig) -> Suite:
 
 
 def _contents(task: Any, numbers: list[int]) -> str:
-    """Task files of one name may hold other questions under the same numbers. What is no JSON,
-    images and functions, counts by its kind alone."""
+    """A digest of a task's chosen questions and of how they are put.
+
+    Task files of one name may hold other questions under the same numbers. What is no JSON, images
+    and functions, counts by its type alone.
+    """
     docs = task.eval_docs
     put = [task.get_config(name) for name in _PUT_BY]
     content = [put, [docs[number] for number in numbers]]
@@ -171,7 +180,7 @@ def _contents(task: Any, numbers: list[int]) -> str:
 
 
 def _metric(name: str, task: Any) -> str:
-    """The first that is a mean over questions: standard errors need one value a question."""
+    """A task's first metric that is a mean over questions: standard errors need one value each."""
     from lm_eval.api.metrics import mean
 
     for metric, aggregation in task.aggregation().items():

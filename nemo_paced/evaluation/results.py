@@ -17,11 +17,11 @@ fields of :class:`~nemo_paced.grading.accuracy.Accuracy` (undefined ones are nul
 
     "pass_at": {K: {"mean", "standard_error"}}        unbiased pass@k, k = 1, 2, 4 ... samples
 
-Every standard error is over problems. ``settings``: ``dtype`` of the server (empty where a running
-one was asked), ``temperature``, ``top_p``, ``max_tokens`` (of a response) and ``max_tokens_from``
-(the setting or the context that it comes from), ``verifier``, ``seed``, and ``lm_eval`` where its
-tasks were among the suites. ``asked``, ``sources`` and ``versions`` are written by ``evaluate``
-alone.
+Every standard error is over problems. ``settings`` hold ``temperature``, ``top_p``, ``max_tokens``
+(of a response), ``verifier`` and ``seed`` where problems were sampled; those of ``evaluate`` also
+``dtype`` of the server (empty where a running one was asked), ``max_tokens_from`` (the setting or
+the context that ``max_tokens`` comes from), and ``lm_eval`` where its tasks were among the suites.
+``asked``, ``sources`` and ``versions`` are filled by ``evaluate`` alone.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ MAY_DIFFER = (*IN_WORDS, "seed")  # of models that are compared: other samples o
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Which model a label stands for.
+    """The model that a label stands for.
 
     Attributes:
-        path: as it was given.
+        path: as the user gave it.
         fingerprint: see :func:`~nemo_paced.hf.directory.model_fingerprint`.
     """
 
@@ -65,7 +65,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ResultsFile:
-    """The whole file; see the top of this module."""
+    """The contents of ``results.json``; see the top of this module."""
 
     models: Results
     settings: dict[str, Any]
@@ -74,7 +74,7 @@ class ResultsFile:
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Write the file, whole or not at all."""
         content = {
             "models": {
                 label: {suite: accuracy.to_dict() for suite, accuracy in suites.items()}
@@ -92,7 +92,7 @@ class ResultsFile:
 
     @staticmethod
     def read(path: Path) -> ResultsFile:
-        """One of an earlier version may lack sources and versions.
+        """Read a file; one of an earlier version may lack sources and versions.
 
         Raises:
             ConfigError: the file is not what :meth:`write` writes.
@@ -116,15 +116,15 @@ class ResultsFile:
 
 
 def evaluation_versions() -> dict[str, str]:
-    """Of the packages that accuracies depend on."""
+    """Versions of the installed packages that accuracies depend on."""
     return installed_versions(_PACKAGES)
 
 
 def check_alike(first: ResultsFile, second: ResultsFile, *, names: tuple[str, str]) -> None:
-    """Refuse to compare what was not asked alike, of what both files tell.
+    """Refuse to compare results that were not asked alike, as far as both files tell.
 
     Args:
-        names: of the two, in messages: a sentence begins with the first's.
+        names: of the two files, in messages: a sentence begins with the first's.
 
     Raises:
         ConfigError: other problems or prompts of one suite, or other settings; the sampling seeds
@@ -147,7 +147,7 @@ def check_alike(first: ResultsFile, second: ResultsFile, *, names: tuple[str, st
 
 
 def _by_key(settings: dict[str, Any]) -> dict[str, Any]:
-    """``lm_eval.limit`` and the like for what a setting holds."""
+    """Settings by dotted key: ``lm_eval.limit`` for the ``limit`` that ``lm_eval`` holds."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         inner = value if isinstance(value, dict) else {}

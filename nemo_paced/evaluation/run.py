@@ -24,16 +24,16 @@ from nemo_paced.training import prepare
 
 logger = logging.getLogger(__name__)
 
-DIGITS = 12  # of a digest
+DIGITS = 12  # hex digits of a digest
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every model is asked.
+    """The suites that every model of an evaluation is asked, and how.
 
     Attributes:
-        problems: by suite.
-        tasks: of lm-eval, by suite.
+        problems: of each suite that is sampled.
+        tasks: suites of lm-eval by name.
     """
 
     config: PacedConfig
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How it is asked: kept in ``results.json``."""
+        """How the suites are asked: the ``settings`` of ``results.json``."""
         running = self.config.rollout.endpoints
         settings: dict[str, Any] = {"dtype": "" if running else served_dtype(self.config)}
         if self.problems:
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def asked(self) -> dict[str, str]:
-        """By suite, what names its questions: the same for models that can be compared."""
+        """A digest of each suite's questions: the same for models that can be compared."""
         data = self.config.data
         sampled = {
             suite: [data.prompt_template, data.use_chat_template, *map(asdict, problems)]
@@ -77,7 +77,8 @@ class Job:
         """Serve a model (or ask the servers that run) and measure every suite.
 
         Args:
-            work_dir: of this model: finished answers are kept there and not asked for again.
+            work_dir: folder of this model, which keeps finished answers: none is asked for again.
+            label: the model's, for the progress bar and the log.
         """
         config = replace(self.config, student=replace(self.config.student, hf_path=str(hf_dir)))
         prompts = Prompts(hf_dir, config.data, config.teacher.privileged_context)
@@ -107,8 +108,10 @@ class Job:
             return found | self._ask_lm_eval(sampler, work_dir, label, bar)
 
     def _purpose(self, suite: str, prompts: Prompts) -> str:
-        """Names what the samples of a suite depend on besides the model: a store that was filled
-        with other settings, prompts or answers holds none of them. The number of samples may grow.
+        """The name of a suite's samples in the store, by what they depend on besides the model.
+
+        A store that was filled with other settings, prompts or answers holds none of them. The
+        number of samples may grow.
         """
         asked = [(p.id, p.answer, prompts.student(p)) for p in self.problems[suite]]
         settings = {k: v for k, v in self.settings.items() if k not in (*IN_WORDS, "lm_eval")}
@@ -158,7 +161,7 @@ def evaluate(
     """mean@k of the served model, sampled as the ``evaluation`` block says.
 
     Args:
-        purpose: of the samples in the store; ``None``: the label.
+        purpose: name of the samples in the store; ``None``: the label gives it.
         max_tokens: of a response; ``None``: what the model's context leaves.
     """
     with bar_task(bar, f"evaluate {label}", len(problems)) as advance:
@@ -173,7 +176,11 @@ def evaluate(
 
 
 def sampling_settings(config: PacedConfig, max_tokens: int | None = None) -> dict[str, Any]:
-    """What accuracies depend on besides the model: kept in ``results.json``."""
+    """The sampling settings that ``results.json`` keeps beside accuracies.
+
+    Args:
+        max_tokens: of a response; ``None``: what the student's context leaves.
+    """
     settings = asdict(prepare.evaluation_settings(config, max_tokens))
     return {
         **{name: settings[name] for name in ("temperature", "top_p", "max_tokens")},

@@ -1,4 +1,4 @@
-"""What ``evaluate`` prints: accuracies by suite, lm-eval's tasks, and what was forgotten."""
+"""Tables that ``evaluate`` prints: accuracies by suite, lm-eval's tasks, and what was forgotten."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTE = (
 
 
 def show(console: Console, results: Results, settings: dict[str, Any]) -> None:
-    """All tables, each model's row under the baseline's."""
+    """Print all tables of an evaluation, each model's row under the baseline's."""
     suites = next(iter(results.values()))
     sampled = [suite for suite, accuracy in suites.items() if not accuracy.metric]
     for suite in sampled:
@@ -38,7 +38,7 @@ def show(console: Console, results: Results, settings: dict[str, Any]) -> None:
 
 
 def forgetting_table(results: Results) -> Table:
-    """Baseline minus model, paired by problem, for every suite: above 0 is lost."""
+    """Table of baseline minus model, paired by problem, for every suite: above 0 is lost."""
     table = _table(
         "Forgetting: baseline - model (above 0 is lost)",
         ["suite", "baseline", "model", "difference", "interval", "lost", "gained", ""],
@@ -63,7 +63,10 @@ def forgetting_table(results: Results) -> Table:
 
 
 def _sampled_table(results: Results, suite: str, *, wide: bool) -> Table:
-    """mean@k of any k estimates the same mean; pass@k is of a k that every model has."""
+    """Table of one sampled suite, a row for each model.
+
+    mean@k of any k estimates the same mean; pass@k is of a k that every model has.
+    """
     measured = {label: suites[suite] for label, suites in results.items()}
     fewest = min(measured.values(), key=lambda accuracy: accuracy.samples)
     ks = [k for k in fewest.pass_at_powers if k > 1]
@@ -101,7 +104,7 @@ def _lm_eval_table(results: Results, suites: list[str]) -> Table:
 
 
 def plus_minus(accuracy: Accuracy) -> str:
-    """``0.512 ± 0.021``."""
+    """An accuracy and its standard error: ``0.512 ± 0.021``."""
     error = accuracy.standard_error
     return f"{accuracy.mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 

@@ -44,14 +44,19 @@ BATCH = 128
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Shape and diet of one model.
+    """Shape and training data of one embedded model.
 
     Attributes:
+        tied: input and output embeddings are one.
         rarest: how often the rarest operation is seen, the most common one being 1.
-        pair_share: of the chains hold two-argument operations.
-        step_accuracies: the learning rate falls to ``learning_rates[1]`` at the first and training
-            ends at the second; mean probability of the right next state on evenly drawn chains.
-        old_share: of the sequences are old skills (other chains and maps) until these are known.
+        pair_share: share of the chains that hold two-argument operations.
+        old_share: share of the sequences that are old skills (other chains and maps) until these
+            are known; at most 0.3 from then on.
+        hints: half of the prompts begin with the worked solution, and chains may hold errors.
+        learning_rates: before and after the first of ``step_accuracies`` is reached.
+        step_accuracies: the learning rate falls at the first and training ends at the second; mean
+            probability of the right next state on evenly drawn chains.
+        max_steps: steps after which training ends in any case.
     """
 
     hidden_size: int
@@ -71,7 +76,7 @@ KNOWN = 0.9  # step accuracy at which an old skill counts as known
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token a word, split at spaces."""
+    """Write a tokenizer of one token a word, split at spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -83,6 +88,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def make_model(recipe: Recipe, seed: int) -> torch.nn.Module:
+    """An untrained Qwen3 model of two layers, in the recipe's shape."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -105,7 +111,7 @@ def make_model(recipe: Recipe, seed: int) -> torch.nn.Module:
 
 
 class Diet:
-    """Draws training sequences of a recipe."""
+    """Random training sequences of a recipe."""
 
     def __init__(self, world: World, recipe: Recipe, seed: int) -> None:
         self.world, self.recipe = world, recipe
@@ -114,7 +120,7 @@ class Diet:
         self.old_share = recipe.old_share
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels [B, S]; -100 where nothing is learnt (prompts, planted errors)."""
+        """Token ids and labels ``[b, s]``; -100: nothing is learnt (prompts, planted errors)."""
         rows = [self._sequence() for _ in range(BATCH)]
         length = max(len(ids) for ids, _ in rows)
         ids = torch.full((BATCH, length), VOCABULARY[PAD])
@@ -157,7 +163,7 @@ class Diet:
             return [OLD_OPS[int(rng.integers(len(OLD_OPS)))] for _ in range(min(length, 8))]
         while True:
             ops = window_ops(rng, length)
-            # a rare operation is drawn, then mostly put back
+            # a chain with a rare operation is mostly drawn again
             if rng.random() < min(self.keep[OPS.index(op)] for op in ops):
                 break
         if rng.random() < self.recipe.pair_share:
@@ -179,13 +185,13 @@ class Diet:
         return written
 
     def _follows(self, start: int, ops: list[str], written: list[int]) -> list[int]:
-        """What each operation gives on the states as written."""
+        """The states that the operations give on the states as written."""
         states = [start, *written]
         return [self.world.step(op, states[i], states[max(i - 1, 0)]) for i, op in enumerate(ops)]
 
 
 def train(recipe: Recipe, seed: int, description: str) -> torch.nn.Module:
-    """Train until the recipe's step accuracy."""
+    """Train a model until the recipe's step accuracy, or for its most steps."""
     world = World()
     model, diet = make_model(recipe, seed), Diet(world, recipe, seed)
     even = replace(recipe, rarest=1.0, hints=False)

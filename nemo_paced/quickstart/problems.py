@@ -26,7 +26,7 @@ from nemo_paced.records import Problem
 
 NUM_STATES, NUM_OPS, NUM_PAIR_OPS, NUM_OLD_OPS, NUM_MAPS = 20, 12, 4, 6, 6
 MIN_LENGTH, MAX_LENGTH = 2, 12
-PAIR_SHARE = 0.14  # of the problems hold two-argument operations
+PAIR_SHARE = 0.14  # share of the problems that hold two-argument operations
 
 STATES = [f"s{i}" for i in range(NUM_STATES)]
 OPS = [f"f{i}" for i in range(NUM_OPS)]
@@ -37,7 +37,12 @@ WORDS = ["solve", "map", "=", "hint", ";", *STATES, *OPS, *PAIR_OPS, *OLD_OPS, *
 
 
 class World:
-    """What the operations do: tables drawn once from a fixed seed."""
+    """What the operations do: tables drawn once from a fixed seed.
+
+    Attributes:
+        single: operation -> permutation of the states, ``[NUM_STATES]``.
+        pair: operation -> state after (state, state before), ``[NUM_STATES, NUM_STATES]``.
+    """
 
     def __init__(self, seed: int = 17) -> None:
         rng = np.random.default_rng(seed)
@@ -52,7 +57,7 @@ class World:
         return int(self.single[op][state])
 
     def chain(self, start: int, ops: list[str]) -> list[int]:
-        """All states after the start."""
+        """All states of a chain after its start."""
         states, previous = [start], start
         for op in ops:
             states.append(self.step(op, states[-1], previous))
@@ -63,6 +68,7 @@ class World:
 def chain_problem(
     world: World, rng: np.random.Generator, name: str, ops: list[str], group: str
 ) -> Problem:
+    """A problem of ``ops`` on a random start state, with its worked solution."""
     start = int(rng.integers(NUM_STATES))
     states = world.chain(start, ops)
     return Problem(
@@ -75,7 +81,7 @@ def chain_problem(
 
 
 def window_ops(rng: np.random.Generator, length: int) -> list[str]:
-    """Operations from a window of three neighbours: some problems are all common ones."""
+    """Operations from a window of three neighbours: some windows hold common ones alone."""
     centre = int(rng.integers(NUM_OPS))
     return [OPS[(centre + int(rng.integers(-1, 2))) % NUM_OPS] for _ in range(length)]
 

