@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import stat
 from multiprocessing.context import ForkContext
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -133,20 +132,26 @@ def _patch_checkpoints() -> None:
     def results_queue() -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=ForkContext())
-            manager.start(initializer=_part_from_parent)
+            manager.start(initializer=_part_from_parent, initargs=(_open_descriptors(),))
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
     filesystem_async._get_write_results_queue = results_queue
 
 
-def _part_from_parent() -> None:
-    """Make a forked process end with the rank and keep none of its sockets open.
+def _open_descriptors() -> list[int]:
+    """What this process has open beyond standard input, output and error."""
+    return [number for entry in Path("/proc/self/fd").iterdir() if (number := int(entry.name)) > 2]
 
-    A socket that stayed open here would hide the rank's death from those that wait for it.
+
+def _part_from_parent(inherited: list[int]) -> None:
+    """Make a forked process end with the rank and keep nothing open that the rank had open.
+
+    A socket that stayed open here would hide the rank's death from those that wait for it; the pipe
+    to the rollout server's supervisor, the order to stop that closing it is.
     """
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
-            if stat.S_ISSOCK(os.fstat(int(entry.name)).st_mode):
-                os.close(int(entry.name))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in inherited:
+        # replaced, not closed: objects of the rank that are collected here close their number
+        os.dup2(nothing, descriptor)

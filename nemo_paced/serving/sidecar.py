@@ -19,6 +19,7 @@ from nemo_paced.serving.vllm_engine import VLLM
 logger = logging.getLogger(__name__)
 
 LOG_TAIL_LINES = 25
+STOP_TIMEOUT_S = 30.0  # the supervisor has killed what does not end long before
 
 
 class Sidecar:
@@ -89,9 +90,11 @@ class Sidecar:
             return
         assert self._process.stdin is not None, "started with a pipe"
         self._process.stdin.close()
+        self._process.terminate()  # the pipe alone would not do if a fork of ours held it too
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
+            logger.warning("the rollout server did not end in %.0f s: killed", STOP_TIMEOUT_S)
             self._process.kill()
             self._process.wait()
         self._process = None

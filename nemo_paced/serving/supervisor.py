@@ -32,9 +32,11 @@ def main(command: list[str]) -> int:
         stdin=subprocess.PIPE,  # open as long as this process lives
         start_new_session=True,
     )
-    signal.signal(signal.SIGTERM, lambda *_: _end_group(leader))
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing the pipe
-    _at_end_of_file(lambda: _end_group(leader))
+    _at_end_of_file(told.set)
+    _in_thread(lambda: told.wait() and _end_group(leader))
     code = leader.wait()
     _signal_group(leader.pid, signal.SIGKILL)  # what is left of the group, such as helpers
     return code
@@ -57,14 +59,17 @@ def _at_end_of_file(act: Callable[[], None]) -> None:
             pass
         act()
 
-    threading.Thread(target=wait, daemon=True).start()
+    _in_thread(wait)
+
+
+def _in_thread(act: Callable[[], object]) -> None:
+    threading.Thread(target=act, daemon=True).start()
 
 
 def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End the leader's group, by force after ``GRACE_S``; in a thread, which ends with ``main``."""
     _signal_group(leader.pid, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
-    while leader.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    time.sleep(GRACE_S)
     _signal_group(leader.pid, signal.SIGKILL)
 
 

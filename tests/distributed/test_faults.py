@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import time
 
 import psutil
@@ -128,3 +129,18 @@ def test_what_wrote_the_checkpoint_of_a_killed_rank_neither_hides_its_death_nor_
     keeper = int((tmp_path / "keeper").read_text())
     with contextlib.suppress(psutil.NoSuchProcess):  # a container's init may not reap it
         assert psutil.Process(keeper).status() == psutil.STATUS_ZOMBIE
+
+
+def _end_a_helper_after_a_checkpoint(rank, world_size, folder):
+    groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=30)
+    helper = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # ends when nobody can write to it
+    part = dist_checkpointing.ShardedTensor.from_rank_offsets(
+        "part", torch.ones(2), (0, rank, world_size)
+    )
+    dist_checkpointing.save({"part": part}, str(folder))
+    helper.stdin.close()
+    return helper.wait(timeout=10)
+
+
+def test_what_a_rank_starts_ends_with_its_pipe_after_a_checkpoint_too(tmp_path):
+    assert run_ranks(1, _end_a_helper_after_a_checkpoint, tmp_path) == [0]
