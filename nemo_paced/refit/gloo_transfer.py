@@ -8,11 +8,12 @@ other nodes that share no disk with the trainer. The servers' end is in ``vllm_p
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from nemo_paced.errors import RolloutError
 from nemo_paced.refit.gloo_group import JOIN_TIMEOUT_S, broadcast, join_group
+from nemo_paced.refit.meeting import Meeting
 from nemo_paced.refit.weight_source import MegatronWeightSource
 from nemo_paced.refit.weight_sync import WeightSync
 
@@ -21,33 +22,38 @@ class GlooSender:
     """Sender of ``rollout.refit=gloo``; every trainer rank makes one and calls it at the same time.
 
     Args:
+        meeting: where rank 0 and all workers of the servers form a group.
         sync: rank 0's; ``None`` on the others, which only take part in gathering the weights.
-        rendezvous: ``master_address``, ``master_port`` and ``world_size`` of the group, which is
-            rank 0 and all workers of the servers.
 
     Raises:
         RolloutError: a server did not join.
     """
 
+    again = None  # what is broadcast all ranks have to gather
+
     def __init__(
-        self, sync: WeightSync | None, source: MegatronWeightSource, rendezvous: dict[str, Any]
+        self, meeting: Meeting, sync: WeightSync | None, source: MegatronWeightSource
     ) -> None:
         self.sync = sync
         self.source = source
         self._group: Any = None
         if sync is not None:
+            rendezvous: dict[str, Any] = {
+                "master_address": meeting.address,
+                "master_port": meeting.port,
+                "world_size": 1 + sum(meeting.workers),
+            }
             info = {**rendezvous, "rank_offset": 1}
             self._group = _beside(
                 lambda: sync.init_weight_transfer_engine(info),
                 lambda: join_group(**rendezvous, rank=0),
             )
 
-    def send_weights(self) -> None:
-        """Send the student's weights to all servers, from start to finish; collective.
+    def prepare(self) -> None:
+        """Nothing: parameters are gathered one at a time, while they are sent."""
 
-        Raises:
-            RolloutError: a server refused, or was lost on the way.
-        """
+    def send_weights(self) -> None:
+        """Send the student's weights to all servers; collective, see :class:`~.meeting.Sender`."""
         if self.sync is None:
             for _ in self.source:  # take part in the gathers
                 pass
@@ -84,7 +90,8 @@ def _beside(server_side: Callable[[], None], ours: Callable[[], Any]) -> Any:
         asked.result()
         return result
     except RuntimeError as error:  # torch's of a broken connection are subclasses
-        cause = asked.exception(JOIN_TIMEOUT_S) or error
+        ended, _ = wait([asked], JOIN_TIMEOUT_S)
+        cause = (asked.exception() if ended else None) or error
         raise RolloutError(f"the weights did not reach the rollout servers: {cause}") from cause
     finally:
         pool.shutdown(wait=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from nemo_paced.config import RefitBackend
@@ -28,16 +29,39 @@ class Meeting:
     port: int
     workers: tuple[int, ...]
 
+    def to_message(self) -> dict[str, Any]:
+        """Plain data, from which :meth:`from_message` makes it on another rank."""
+        return {**asdict(self), "backend": self.backend.value}
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> Meeting:
+        given = {"backend": RefitBackend(message["backend"]), "workers": tuple(message["workers"])}
+        return cls(**{**message, **given})
+
 
 class Sender(Protocol):
-    """The trainer's side of the group: what vLLM calls a ``TrainerWeightTransferEngine``.
+    """The trainer's side of a transport of weights; every rank of the trainer has one.
 
-    Every trainer rank has one; ``send_weights`` is collective over them.
+    ``prepare`` and ``send_weights`` are collective.
     """
 
-    def send_weights(self) -> None: ...
+    @property
+    def again(self) -> Callable[[WeightSync], None] | None:
+        """How rank 0 alone brings servers, paused, the weights sent last; ``None``: it cannot."""
 
-    def shutdown(self) -> None: ...
+    def prepare(self) -> None:
+        """Do what servers need not be paused for."""
+
+    def send_weights(self) -> None:
+        """Bring the prepared weights into all servers, which are paused.
+
+        Raises:
+            RolloutError: a server refused, or was lost on the way. Where there is ``again``, the
+                call may be repeated by rank 0 alone.
+        """
+
+    def shutdown(self) -> None:
+        """Leave the servers' group; the last call."""
 
 
 def meeting(backend: RefitBackend, sync: WeightSync) -> Meeting:

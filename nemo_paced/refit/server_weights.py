@@ -1,21 +1,20 @@
 """Rank 0's account of the weights that the rollout servers hold, and of those they should hold.
 
-With ``rollout.refit=file`` what was last written can be sent again to a server that was started
-anew. Over the other transports only all trainer ranks together can send: such a server is left out
-until the next refit, and when no server is left, :class:`WeightsLost` asks for a refit now.
+A server that was started anew is sent the last weights again, where rank 0 can do so alone (from
+files). Over the other transports only all trainer ranks together can send: such a server is left
+out until the next refit, and when no server is left, :class:`WeightsLost` asks for a refit now.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_paced.config import RefitBackend, WeightSwap
 from nemo_paced.errors import RolloutError, WeightsLost
-from nemo_paced.refit.file_transfer import send_files, written_version
-from nemo_paced.refit.meeting import Meeting, meeting
+from nemo_paced.refit.meeting import Meeting, Sender, meeting
 from nemo_paced.refit.weight_sync import WeightSync
 from nemo_paced.serving.client import PROBE_TIMEOUT_S, RolloutClient
 
@@ -30,7 +29,7 @@ class ServerWeights:
     Args:
         client: talks to all servers.
         swap: what a new version does to responses under way.
-        folder: where the files of ``rollout.refit=file`` lie.
+        folder: where a transport may put files that the servers read.
     """
 
     def __init__(
@@ -40,77 +39,51 @@ class ServerWeights:
         self.backend = backend
         self.folder = folder
         self.sync = WeightSync(client, swap)
-        self._swap = swap
-        self._sent: str | None = None  # version last sent over a transport other than files
+        self._sent: str | None = None  # version last sent
+        self._again: Callable[[WeightSync], None] | None = None  # its sender's
         self._compared = len(client.endpoints) == 1
         self._lock = threading.RLock()
-        self._held = False  # whether begin has the lock, which finish or abandon releases
 
     @property
     def version(self) -> str | None:
         """The version of weights that the servers should have; ``None``: those they began with."""
-        return written_version(self.folder) if self.backend is RefitBackend.file else self._sent
-
-    def send_written(self) -> None:
-        """Make every server load the files that were last written, if there are any.
-
-        Raises:
-            RolloutError: a server refused or cannot be reached.
-        """
-        version = self.version
-        if version is not None:
-            with self._lock:
-                send_files(self.sync, self._files(), version)
-                self._compare()
+        return self._sent
 
     def begin(self, version: str) -> Meeting | None:
-        """Pause the servers until :meth:`finish`; returns the group to form.
+        """Name the weights that :meth:`update` will send; returns the group to form.
 
-        ``None``: the last group still stands. Where the weights do not reach the servers, the
-        caller calls :meth:`abandon`.
+        ``None``: the last group still stands.
 
         Raises:
             RolloutError: a server cannot be reached.
         """
-        self._lock.acquire()
-        self._held = True
-        try:
+        with self._lock:
             before = self.sync.versions()
-            stands = self._sent is not None and set(before) == {self._sent}
-            self.sync.pause()
             self.sync.version = version
-            if stands:
+            if self._sent is not None and set(before) == {self._sent}:
                 return None
             for endpoint, served in zip(self.client.endpoints, before, strict=True):
                 if self._sent is not None and served == self._sent:  # still in the old group
                     self._only(endpoint).control.leave_group()
             return meeting(self.backend, self.sync)
-        except BaseException:
-            self.abandon()
-            raise
 
-    def finish(self) -> None:
-        """Let the servers go on, after all ranks have sent.
+    def update(self, sender: Sender) -> None:
+        """Pause the servers, send them the weights, let them go on; rank 0's part of an update.
+
+        Where it fails the servers stay paused, since they may hold half an update.
 
         Raises:
-            RolloutError: a server cannot be reached, or two of them differ.
+            RolloutError: a server cannot be reached or refused, or two of them differ.
         """
-        self._compare()
-        self.sync.resume()
-        self._sent = self.sync.version
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Let other threads look at the weights again; safe to call twice.
-
-        Where sending failed the run ends: servers with half an update stay paused.
-        """
-        if self._held:
-            self._held = False
-            self._lock.release()
+        with self._lock:
+            self.sync.pause()
+            sender.send_weights()
+            self._compare()
+            self.sync.resume()
+            self._sent, self._again = self.sync.version, sender.again
 
     def current(self, endpoint: str) -> bool:
-        """Whether a server has the weights that it should; where files hold them it is sent them.
+        """Whether a server has the weights that it should; it is sent them where rank 0 can.
 
         Raises:
             WeightsLost: it has not, no other server has, and only all ranks together can send them.
@@ -122,8 +95,8 @@ class ServerWeights:
             served = self._served(endpoint)
             if served == version or served is _UNREACHABLE:
                 return served == version
-            if self.backend is RefitBackend.file:
-                return self._send_again(endpoint, served, version)
+            if self._again is not None:
+                return self._send_again(self._again, endpoint, served)
             if all(self._served(other) != version for other in self.client.endpoints):
                 raise WeightsLost(
                     f"{endpoint} was started again and lost the weights of step {version}"
@@ -146,15 +119,21 @@ class ServerWeights:
 
     def _served(self, endpoint: str) -> str | None:
         try:
-            sync = WeightSync(self.client.only(endpoint, timeout_s=PROBE_TIMEOUT_S), self._swap)
-            return sync.versions()[0]
+            control = self.client.only(endpoint, timeout_s=PROBE_TIMEOUT_S).control
+            return control.weight_versions()[0]
         except RolloutError:
             return _UNREACHABLE
 
-    def _send_again(self, endpoint: str, served: str | None, version: str) -> bool:
-        logger.warning("%s has weights %s, not %s: sent again", endpoint, served, version)
+    def _send_again(
+        self, again: Callable[[WeightSync], None], endpoint: str, served: str | None
+    ) -> bool:
+        logger.warning("%s has weights %s, not %s: sent again", endpoint, served, self._sent)
+        sync = WeightSync(self._only(endpoint), self.sync.swap)
+        sync.version = self._sent or ""
         try:
-            send_files(WeightSync(self._only(endpoint), self._swap), self._files(), version)
+            sync.pause()
+            again(sync)
+            sync.resume()
         except RolloutError:
             return False
         return True
@@ -170,9 +149,6 @@ class ServerWeights:
 
     def _only(self, endpoint: str) -> RolloutClient:
         return self.client.only(endpoint, timeout_s=self.client.request_timeout_s)
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.safetensors"))
 
 
 _UNREACHABLE = "no answer"  # in place of a version

@@ -23,23 +23,40 @@ from nemo_paced.config import RefitBackend
 from nemo_paced.hf.local_shards import iter_local_shards, shard_dim
 from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.refit.meeting import Meeting, Sender
+from nemo_paced.refit.meeting import Meeting
 from nemo_paced.refit.weight_source import MegatronWeightSource
 from nemo_paced.refit.weight_sync import WeightSync
 
 
-def make_vllm_sender(
-    meeting: Meeting,
-    sync: WeightSync | None,
-    chunks: Sequence[PacedGPTModel],
-    parallel: Parallel,
-) -> Sender:
-    """vLLM's engine for ``meeting.backend``, joined with the servers' group; collective."""
-    client: Any = sync  # the other ranks' engines never call it
-    weights: Any = source(meeting, chunks, parallel)  # structurally vLLM's class
-    return WeightTransferTrainerFactory.trainer_init(
-        init_info(meeting, parallel), client=client, source=weights
-    )
+class VllmSender:
+    """Sender that is vLLM's engine of ``meeting.backend``.
+
+    Making one joins the servers' group; collective.
+    """
+
+    again = None  # the servers' group is formed anew with all ranks
+
+    def __init__(
+        self,
+        meeting: Meeting,
+        sync: WeightSync | None,
+        chunks: Sequence[PacedGPTModel],
+        parallel: Parallel,
+    ) -> None:
+        client: Any = sync  # the other ranks' engines never call it
+        weights: Any = source(meeting, chunks, parallel)  # structurally vLLM's class
+        self._engine = WeightTransferTrainerFactory.trainer_init(
+            init_info(meeting, parallel), client=client, source=weights
+        )
+
+    def prepare(self) -> None:
+        """Nothing: parameters are gathered one at a time, while they are sent."""
+
+    def send_weights(self) -> None:
+        self._engine.send_weights()
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
 
 
 def init_info(meeting: Meeting, parallel: Parallel) -> TrainerInitInfo:

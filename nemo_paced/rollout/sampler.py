@@ -22,8 +22,8 @@ from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.grading.grader import Grader
 from nemo_paced.hf.directory import context_length
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.refit.file_transfer import check_weight_routes, transfer_folder
-from nemo_paced.refit.meeting import Meeting
+from nemo_paced.refit.file_transfer import transfer_folder
+from nemo_paced.refit.meeting import Meeting, Sender
 from nemo_paced.refit.server_weights import ServerWeights
 from nemo_paced.rollout.sampling import SamplingSettings, sample_rollouts
 from nemo_paced.rollout.store import RolloutStore
@@ -116,7 +116,6 @@ class Sampler:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.weights.abandon()  # a thread that still samples must not wait for an update
         self._stack.close()
 
     def sample(
@@ -170,18 +169,25 @@ class Sampler:
         Raises:
             ConfigError: names one.
         """
+        from nemo_paced.refit.transfer import check_weight_routes  # imports torch
+
         if self.replicas is None:
             check_weight_routes(self.client, self.weights.backend)
 
-    def send_weights(self) -> None:
-        """Make every server load what was last written to ``weights.folder``."""
-        self._wake()
-        self._with_restart(self.weights.send_written)
-
     def begin_update(self, version: str) -> Meeting | None:
-        """Pause the servers for weights that come from all ranks: ``ServerWeights.begin``."""
+        """Announce new weights to the servers, which are there: see :meth:`ServerWeights.begin`."""
         self._wake()
         return self._with_restart(lambda: self.weights.begin(version))
+
+    def update(self, sender: Sender) -> None:
+        """Bring the servers what ``sender`` has prepared: see :meth:`ServerWeights.update`.
+
+        Where rank 0 can send alone, a server of ours that dies on the way is started again.
+        """
+        if sender.again is None:
+            self.weights.update(sender)
+        else:
+            self._with_restart(lambda: self.weights.update(sender))
 
     def _with_restart(self, work: Callable[[], T]) -> T:
         """Do ``work``, a second time after starting servers of ours again where some have died."""

@@ -36,7 +36,7 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: told.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing the pipe
     _at_end_of_file(told.set)
-    _in_thread(lambda: told.wait() and _end_group(leader))
+    _in_thread(lambda: _end_group_when(told, leader))
     code = leader.wait()
     _signal_group(leader.pid, signal.SIGKILL)  # what is left of the group, such as helpers
     return code
@@ -62,12 +62,13 @@ def _at_end_of_file(act: Callable[[], None]) -> None:
     _in_thread(wait)
 
 
-def _in_thread(act: Callable[[], object]) -> None:
+def _in_thread(act: Callable[[], None]) -> None:
     threading.Thread(target=act, daemon=True).start()
 
 
-def _end_group(leader: subprocess.Popen[bytes]) -> None:
+def _end_group_when(told: threading.Event, leader: subprocess.Popen[bytes]) -> None:
     """End the leader's group, by force after ``GRACE_S``; in a thread, which ends with ``main``."""
+    told.wait()
     _signal_group(leader.pid, signal.SIGTERM)
     time.sleep(GRACE_S)
     _signal_group(leader.pid, signal.SIGKILL)

@@ -13,7 +13,6 @@ from typing import Any
 from nemo_paced.config import (
     PacedConfig,
     Reduction,
-    RefitBackend,
     ResponseSource,
     WeightScheme,
 )
@@ -127,11 +126,9 @@ class SnrDriver:
             )
             return
         folder = self.out.with_suffix("")
-        rollout = replace(self.config.rollout, refit=RefitBackend.file)
-        through_files = replace(self.config, rollout=rollout)
         self.sampler = self._stack.enter_context(
             Sampler(
-                through_files,
+                self.config,
                 self.model if is_hf(self.model) else Path(self.config.student.hf_path),
                 prompts=self.prompts,
                 store_dir=folder / "rollouts",
@@ -182,7 +179,6 @@ class SnrDriver:
         return [i for i, (planned, kept) in pairs if planned.blocks and kept.sums is None]
 
     def _sample(self) -> None:
-        self.sampler.send_weights()  # sends nothing where the server has read them from files
         wanted = list(self.problems.values())
         with bar_task(self.bar, "rollouts", len(wanted)) as advance:
             found = self.sampler.sample(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ from nemo_paced.hf.model import PacedGPTModel, build_chunks
 from nemo_paced.hf.tokenizer import tokenizer_vocab_size
 from nemo_paced.parallel import groups
 from nemo_paced.parallel.groups import Parallel
-from nemo_paced.refit.weight_files import write_weights
-from nemo_paced.refit.weight_source import MegatronWeightSource
 from nemo_paced.run import checkpoint
 from nemo_paced.snr.driver import Block, SnrDriver
 from nemo_paced.snr.gradients import GradientMeter
 from nemo_paced.snr.plan import is_hf, step_of, what_is_measured
 from nemo_paced.teacher.build import build_teacher, common_rows
 from nemo_paced.training.loop import with_cache_folder
+from nemo_paced.training.send_weights import Refit
 
 
 def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:
@@ -53,7 +53,7 @@ def measure(config: PacedConfig, run_dir: Path, model: Path, out: Path) -> None:
                 driver = stack.enter_context(
                     SnrDriver(config, run_dir, model, step_of(config, model), out)
                 )
-            if not _everywhere("snr/done", parallel, driver, lambda d: d.is_done):
+            if not _everywhere(parallel, driver, "snr/done", lambda d: d.is_done):
                 _measure(config, parallel, model, driver)
             elif driver is not None:
                 driver.write()  # the kernel that SNR is compared with may be another now
@@ -91,11 +91,8 @@ def _measure(
     if driver is not None:
         driver.prepare()
     if responses is ResponseSource.rollouts and not is_hf(model):
-        _everywhere("snr/served", parallel, driver, lambda d: True)
-        folder = driver.sampler.weights.folder if driver is not None else None
-        write_weights(
-            MegatronWeightSource([gpt], parallel), folder, version=step_of(config, model) or 0
-        )
+        tell = partial(_everywhere, parallel, driver)
+        Refit([gpt], parallel, driver, tell)(step_of(config, model) or 0)
     blocks = driver.blocks() if driver is not None else iter(())
     given: list[str] = []
     while True:
@@ -121,12 +118,12 @@ def _next_block(
         block = next(blocks, None)
         return None if block is None else block.to_message()
 
-    message = _everywhere(key, parallel, driver, make)
+    message = _everywhere(parallel, driver, key, make)
     return None if message is None else Block.from_message(message)
 
 
 def _everywhere(
-    key: str, parallel: Parallel, driver: SnrDriver | None, make: Callable[[SnrDriver], Any]
+    parallel: Parallel, driver: SnrDriver | None, key: str, make: Callable[[SnrDriver], Any]
 ) -> Any:
     """Give every rank the value that rank 0 makes; the others wait on a key, in no collective."""
     if driver is None:

@@ -142,7 +142,7 @@ class Loop:
         self.exchange = BatchExchange(
             config, all_stages, driver, parallel, models.step.teacher.remote
         )
-        self.refit = Refit(models.student, parallel, driver, self.exchange)
+        self.refit = Refit(models.student.chunks, parallel, driver, self.exchange.tell)
         self.times: dict[str, float] = {}  # seconds of the current step by part
         self._sampled_s = 0.0  # the servers' sampling time up to the end of the last step
 
@@ -344,6 +344,7 @@ class Loop:
         if self.config.rollout.swap is WeightSwap.between_requests:
             self.exchange.settle()
         with self._timed("refit"):
+            self.models.student.sync_parameters()
             self.refit(self.step)
         self.served_step = self.step
 

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from nemo_paced.config import RefitBackend
+from nemo_paced.hf.model import PacedGPTModel
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.refit.meeting import Meeting, Sender
 from nemo_paced.refit.transfer import make_sender
-from nemo_paced.refit.weight_files import write_weights
-from nemo_paced.refit.weight_source import MegatronWeightSource
-from nemo_paced.student.model import Student
-from nemo_paced.training.driver import Driver
-from nemo_paced.training.exchange import BatchExchange
+from nemo_paced.rollout.sampler import Sampler
+
+
+class HasSampler(Protocol):
+    """Rank 0's driver, of a training run or of a measurement."""
+
+    sampler: Sampler
 
 
 class Refit:
-    """Brings the student's weights into the rollout servers; every student rank has one.
+    """Brings a model's weights into the rollout servers; every rank that holds a part has one.
 
     Its calls are collective.
 
     Args:
+        chunks: this rank's parts of the model.
         driver: rank 0's; ``None`` elsewhere.
+        tell: returns, on every rank and under a key, the plain data that a function makes of the
+            driver on rank 0.
     """
 
     def __init__(
-        self, student: Student, parallel: Parallel, driver: Driver | None, exchange: BatchExchange
+        self,
+        chunks: Sequence[PacedGPTModel],
+        parallel: Parallel,
+        driver: HasSampler | None,
+        tell: Callable[[str, Callable[[Any], Any]], Any],
     ) -> None:
-        self.student = student
+        self.chunks = chunks
         self.parallel = parallel
         self.driver = driver
-        self.exchange = exchange
+        self.tell = tell
         self._sender: Sender | None = None
         self._count = 0
 
@@ -40,56 +49,29 @@ class Refit:
 
         Raises:
             RolloutError: on rank 0; a server refused or was lost.
-            StopRequested: on every rank, before anything is sent.
+            StopRequested, WeightsLost: ``tell``'s, before anything is sent.
         """
-        self.student.sync_parameters()
         self._count += 1
-        plan = self.exchange.tell(f"refit/{self._count}", lambda driver: _plan(driver, step))
-        if plan["through_files"]:
-            self._through_files(step)
-            return
-        sampler = self.driver.sampler if self.driver is not None else None
-        try:
-            self._join(plan["meeting"])
-            assert self._sender is not None, "the first update forms a group"
-            self._sender.send_weights()
-        except BaseException:
-            if sampler is not None:
-                sampler.weights.abandon()
-            raise
-        if sampler is not None:
-            sampler.weights.finish()
+        message = self.tell(f"refit/{self._count}", lambda driver: _begin(driver, step))
+        sender = self._joined(message)
+        sender.prepare()
+        if self.driver is None:
+            sender.send_weights()
+        else:
+            self.driver.sampler.update(sender)
 
-    def _through_files(self, step: int) -> None:
-        folder = self.driver.sampler.weights.folder if self.driver is not None else None
-        source = MegatronWeightSource(self.student.chunks, self.parallel)
-        write_weights(source, folder, version=step)
-        if self.driver is not None:
-            self.driver.sampler.send_weights()
-
-    def _join(self, place: dict[str, Any] | None) -> None:
-        """Form a new group with the servers where the last does not stand."""
-        if place is None:
-            return
-        if self._sender is not None:
-            self._sender.shutdown()
-        meeting = Meeting(
-            backend=RefitBackend(place["backend"]),
-            address=place["address"],
-            port=place["port"],
-            workers=tuple(place["workers"]),
-        )
-        sync = self.driver.sampler.weights.sync if self.driver is not None else None
-        self._sender = make_sender(meeting, sync, self.student.chunks, self.parallel)
+    def _joined(self, message: dict[str, Any] | None) -> Sender:
+        """The sender of a new group, or of the last one where that stands."""
+        if message is not None:
+            if self._sender is not None:
+                self._sender.shutdown()
+            weights = None if self.driver is None else self.driver.sampler.weights
+            meeting = Meeting.from_message(message)
+            self._sender = make_sender(meeting, weights, self.chunks, self.parallel)
+        assert self._sender is not None, "the first update forms a group"
+        return self._sender
 
 
-def _plan(driver: Driver, step: int) -> dict[str, Any]:
-    """What every rank has to know of an update; unless files carry it, servers are paused now."""
-    sampler = driver.sampler
-    if sampler.weights.backend is RefitBackend.file:
-        return {"through_files": True}
-    meeting = sampler.begin_update(str(step))
-    place = None
-    if meeting is not None:
-        place = {**asdict(meeting), "backend": meeting.backend.value}
-    return {"through_files": False, "meeting": place}
+def _begin(driver: HasSampler, step: int) -> dict[str, Any] | None:
+    meeting = driver.sampler.begin_update(str(step))
+    return None if meeting is None else meeting.to_message()

@@ -11,6 +11,7 @@ import time
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import (
@@ -25,7 +26,7 @@ from nemo_paced.config import (
 from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
-from nemo_paced.refit.file_transfer import VERSION_FILE
+from nemo_paced.refit.file_sender import FileSender
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
 from tests.unit.serving.wrong_server import Server
@@ -86,10 +87,11 @@ def test_one_of_two_servers_killed_in_mid_batch_loses_nothing(tmp_path, monkeypa
     with sampler(tmp_path, num_replicas=2, max_in_flight=4, max_num_seqs=5) as served:
         first, second = served.replicas.sidecars.values()
         # weights are sent as in training, so that the one started again must get them again
-        weights = ASSETS / "student" / "model.safetensors"
-        (served.weights.folder / "00000.safetensors").symlink_to(weights)
-        (served.weights.folder / VERSION_FILE).write_text("7")
-        served.send_weights()
+        weights = load_file(ASSETS / "student" / "model.safetensors")
+        sender = FileSender(served.weights.sync, weights.items(), served.weights.folder)
+        served.begin_update("7")
+        sender.prepare()
+        served.update(sender)
         finished = []
         ask = served.client.sample
 
@@ -120,7 +122,7 @@ def test_one_of_two_servers_killed_in_mid_batch_loses_nothing(tmp_path, monkeypa
             assert served_version(one) == "7", "also the one that was started again"
         # both have died when new weights come
         signal_server(second)
-        served.send_weights()
+        served.update(sender)
         assert served.replicas.restarts[second.endpoint] == 1
         # and one that lost its weights unnoticed gets them before it is asked
         served.replicas.sidecars[second.endpoint].restart()

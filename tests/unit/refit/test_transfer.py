@@ -1,12 +1,15 @@
 """Which transport carries the weights, and that vLLM takes what we hand to it."""
 
 import ast
+import contextlib
 import inspect
 import json
 import threading
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file
 from vllm.distributed.weight_transfer import ipc_engine, m2n_trainer
 from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
@@ -15,6 +18,8 @@ from vllm.entrypoints.serve.dev.sleep import api_router as sleep_router
 
 from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement, WeightSwap
 from nemo_paced.errors import ConfigError, RolloutError, WeightsLost
+from nemo_paced.refit import file_sender
+from nemo_paced.refit.file_sender import FileSender
 from nemo_paced.refit.server_weights import ServerWeights
 from nemo_paced.refit.weight_sync import WeightSync
 from nemo_paced.serving import backends
@@ -164,23 +169,107 @@ def test_the_routes_that_we_call_are_in_vllm():
     assert {"level", "mode"} <= taken.keys()
 
 
-def test_an_update_that_is_given_up_leaves_the_weights_to_others(monkeypatch, tmp_path):
-    """A thread that samples waits for an update, and must not wait for one that failed."""
-    client, _ = servers(monkeypatch, lambda host, path: {"weight_version": "3"})
+class OneSender:
+    """A sender that ends, well or with an error, when it is let go."""
+
+    again = None
+
+    def __init__(self, error=None):
+        self.error = error
+        self.sends, self.let_go = threading.Event(), threading.Event()
+
+    def send_weights(self):
+        self.sends.set()
+        assert self.let_go.wait(10)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, RolloutError("lost")])
+def test_a_thread_that_samples_waits_for_an_update_and_no_longer(monkeypatch, tmp_path, error):
+    client, asked = servers(
+        monkeypatch, lambda host, path: {"weight_version": "3", "checksums": {}}
+    )
     weights = ServerWeights(client, RefitBackend.gloo, WeightSwap.between_requests, tmp_path)
-    monkeypatch.setattr(weights, "_compare", lambda: None)
     weights._sent = "3"
-    looked = []
-    for end in (weights.finish, weights.abandon):
-        assert weights.begin("3") is None, "the group stands"
-        thread = threading.Thread(target=lambda: looked.append(weights.usable()))
-        thread.start()
-        thread.join(0.2)
-        assert not looked, "it waits"
-        end()
+    assert weights.begin("3") is None, "the group stands"
+    assert weights.usable() == client.endpoints, "it is not paused yet"
+    sender, looked = OneSender(error), []
+
+    def update():
+        with contextlib.suppress(RolloutError):
+            weights.update(sender)
+
+    threads = [
+        threading.Thread(target=update),
+        threading.Thread(target=lambda: looked.append(weights.usable())),
+    ]
+    threads[0].start()
+    assert sender.sends.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert not looked, "it waits"
+    sender.let_go.set()
+    for thread in threads:
         thread.join(10)
-        assert not thread.is_alive() and looked.pop() == client.endpoints
-    weights.abandon()  # twice is once
+        assert not thread.is_alive()
+    assert looked == [client.endpoints]
+    resumed = "/resume" in [path for _, path, _, _ in asked]
+    assert resumed is (error is None), "servers with half an update stay paused"
+
+
+@pytest.fixture
+def sent_files(monkeypatch):
+    """A sender of files of two servers, and what these were asked to load, in contents."""
+    client, asked = servers(monkeypatch, lambda host, path: {"weight_version": "default"})
+    sync = WeightSync(client, WeightSwap.between_requests)
+    loaded = []
+
+    def update_weights(info):
+        loaded.append(load_file(info["path"]))
+
+    monkeypatch.setattr(sync, "update_weights", update_weights)
+    return sync, loaded, asked
+
+
+def test_files_hold_every_tensor_of_the_source_and_the_last_version_stays(
+    monkeypatch, tmp_path, sent_files
+):
+    monkeypatch.setattr(file_sender, "FILE_BYTES", 20)
+    sync, loaded, _ = sent_files
+    weights = {name: torch.full((3,), float(n)) for n, name in enumerate("abc")}
+    sender = FileSender(sync, weights.items(), tmp_path)
+    sender.prepare()
+    sender.send_weights()
+    assert [list(part) for part in loaded] == [["a", "b"], ["c"]], "a file ends at FILE_BYTES"
+    weights["c"] = torch.full((3,), 7.0)
+    sender.prepare()  # and meanwhile a server asks for what was sent last
+    loaded.clear()
+    sender.again(sync)
+    assert loaded[1]["c"].tolist() == [2.0] * 3
+    sender.send_weights()
+    assert loaded[-1]["c"].tolist() == [7.0] * 3
+    loaded.clear()
+    sender.send_weights()  # repeated: a server was lost on the way
+    assert {name for part in loaded for name in part} == set("abc")
+    assert len(list(tmp_path.iterdir())) == 1, "files of earlier versions are gone"
+    sender.shutdown()
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_without_servers_take_part_and_write_nothing():
+    passes = []
+
+    class Source:
+        def __iter__(self):
+            passes.append(1)
+            return iter([("a", None)])
+
+    sender = FileSender(None, Source(), None)
+    sender.prepare()
+    sender.send_weights()
+    sender.shutdown()
+    assert passes == [1]
 
 
 def test_servers_without_the_weights_are_left_out_until_none_has_them(monkeypatch, tmp_path):

@@ -158,9 +158,6 @@ class Store:
     def __init__(self):
         self.purposes = []
 
-    def send_weights(self):
-        pass
-
     def sample(self, problems, *, purpose, **_):
         self.purposes.append(purpose)
         return [Response("r", problem.id, (1,)) for problem in problems]
