@@ -6,10 +6,14 @@ import importlib
 import os
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 from nemo_paced.errors import Interrupted, PacedError, Stopped
 from nemo_paced.logs import PART_VARIABLE, launcher_rank, set_up_logging
+
+PARENT_POLL_S = 0.5
 
 RUN_HELP = """\
 Configuration:
@@ -332,6 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{command.summary}\n\n{command.usage}")
         return 0
     set_up_logging(launcher_rank())
+    if PART_VARIABLE in os.environ:
+        _end_with(int(os.environ[PART_VARIABLE]))
     module, _, function = command.entry.partition(":")
     try:
         getattr(importlib.import_module(module), function)(rest)
@@ -349,6 +355,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"nemo-paced: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this command, in order, when the one that runs it has been killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="parent watch").start()
 
 
 def _overview() -> str:

@@ -33,8 +33,8 @@ class Stopped(PacedError):
     EXIT_STATUS = 75  # EX_TEMPFAIL: a launcher may queue the job again
 
 
-class Interrupted(PacedError):
-    """Not an error: a signal ended the command, and nothing of it runs any more.
+class Interrupted(KeyboardInterrupt):
+    """Not an error: a signal, of whatever kind, ends the command as Ctrl-C does.
 
     Args:
         number: the signal's.
@@ -42,7 +42,12 @@ class Interrupted(PacedError):
 
     def __init__(self, number: int) -> None:
         super().__init__("interrupted")
-        self.exit_status = 128 + number  # as a shell reports a death by signal
+        self.number = number
+
+    @property
+    def exit_status(self) -> int:
+        """Status by which a shell reports a death by this signal."""
+        return 128 + self.number
 
 
 class GradingError(PacedError):

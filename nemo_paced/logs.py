@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import TextIO
 
-PART_VARIABLE = "NEMO_PACED_PART"  # set in the environment of a command that another command runs
+PART_VARIABLE = "NEMO_PACED_PART"  # in the environment of a command that another runs: its pid
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]

@@ -1,5 +1,6 @@
 """Commands as a user starts them, on the embedded quickstart models."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import psutil
 
 STEPS = 6
 JOB = "NEMO_PACED_TEST_JOB"  # in the environment of a command and all that it starts
+_started = []
 
 
 def command(*arguments, **environment):
@@ -24,6 +26,7 @@ def command(*arguments, **environment):
         start_new_session=True,
     )
     process.job = job
+    _started.append(job)
     return process
 
 
@@ -64,6 +67,15 @@ def left_of(process):
         except psutil.Error:  # gone meanwhile
             continue
     return found
+
+
+def end_all():
+    """Kill what is left of every :func:`command` so far."""
+    jobs = {_started.pop() for _ in range(len(_started))}
+    for each in psutil.process_iter() if jobs else ():
+        with contextlib.suppress(psutil.Error):
+            if each.environ().get(JOB) in jobs:
+                each.kill()
 
 
 def left_running(marker):

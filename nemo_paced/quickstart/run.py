@@ -22,7 +22,7 @@ from rich.console import Console
 from nemo_paced.compose import Parser, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
-from nemo_paced.errors import PacedError
+from nemo_paced.errors import Interrupted, PacedError
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.evaluation.run import evaluate, sampling_settings
 from nemo_paced.grading.accuracy import Accuracy
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     arms = [name for name in known.arms.split(",") if name]
     if unknown := [name for name in arms if name not in ARMS]:
         raise PacedError(f"--arms: no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its commands too
+    signal.signal(signal.SIGTERM, _interrupt)  # ends its commands too
     out = known.out.absolute()
     # arguments that every arm gets
     common = ["--config-name", "quickstart", f"exp_manager.exp_dir={out}", *overrides]
@@ -203,8 +203,12 @@ class Quickstart:
         )
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted(number)
+
+
 def _command(arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run another ``nemo-paced`` command in a process of its own.
+    """Run another ``nemo-paced`` command in a process of its own, which ends with this one.
 
     Raises:
         PacedError: the command failed.
@@ -212,7 +216,7 @@ def _command(arguments: list[str], environment: dict[str, str] | None = None) ->
     """
     with subprocess.Popen(
         [sys.executable, "-m", "nemo_paced.cli", *arguments],
-        env={**os.environ, PART_VARIABLE: "1", **(environment or {})},
+        env={**os.environ, PART_VARIABLE: str(os.getpid()), **(environment or {})},
     ) as process:
         try:
             status = process.wait()
@@ -224,7 +228,7 @@ def _command(arguments: list[str], environment: dict[str, str] | None = None) ->
                     process.wait(ENDING_S)
                     break
             raise
-    if status == 128 + signal.SIGINT:
-        raise KeyboardInterrupt
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise Interrupted(status - 128)
     if status:
         raise PacedError(f"nemo-paced {arguments[0]} failed with exit code {status}")

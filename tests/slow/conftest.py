@@ -3,7 +3,7 @@
 import pytest
 from filelock import FileLock
 
-from tests.jobs import run, train_arguments
+from tests.jobs import end_all, run, train_arguments
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +18,10 @@ def uninterrupted(tmp_path_factory, request):
             more = "trainer.val_check_interval=3", "evaluation.samples=2"
             run(*train_arguments(folder, "whole", *more))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """What a test that failed leaves behind must not slow the others down."""
+    yield
+    end_all()
