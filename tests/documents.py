@@ -31,6 +31,12 @@ def fenced(text: str, *languages: str) -> list[str]:
     return [body for language, body in _FENCED.findall(text) if language in languages]
 
 
+def python_of(page: Path) -> dict[str, list[str]]:
+    """Python blocks of a page by the second-level heading that they are under."""
+    _, *sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.M)
+    return {section.partition("\n")[0]: fenced(section, "python") for section in sections}
+
+
 def broken_links(page: Path) -> list[str]:
     """Relative links of a page to no file, or to no heading of one."""
     broken = []
@@ -62,7 +68,9 @@ def unknown_settings(text: str) -> list[str]:
     """What is written like a setting, in code, and is none."""
     known, heads = known_settings(), "|".join(to_dict(PacedConfig()))
     named = re.compile(rf"(?<![\w./'-])((?:{heads})(?:\[\])?\.[a-z][\w.]*\w)(?![\w*])")
-    code = [*_SPAN.findall(_FENCED.sub("", text)), *(body for _, body in _FENCED.findall(text))]
+    # in Python a dot is an attribute
+    blocks_of_code = [body for language, body in _FENCED.findall(text) if language != "python"]
+    code = [*_SPAN.findall(_FENCED.sub("", text)), *blocks_of_code]
     keys = [key for part in code for key in named.findall(part) if not _FILE.search(key)]
     return [key for key in keys if key not in known]
 

@@ -68,6 +68,10 @@ class WeightsConfig:
     exploration: float = 0.0
 
     def __post_init__(self) -> None:
+        # a plain string would be compared by identity and be ignored
+        self.scheme = WeightScheme(self.scheme)
+        self.estimator = Estimator(self.estimator)
+        self.reestimate = Reestimation(self.reestimate)
         positive("weights", self, "num_rollouts")
         for name in ("alpha", "beta"):
             value = getattr(self, name)

@@ -180,12 +180,12 @@ def single(models):
     }
 
 
-def reference_steps(folder, kind):
+def reference_steps(folder, kind, dtype=torch.float32):
     """The same steps with transformers and torch's AdamW, one sequence at a time."""
     import transformers
 
     student, teacher = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype)
         for name in ("student", "teacher")
     )
     norms = [p for p in student.parameters() if p.ndim == 1]

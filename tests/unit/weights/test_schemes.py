@@ -37,6 +37,13 @@ def test_the_hard_filter_keeps_its_bounds():
     assert problem_weights(config, CORRECT, ROLLOUTS) == pytest.approx([0, 5 / 3, 5 / 3, 5 / 3, 0])
 
 
+def test_schemes_and_estimators_may_be_named_by_strings():
+    config = WeightsConfig(scheme="beta_kernel", estimator="posterior")
+    assert min(problem_weights(config, CORRECT, ROLLOUTS)) > 0
+    with pytest.raises(ValueError, match="'posterior_mean' is not a valid Estimator"):
+        WeightsConfig(estimator="posterior_mean")
+
+
 def test_all_pass_rates_at_the_ends_is_an_error_that_counts_them():
     with pytest.raises(ConfigError, match=r"2\s+have pass rate 0 and 1 have 1"):
         problem_weights(WeightsConfig(), [0, 0, 4], [4] * 3)
