@@ -42,6 +42,7 @@ from nemo_paced.logs import set_up_logging
 from nemo_paced.quickstart import models
 from nemo_paced.refit.file_transfer import send_files
 from nemo_paced.rollout.sampler import Sampler, make_replicas
+from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.run.environment import installed_versions, processor_name
 from nemo_paced.run.progress import progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
@@ -245,7 +246,7 @@ class Study:
                 prepare.estimate_pass_rates(
                     replace(config, weights=weights), problems, sampler, folder, step=0, bar=bar
                 )
-                (folder / prepare.PASS_RATES_FILE).rename(pass_rates_file(folder, k))
+                (folder / PASS_RATES_FILE).rename(pass_rates_file(folder, k))
             if not self.records.has(base):
                 fields = evaluate_all(config, sampler, "base")
                 table = PassRateTable.read(

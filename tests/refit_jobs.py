@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from nemo_paced.compose import ASSETS, with_config
 from nemo_paced.config import PacedConfig, RefitBackend, RolloutPlacement
 from nemo_paced.errors import RolloutError
-from nemo_paced.rollout.sampler import served_dtype
+from nemo_paced.rollout.served import served_dtype
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.client import RolloutClient
 from nemo_paced.serving.replicas import Replicas

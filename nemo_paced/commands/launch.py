@@ -106,8 +106,8 @@ def _start_ranks(count: int, task: str, *paths: Path) -> None:
         stop.pass_on(_WORKER)
     try:
         elastic_launch(agent, sys.executable)("-m", _WORKER, task, *map(str, paths))
-    except SignalException as told:  # the agent has ended the ranks by it
-        raise Interrupted(told.sigval) from None
+    except SignalException as ending:  # the agent has ended the ranks by it
+        raise Interrupted(ending.sigval) from None
     except ChildFailedError as error:
         for failure in error.failures.values():
             with contextlib.suppress(ProcessLookupError):  # helpers that outlived their rank

@@ -16,7 +16,7 @@ from nemo_paced.sizing.flops import Server
 from nemo_paced.sizing.hardware import GPUS, Assumptions, Cluster
 from nemo_paced.sizing.search import (
     Candidate,
-    Problem,
+    PlanRequest,
     best_of_each_cut,
     divides,
     evaluate,
@@ -42,19 +42,19 @@ def show(config: PacedConfig, options: argparse.Namespace, console: Console) -> 
     Raises:
         ConfigError: a config.json that is not there, an option that cannot be.
     """
-    problem, work = _problem(config, options)
+    request, work = _problem(config, options)
 
     def say(text: str = "") -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    say(report.models_line(problem))
-    asked = _asked(config, options, problem, work)
+    say(report.models_line(request))
+    asked = _asked(config, options, request, work)
     if asked is not None:
-        console.print(report.memory_table(asked, problem))
-        say(report.verdict(asked, problem))
-        for line in report.time_lines(asked, problem):
+        console.print(report.memory_table(asked, request))
+        say(report.verdict(asked, request))
+        for line in report.time_lines(asked, request):
             say(line)
-    found = _search(config, options, problem, work)
+    found = _search(config, options, request, work)
     say()
     if found:
         console.print(report.candidates_table(best_of_each_cut(found)[:SHOWN]))
@@ -64,14 +64,14 @@ def show(config: PacedConfig, options: argparse.Namespace, console: Console) -> 
         gpus = options.nodes * options.gpus_per_node if options.nodes else MAX_GPUS
         say(f"no layout of {gpus} GPUs fits: take more or larger ones, or shorter responses")
     say("\nAssumptions:")
-    for line in report.assumption_lines(problem, work):
+    for line in report.assumption_lines(request, work):
         say(f"- {line}")
 
 
 def _parser() -> Parser:
     parser = Parser("plan")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
-    parser.add_argument("--nodes", type=int, default=0)
+    parser.add_argument("--nodes", type=int)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=float)
     parser.add_argument("--response-tokens", type=float)
@@ -79,10 +79,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[Problem, Work]:
+def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[PlanRequest, Work]:
     data, rollout = config.data, config.rollout
-    for name in ("gpus_per_node", "mfu"):
-        if getattr(options, name) <= 0:
+    for name in ("gpus_per_node", "mfu", "nodes", "prompt_tokens", "response_tokens"):
+        given = getattr(options, name)
+        if given is not None and given <= 0:
             raise ConfigError(f"plan: --{name.replace('_', '-')} must be above 0")
     work = work_of(
         config,
@@ -97,7 +98,7 @@ def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[Problem,
         rollout.max_num_seqs,
         replicas=len(rollout.endpoints) or rollout.num_replicas,
     )
-    problem = Problem(
+    request = PlanRequest(
         student=Architecture.read(config.student.hf_path, "student.hf_path"),
         teacher=Architecture.read(config.teacher_hf_path, "teacher.hf_path"),
         cluster=cluster,
@@ -105,28 +106,28 @@ def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[Problem,
         served=server,
         assume=replace(Assumptions(), training_mfu=options.mfu),
     )
-    return problem, work
+    return request, work
 
 
 def _asked(
-    config: PacedConfig, options: argparse.Namespace, problem: Problem, work: Work
+    config: PacedConfig, options: argparse.Namespace, request: PlanRequest, work: Work
 ) -> Candidate | None:
     """The configuration's own layout; ``None`` where it does not divide the models."""
     layout = student_layout(config)
     teacher = teacher_plan(config)
-    for shape, cut in ((problem.student, layout), (problem.teacher, teacher.layout)):
+    for shape, cut in ((request.student, layout), (request.teacher, teacher.layout)):
         if not divides(shape, cut.tensor, cut.pipeline * cut.virtual):
             return None
-    return evaluate(problem, layout, teacher, work)
+    return evaluate(request, layout, teacher, work)
 
 
 def _search(
-    config: PacedConfig, options: argparse.Namespace, problem: Problem, work: Work
+    config: PacedConfig, options: argparse.Namespace, request: PlanRequest, work: Work
 ) -> list[Candidate]:
     placements = [TeacherPlacement.colocated, TeacherPlacement.offloaded, TeacherPlacement.separate]
     if not work.on_policy:  # signals of fresh samples cannot be known before
         placements.append(TeacherPlacement.cached)
     fp8, where = teacher_plan(config).fp8, tuple(placements)
     if options.nodes:
-        return search(problem, work, gpus=problem.cluster.gpus, fp8=fp8, placements=where)
-    return fewest_gpus(problem, work, limit=MAX_GPUS, fp8=fp8, placements=where)
+        return search(request, work, gpus=request.cluster.gpus, fp8=fp8, placements=where)
+    return fewest_gpus(request, work, limit=MAX_GPUS, fp8=fp8, placements=where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -12,7 +11,8 @@ from pathlib import Path
 from nemo_paced.compose import Parser, run_directory, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
-from nemo_paced.rollout.sampler import make_replicas
+from nemo_paced.files import write_json
+from nemo_paced.rollout.served import served_dtype, training_length
 from nemo_paced.run.progress import progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.replicas import Replicas
@@ -69,11 +69,12 @@ def _replicas(config: PacedConfig, role: str, folder: Path) -> Replicas:
         raise ConfigError("rollout.endpoints is set: rollout-server starts servers, remove it")
     data = config.data
     limit = data.max_prompt_length if role == "student" else data.max_teacher_prompt_length
-    return make_replicas(
-        config,
+    return Replicas(
         Path(model),
-        limit,
-        folder / "server.log",
+        config.rollout,
+        max_model_len=training_length(config, Path(model), limit),
+        dtype=served_dtype(config),
+        log_path=folder / "server.log",
         api_key=os.environ.get(API_KEY_VARIABLE),  # servers on several nodes share one
     )
 
@@ -85,9 +86,8 @@ def _write_files(folder: Path, replicas: Replicas) -> None:
     descriptor = os.open(folder / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(replicas.api_key + "\n")
-    temporary = folder / f".{ENDPOINTS_FILE}.tmp"
-    temporary.write_text(json.dumps({"endpoints": replicas.endpoints}, indent=1) + "\n")
-    temporary.replace(folder / ENDPOINTS_FILE)  # that the file is there means that all are healthy
+    # that the file is there means that all are healthy
+    write_json(folder / ENDPOINTS_FILE, {"endpoints": replicas.endpoints})
 
 
 def _watch(replicas: Replicas) -> None:

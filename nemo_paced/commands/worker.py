@@ -23,7 +23,7 @@ def main() -> int:
         stop.listen()
     _end_group_with_parent()
     set_up_logging(int(os.environ["RANK"]))
-    from nemo_paced.commands.launch import run_task
+    from nemo_paced.commands.launch import EXIT_SAID, run_task
     from nemo_paced.compose import load_config
 
     try:
@@ -39,7 +39,7 @@ def main() -> int:
         # the other ranks may wait in a collective: leave without saying goodbye to them
         if os.getpgrp() == os.getpid() and os.getppid() != _LAUNCHER:
             os.killpg(os.getpgrp(), signal.SIGKILL)  # nobody else will end this rank's helpers
-        os._exit(2)
+        os._exit(EXIT_SAID)
     return 0
 
 

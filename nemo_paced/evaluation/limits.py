@@ -10,7 +10,7 @@ from pathlib import Path
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.directory import context_length
-from nemo_paced.rollout.sampler import given_key
+from nemo_paced.rollout.served import given_key
 from nemo_paced.serving.client import PROBE_TIMEOUT_S, RolloutClient
 
 logger = logging.getLogger(__name__)

@@ -139,9 +139,9 @@ def check_alike(first: ResultsFile, second: ResultsFile, *, names: tuple[str, st
     one, other = _by_key(first.settings), _by_key(second.settings)
     both = [key for key in other if key in one and key not in MAY_DIFFER]
     if different := [key for key in both if one[key] != other[key]]:
-        told = (f"{key} {one[key]!r}, {names[1]} {other[key]!r}" for key in different)
+        text = (f"{key} {one[key]!r}, {names[1]} {other[key]!r}" for key in different)
         raise ConfigError(
-            f"{names[0]} was asked otherwise ({'; '.join(told)}): what is compared must be asked "
+            f"{names[0]} was asked otherwise ({'; '.join(text)}): what is compared must be asked "
             "alike"
         )
 

@@ -18,7 +18,8 @@ from nemo_paced.evaluation.results import IN_WORDS
 from nemo_paced.files import digest
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem
-from nemo_paced.rollout.sampler import Sampler, served_dtype
+from nemo_paced.rollout.sampler import Sampler
+from nemo_paced.rollout.served import served_dtype
 from nemo_paced.run.progress import bar_task, server_notes
 from nemo_paced.training import prepare
 
@@ -83,13 +84,15 @@ class Job:
         config = replace(self.config, student=replace(self.config.student, hf_path=str(hf_dir)))
         prompts = Prompts(hf_dir, config.data, config.teacher.privileged_context)
         sampler = Sampler(
-            config,
             hf_dir,
+            config.rollout,
+            config.grading,
+            seed=config.model.seed,
+            dtype=served_dtype(config),
+            max_model_len=self.limits.context,
             prompts=prompts,
             store_dir=work_dir / "rollouts",
             log_path=work_dir / "logs" / "server.log",
-            prompt_limit=config.data.max_prompt_length,
-            max_model_len=self.limits.context,
             notify=server_notes(bar),
         )
         with sampler:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_paced.evaluation.results import Results
-from nemo_paced.grading.accuracy import Accuracy, Difference
+from nemo_paced.grading.accuracy import Difference
 
 WIDE = 100  # columns of a terminal, for pass@k at every k
 NOTE = (
@@ -82,7 +82,7 @@ def _sampled_table(results: Results, suite: str, *, wide: bool) -> Table:
         table.add_row(
             label,
             *([str(a.samples)] if own else []),
-            plus_minus(a),
+            a.plus_minus(),
             *(f"{a.pass_at(k).mean:.3f}" for k in ks),
             _number(a.majority, ".3f"),
             f"{a.truncated:.1%}",
@@ -98,15 +98,14 @@ def _lm_eval_table(results: Results, suites: list[str]) -> Table:
         for label, measured in results.items():
             a = measured[suite]
             table.add_row(
-                suite, label, a.metric, plus_minus(a), str(len(a.per_problem)), f"{a.truncated:.1%}"
+                suite,
+                label,
+                a.metric,
+                a.plus_minus(),
+                str(len(a.per_problem)),
+                f"{a.truncated:.1%}",
             )
     return table
-
-
-def plus_minus(accuracy: Accuracy) -> str:
-    """An accuracy and its standard error: ``0.512 ± 0.021``."""
-    error = accuracy.standard_error
-    return f"{accuracy.mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
 def _table(title: str, heads: list[str]) -> Table:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_paced.errors import ConfigError
+from nemo_paced.files import without_nan
 from nemo_paced.grading.answers import normalize
 from nemo_paced.grading.sign_flip import sign_flip_p_value
 from nemo_paced.records import Problem, Rollout
@@ -124,9 +125,14 @@ class Accuracy:
         powers = {1 << i for i in range(self.samples.bit_length())} | {self.samples}
         return {k: self.pass_at(k) for k in sorted(powers) if k <= self.samples}
 
+    def plus_minus(self) -> str:
+        """Mean and standard error, where there is one, as text: ``0.512 ± 0.021``."""
+        error = self.standard_error
+        return f"{self.mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+
     def to_dict(self) -> dict[str, Any]:
         """Fields for JSON, which has no NaN: what is undefined is ``None``; with pass@k by k."""
-        return _nan_to_none(
+        return without_nan(
             asdict(self) | {"pass_at": {str(k): asdict(e) for k, e in self.pass_at_powers.items()}}
         )
 
@@ -242,9 +248,3 @@ def majority_is_right(samples: Sequence[Rollout]) -> float:
     if not right or right < most:
         return 0.0
     return 1 / (1 + sum(count == right for count in wrong.values()))
-
-
-def _nan_to_none(fields: Any) -> Any:
-    if isinstance(fields, dict):
-        return {name: _nan_to_none(value) for name, value in fields.items()}
-    return None if isinstance(fields, float) and math.isnan(fields) else fields

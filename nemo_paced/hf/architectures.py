@@ -15,7 +15,7 @@ from nemo_paced.config import ModelConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf import rows
 from nemo_paced.hf.directory import load_hf_config
-from nemo_paced.hf.rows import Row
+from nemo_paced.hf.rows import ParameterRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,18 +243,18 @@ class Architecture:
         """Whether any layer has an MLP and no experts."""
         return self.experts is None or len(self.experts.layers) < self.num_layers
 
-    def rows(self) -> Iterator[tuple[Row, int | None]]:
+    def rows(self) -> Iterator[tuple[ParameterRow, int | None]]:
         """Every Megatron parameter of the whole model with its layer, in one fixed order.
 
         Layers are counted from 0 over all stages; ``None`` for a parameter of no layer.
         """
         yield rows.EMBEDDING, None
-        attention: tuple[Row, ...] = rows.ATTENTION
+        attention: tuple[ParameterRow, ...] = rows.ATTENTION
         if self.qkv_bias:
             attention += rows.QKV_BIAS
         if self.qk_norm:
             attention += rows.QK_NORMS
-        sparse: tuple[Row, ...] = rows.ROUTER
+        sparse: tuple[ParameterRow, ...] = rows.ROUTER
         for expert in range(self.experts.count if self.experts else 0):
             sparse += tuple(row.of_expert(expert) for row in rows.EXPERT)
         for layer in range(self.num_layers):
@@ -278,7 +278,7 @@ class Architecture:
             "m": self.experts.ffn_hidden_size if self.experts else 0,
         }
 
-    def hf_shapes(self, row: Row) -> list[tuple[int, ...]]:
+    def hf_shapes(self, row: ParameterRow) -> list[tuple[int, ...]]:
         """Whole shapes of a row's Hugging Face tensors, in the order of ``row.hf``."""
         sizes = self.sizes()
         return [tuple(sizes[letter] for letter in shape.split()) for shape in row.shapes]

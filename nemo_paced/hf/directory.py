@@ -34,8 +34,7 @@ def context_length(hf_dir: str | Path) -> int | None:
     This is ``max_position_embeddings``, which includes what Llama 3's RoPE scaling adds; vLLM
     serves no more. ``None`` where ``config.json`` does not say.
     """
-    config = json.loads((Path(hf_dir) / "config.json").read_text())
-    length = config.get("max_position_embeddings")
+    length = load_hf_config(hf_dir).get("max_position_embeddings")
     return None if length is None else int(length)
 
 

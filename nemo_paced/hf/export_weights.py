@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.hf.model import PacedGPTModel, local_parameters
-from nemo_paced.hf.rows import EMBEDDING, Row
+from nemo_paced.hf.rows import EMBEDDING, ParameterRow
 from nemo_paced.hf.shards import join
 from nemo_paced.parallel.groups import Parallel
 
@@ -50,9 +50,9 @@ def iter_hf_tensors(
 
 def _collect(
     chunks: Sequence[PacedGPTModel],
-    row: Row,
+    row: ParameterRow,
     layer: int | None,
-    held: dict[tuple[Row, int | None], torch.Tensor],
+    held: dict[tuple[ParameterRow, int | None], torch.Tensor],
     parallel: Parallel,
 ) -> Sequence[torch.Tensor | None]:
     """The Hugging Face tensors of one parameter on rank 0, ``None`` each elsewhere."""
@@ -195,7 +195,7 @@ def _set_dtype(folder: Path, dtype: torch.dtype) -> None:
 
 
 def stage_of(
-    chunks: Sequence[PacedGPTModel], row: Row, layer: int | None, parallel: Parallel
+    chunks: Sequence[PacedGPTModel], row: ParameterRow, layer: int | None, parallel: Parallel
 ) -> int:
     """The pipeline stage that holds a parameter; chunks of equal size are dealt out in turn."""
     if layer is not None:
@@ -203,14 +203,14 @@ def stage_of(
     return 0 if row is EMBEDDING else parallel.pp_size - 1
 
 
-def _has_part(gpt: PacedGPTModel, row: Row, parallel: Parallel) -> bool:
+def _has_part(gpt: PacedGPTModel, row: ParameterRow, parallel: Parallel) -> bool:
     """Whether this rank of the stage helps to put the parameter together."""
     if row.expert is None:
         return parallel.groups.dp_cp.rank() == 0
     return parallel.groups.expt_dp.rank() == 0 and gpt.expert_owner(row.expert) == parallel.ep_rank
 
 
-def _source(gpt: PacedGPTModel, row: Row, stage: int, parallel: Parallel) -> int:
+def _source(gpt: PacedGPTModel, row: ParameterRow, stage: int, parallel: Parallel) -> int:
     """The rank, in the job's numbers, that has the parameter whole once parts are joined.
 
     Ranks of a stage are neighbours, and the first ones are its first expert-parallel group; the
@@ -221,7 +221,7 @@ def _source(gpt: PacedGPTModel, row: Row, stage: int, parallel: Parallel) -> int
     return first if row.expert is None else first + gpt.expert_owner(row.expert)
 
 
-def gather_shards(row: Row, shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor]:
+def gather_shards(row: ParameterRow, shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor]:
     """All tensor-parallel ranks' parts of a parameter in rank order; collective over the group.
 
     An expert's parameter is whole on its rank: its one part is ``shard``, and nothing is sent.

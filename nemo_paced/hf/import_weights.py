@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_paced.errors import CheckpointError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.model import PacedGPTModel, local_parameters
-from nemo_paced.hf.rows import Row
+from nemo_paced.hf.rows import ParameterRow
 from nemo_paced.hf.shards import cut
 from nemo_paced.parallel.groups import Parallel
 
@@ -126,18 +126,18 @@ def _check_names(files: dict[str, Any], architecture: Architecture, hf_dir: Path
     ignored |= {name for name in files if name.endswith(".rotary_emb.inv_freq")}
     missing, extra = expected - files.keys(), files.keys() - expected - ignored
     if missing or extra:
-        told = [
+        misfits = [
             f"{len(names)} {kind} ({', '.join(sorted(names)[:3])})"
             for kind, names in (("missing", missing), ("unexpected", extra))
             if names
         ]
         raise CheckpointError(
-            f"tensors of {hf_dir} do not fit its {architecture.name}: {'; '.join(told)}"
+            f"tensors of {hf_dir} do not fit its {architecture.name}: {'; '.join(misfits)}"
         )
 
 
 def _slice(
-    files: dict[str, Any], name: str, architecture: Architecture, row: Row, index: int
+    files: dict[str, Any], name: str, architecture: Architecture, row: ParameterRow, index: int
 ) -> Any:
     found = files[name].get_slice(name)
     shape, expected = tuple(found.get_shape()), architecture.hf_shapes(row)[index]

@@ -14,21 +14,21 @@ import torch
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.export_weights import gather_shards, stage_of
 from nemo_paced.hf.model import PacedGPTModel, local_parameters
-from nemo_paced.hf.rows import Layout, Row
+from nemo_paced.hf.rows import ParameterLayout, ParameterRow
 from nemo_paced.hf.shards import join, split_qkv
 from nemo_paced.parallel.groups import Parallel
 
 
-def shard_dim(row: Row, tp_size: int) -> int | None:
+def shard_dim(row: ParameterRow, tp_size: int) -> int | None:
     """The dimension along which tensor-parallel ranks hold equal parts of a row's tensors.
 
     ``None``: :func:`iter_local_shards` yields them whole.
     """
-    if tp_size == 1 or row.expert is not None or row.layout is Layout.replicated:
+    if tp_size == 1 or row.expert is not None or row.layout is ParameterLayout.replicated:
         return None
-    if row.layout is Layout.vocabulary:
+    if row.layout is ParameterLayout.vocabulary:
         return None  # padded: its parts are not equal parts of the Hugging Face tensor
-    return 1 if row.layout is Layout.row else 0
+    return 1 if row.layout is ParameterLayout.row else 0
 
 
 def iter_local_shards(
@@ -60,19 +60,21 @@ def iter_local_shards(
 
 
 def _parts(
-    row: Row, shard: torch.Tensor, architecture: Architecture, parallel: Parallel
+    row: ParameterRow, shard: torch.Tensor, architecture: Architecture, parallel: Parallel
 ) -> list[torch.Tensor]:
     """A rank's Megatron parameter as its parts of the row's Hugging Face tensors."""
     if shard_dim(row, parallel.tp_size) is None:
         return join(row, gather_shards(row, shard, parallel), architecture)
-    if row.layout is Layout.row:
+    if row.layout is ParameterLayout.row:
         return [shard]
-    if row.layout is Layout.gate_up:
+    if row.layout is ParameterLayout.gate_up:
         return list(shard.chunk(2))
     return split_qkv(shard, architecture)
 
 
-def _part_shapes(row: Row, architecture: Architecture, tp_size: int) -> list[tuple[int, ...]]:
+def _part_shapes(
+    row: ParameterRow, architecture: Architecture, tp_size: int
+) -> list[tuple[int, ...]]:
     dim = shard_dim(row, tp_size)
     return [
         tuple(size // tp_size if axis == dim else size for axis, size in enumerate(shape))

@@ -29,7 +29,7 @@ from nemo_paced.config import ModelConfig, Precision, Recompute
 from nemo_paced.hf.architectures import Architecture, padded_vocab_size
 from nemo_paced.hf.attention import CoreAttention
 from nemo_paced.hf.experts import experts_config
-from nemo_paced.hf.rows import Layout, Row
+from nemo_paced.hf.rows import ParameterLayout, ParameterRow
 from nemo_paced.parallel.groups import Parallel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
@@ -146,7 +146,7 @@ def build_chunks(
 
 def local_parameters(
     chunks: Sequence[PacedGPTModel],
-) -> Iterator[tuple[torch.nn.Parameter, Row, int | None]]:
+) -> Iterator[tuple[torch.nn.Parameter, ParameterRow, int | None]]:
     """This rank's parameters, each with its row of the table and its layer, chunk by chunk.
 
     Layers are counted from 0 over all stages; ``None`` for a parameter of no layer. With tied
@@ -158,7 +158,7 @@ def local_parameters(
 
 def _parameters_of(
     gpt: PacedGPTModel,
-) -> Iterator[tuple[torch.nn.Parameter, Row, int | None]]:
+) -> Iterator[tuple[torch.nn.Parameter, ParameterRow, int | None]]:
     named = dict(gpt.named_parameters())
     seen = set()
     first, count = gpt.first_layer, len(gpt.decoder.layers)
@@ -306,10 +306,10 @@ def _mark_parallel(gpt: PacedGPTModel) -> None:
     sequence.
     """
     for parameter, row, _ in _parameters_of(gpt):
-        if row.layout is not Layout.replicated:
+        if row.layout is not ParameterLayout.replicated:
             for name, value in (
                 ("tensor_model_parallel", True),
-                ("partition_dim", 1 if row.layout is Layout.row else 0),
+                ("partition_dim", 1 if row.layout is ParameterLayout.row else 0),
                 ("partition_stride", 1),
             ):
                 setattr(parameter, name, value)

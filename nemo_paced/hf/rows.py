@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 
-class Layout(Enum):
+class ParameterLayout(Enum):
     """How a Megatron parameter is made of Hugging Face tensors and cut over ranks."""
 
     replicated = "replicated"  # every rank holds all of it
@@ -22,7 +22,7 @@ class Layout(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ParameterRow:
     """One Megatron parameter and the Hugging Face tensors that it is made of.
 
     In the names ``{layer}`` stands for the layer's number: in Hugging Face's counted over all
@@ -41,12 +41,12 @@ class Row:
 
     megatron: str
     hf: tuple[str, ...]
-    layout: Layout
+    layout: ParameterLayout
     shapes: tuple[str, ...]
     transformer_engine: str | None = None
     expert: int | None = None
 
-    def of_expert(self, expert: int) -> Row:
+    def of_expert(self, expert: int) -> ParameterRow:
         """This row for one expert; its Hugging Face names keep ``{layer}`` open."""
         names = tuple(name.replace("{expert}", str(expert)) for name in self.hf)
         return replace(self, hf=names, expert=expert)
@@ -68,98 +68,102 @@ _HF = "model.layers.{layer}"
 _HF_EXPERT = f"{_HF}.mlp.experts.{{expert}}"
 _QKV_HF = tuple(f"{_HF}.self_attn.{part}_proj" for part in "qkv")
 
-EMBEDDING = Row(
+EMBEDDING = ParameterRow(
     "embedding.word_embeddings.weight",
     ("model.embed_tokens.weight",),
-    Layout.vocabulary,
+    ParameterLayout.vocabulary,
     ("v h",),
 )
-FINAL_NORM = Row(
-    "decoder.final_layernorm.weight", ("model.norm.weight",), Layout.replicated, ("h",)
+FINAL_NORM = ParameterRow(
+    "decoder.final_layernorm.weight", ("model.norm.weight",), ParameterLayout.replicated, ("h",)
 )
-OUTPUT = Row("output_layer.weight", ("lm_head.weight",), Layout.vocabulary, ("v h",))
+OUTPUT = ParameterRow(
+    "output_layer.weight", ("lm_head.weight",), ParameterLayout.vocabulary, ("v h",)
+)
 ATTENTION = (
-    Row(
+    ParameterRow(
         "decoder.layers.{layer}.input_layernorm.weight",
         (f"{_HF}.input_layernorm.weight",),
-        Layout.replicated,
+        ParameterLayout.replicated,
         ("h",),
         transformer_engine=f"{_ATTENTION}.linear_qkv.layer_norm_weight",
     ),
-    Row(
+    ParameterRow(
         f"{_ATTENTION}.linear_qkv.weight",
         tuple(f"{name}.weight" for name in _QKV_HF),
-        Layout.qkv,
+        ParameterLayout.qkv,
         ("q h", "k h", "k h"),
     ),
-    Row(
+    ParameterRow(
         f"{_ATTENTION}.linear_proj.weight",
         (f"{_HF}.self_attn.o_proj.weight",),
-        Layout.row,
+        ParameterLayout.row,
         ("h q",),
     ),
 )
 QKV_BIAS = (
-    Row(
+    ParameterRow(
         f"{_ATTENTION}.linear_qkv.bias",
         tuple(f"{name}.bias" for name in _QKV_HF),
-        Layout.qkv,
+        ParameterLayout.qkv,
         ("q", "k", "k"),
     ),
 )
 QK_NORMS = tuple(
-    Row(
+    ParameterRow(
         f"{_ATTENTION}.{part}_layernorm.weight",
         (f"{_HF}.self_attn.{part}_norm.weight",),
-        Layout.replicated,
+        ParameterLayout.replicated,
         ("d",),
     )
     for part in "qk"
 )
 MLP = (
-    Row(
+    ParameterRow(
         "decoder.layers.{layer}.pre_mlp_layernorm.weight",
         (f"{_HF}.post_attention_layernorm.weight",),
-        Layout.replicated,
+        ParameterLayout.replicated,
         ("h",),
         transformer_engine=f"{_MLP}.linear_fc1.layer_norm_weight",
     ),
-    Row(
+    ParameterRow(
         f"{_MLP}.linear_fc1.weight",
         (f"{_HF}.mlp.gate_proj.weight", f"{_HF}.mlp.up_proj.weight"),
-        Layout.gate_up,
+        ParameterLayout.gate_up,
         ("f h", "f h"),
     ),
-    Row(f"{_MLP}.linear_fc2.weight", (f"{_HF}.mlp.down_proj.weight",), Layout.row, ("h f",)),
+    ParameterRow(
+        f"{_MLP}.linear_fc2.weight", (f"{_HF}.mlp.down_proj.weight",), ParameterLayout.row, ("h f",)
+    ),
 )
 ROUTER = (
-    Row(
+    ParameterRow(
         "decoder.layers.{layer}.pre_mlp_layernorm.weight",
         (f"{_HF}.post_attention_layernorm.weight",),
-        Layout.replicated,
+        ParameterLayout.replicated,
         ("h",),
     ),
-    Row(
+    ParameterRow(
         f"{_MLP}.router.weight",
         (f"{_HF}.mlp.gate.weight",),
-        Layout.replicated,
+        ParameterLayout.replicated,
         ("e h",),
     ),
 )
 # The local names are SequentialMLP's; Transformer Engine's are TEGroupedMLP's, which has one weight
 # an expert too.
 EXPERT = (
-    Row(
+    ParameterRow(
         f"{_MLP}.experts.local_experts.{{expert}}.linear_fc1.weight",
         (f"{_HF_EXPERT}.gate_proj.weight", f"{_HF_EXPERT}.up_proj.weight"),
-        Layout.gate_up,
+        ParameterLayout.gate_up,
         ("m h", "m h"),
         transformer_engine=f"{_MLP}.experts.linear_fc1.weight{{expert}}",
     ),
-    Row(
+    ParameterRow(
         f"{_MLP}.experts.local_experts.{{expert}}.linear_fc2.weight",
         (f"{_HF_EXPERT}.down_proj.weight",),
-        Layout.row,
+        ParameterLayout.row,
         ("h m",),
         transformer_engine=f"{_MLP}.experts.linear_fc2.weight{{expert}}",
     ),

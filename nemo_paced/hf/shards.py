@@ -1,8 +1,8 @@
 """Cutting Hugging Face tensors into a tensor-parallel rank's part, and putting parts together.
 
-Both are pure functions on tensors, with a branch for each :class:`~nemo_paced.hf.rows.Layout`.
-``cut`` reads slices only (a safetensors slice works as well as a tensor), so a rank never holds a
-whole matrix that it keeps a part of.
+Both are pure functions on tensors, with a branch for each
+:class:`~nemo_paced.hf.rows.ParameterLayout`. ``cut`` reads slices only (a safetensors slice works
+as well as a tensor), so a rank never holds a whole matrix that it keeps a part of.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.rows import Layout, Row
+from nemo_paced.hf.rows import ParameterLayout, ParameterRow
 
 
 def cut(
-    row: Row,
+    row: ParameterRow,
     tensors: Sequence[Any],
     architecture: Architecture,
     *,
@@ -35,18 +35,18 @@ def cut(
         rank, size: in the tensor-parallel group.
         padded_vocab: rows of the embedding over all ranks; rows beyond the model's are 0.
     """
-    if row.layout is Layout.replicated:
+    if row.layout is ParameterLayout.replicated:
         return tensors[0][:]
-    if row.layout is Layout.row:
+    if row.layout is ParameterLayout.row:
         width = architecture.hf_shapes(row)[0][1] // size
         return tensors[0][:, rank * width : (rank + 1) * width]
-    if row.layout is Layout.vocabulary:
+    if row.layout is ParameterLayout.vocabulary:
         return _cut_vocabulary(tensors[0], architecture.vocab_size, rank, padded_vocab // size)
     parts = [
         _rows(tensor, shape[0] // size, rank)
         for tensor, shape in zip(tensors, architecture.hf_shapes(row), strict=True)
     ]
-    if row.layout is Layout.qkv:
+    if row.layout is ParameterLayout.qkv:
         groups = architecture.num_kv_heads // size
         # [groups, heads of the group x head_dim, ...]: query heads, then key, then value
         return torch.cat([_grouped(part, groups) for part in parts], 1).flatten(0, 1)
@@ -54,16 +54,16 @@ def cut(
 
 
 def join(
-    row: Row, shards: Sequence[torch.Tensor], architecture: Architecture
+    row: ParameterRow, shards: Sequence[torch.Tensor], architecture: Architecture
 ) -> list[torch.Tensor]:
     """The row's Hugging Face tensors from all tensor-parallel ranks' parts, in rank order."""
-    if row.layout is Layout.replicated:
+    if row.layout is ParameterLayout.replicated:
         return [shards[0]]
-    if row.layout is Layout.row:
+    if row.layout is ParameterLayout.row:
         return [torch.cat(list(shards), 1)]
-    if row.layout is Layout.vocabulary:
+    if row.layout is ParameterLayout.vocabulary:
         return [torch.cat(list(shards))[: architecture.vocab_size]]
-    if row.layout is Layout.gate_up:
+    if row.layout is ParameterLayout.gate_up:
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[i] for half in halves]) for i in range(2)]
     return split_qkv(torch.cat(list(shards)), architecture)

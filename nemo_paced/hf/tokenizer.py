@@ -57,12 +57,24 @@ def stop_token_ids(tokenizer: Any, hf_dir: Path) -> tuple[int, ...]:
     Raises:
         ConfigError: neither names an EOS token.
     """
-    ids = {tokenizer.eos_token_id}
-    path = hf_dir / "generation_config.json"
-    if path.exists():
-        eos = json.loads(path.read_text()).get("eos_token_id")
-        ids |= set(eos if isinstance(eos, list) else [eos])
-    ids.discard(None)
+    ids = named_stop_ids(tokenizer, hf_dir)
     if not ids:
         raise ConfigError(f"{hf_dir} names no EOS token: responses would never end")
     return tuple(sorted(ids))
+
+
+def named_stop_ids(tokenizer: Any, hf_dir: Path) -> set[int]:
+    """Ids of :func:`stop_token_ids`, of which there may be none.
+
+    Raises:
+        ConfigError: generation_config.json is no JSON.
+    """
+    ids = {tokenizer.eos_token_id}
+    path = hf_dir / "generation_config.json"
+    if path.exists():
+        try:
+            eos = json.loads(path.read_text()).get("eos_token_id")
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON: {error}") from error
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    return ids - {None}

@@ -23,13 +23,13 @@ _ROUNDS = ((21, 1024), (10, 2048), (0, 1024))
 
 
 def head_tail_gaps(
-    student_NV: torch.Tensor, teacher_NV: torch.Tensor, of: RowNumbers, options: Options
+    student_NV: torch.Tensor, teacher_NV: torch.Tensor, numbers: RowNumbers, options: Options
 ) -> torch.Tensor:
     """Sums of |T - S| over the teacher's head and tail: float32 [2, N], no gradient.
 
     Args:
         student_NV, teacher_NV: logits [N, v/tp].
-        of: maxima, log-sums and shares of the mass of both models' rows.
+        numbers: maxima, log-sums and shares of the mass of both models' rows.
     """
     tp_group, head_mass = options.tp_group, options.divergence.akl_head_mass
 
@@ -37,7 +37,7 @@ def head_tail_gaps(
 
     def teacher(rows: slice) -> torch.Tensor:
         # exp of numbers that all ranks share, so that equal logits have equal bits on every rank
-        own = of[rows]
+        own = numbers[rows]
         t = log_probs(teacher_NV[rows], own.column(0), own.column(1), options, buffers(rows)[0])
         return t.exp_()
 
@@ -64,7 +64,7 @@ def head_tail_gaps(
     gaps_2N = above_N.new_zeros((2, num_rows))
     for rows in blocks():
         t = teacher(rows)
-        s = probabilities(student_NV[rows], of[rows].column(5), options, buffers(rows)[1])
+        s = probabilities(student_NV[rows], numbers[rows].column(5), options, buffers(rows)[1])
         gap = s.sub_(t).abs_()
         bits = t.view(torch.int32)
         tied = bits == border_N[rows, None]

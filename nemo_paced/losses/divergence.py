@@ -49,7 +49,7 @@ class Solved:
     """Divergence of each row, nats, float32 [N], and what its gradient is computed from."""
 
     value_N: torch.Tensor
-    of: RowNumbers
+    numbers: RowNumbers
 
 
 def divergence(
@@ -106,7 +106,7 @@ class _DivergenceFunction(torch.autograd.Function):
         ctx: Any, student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
     ) -> torch.Tensor:
         solved = finish(solve(student_NV, teacher_NV, options))
-        ctx.save_for_backward(student_NV, teacher_NV, solved.of.numbers_9N)
+        ctx.save_for_backward(student_NV, teacher_NV, solved.numbers.numbers_9N)
         ctx.options = options
         return solved.value_N
 
@@ -142,25 +142,25 @@ def solve(
         kernels.local_stats(student_NV, teacher_NV, options), options.tp_group
     )
     yield
-    of, forward_N, reverse_N = _merge(gather.wait(), options)
-    c_3N = of.numbers_9N[6:]
+    numbers, forward_N, reverse_N = _merge(gather.wait(), options)
+    c_3N = numbers.numbers_9N[6:]
     if chosen.is_mixture:
         reduce = begin_all_reduce(
-            kernels.mixture_sums(student_NV, teacher_NV, of, options), options.tp_group
+            kernels.mixture_sums(student_NV, teacher_NV, numbers, options), options.tp_group
         )
         yield
         c_3N[:2] = reduce.wait()
         beta = chosen.jsd_beta
         is_jsd = chosen.kind is DivergenceKind.jsd
         value_N = beta * c_3N[0] + (1 - beta) * c_3N[1] if is_jsd else c_3N[0].clone()
-        return Solved(value_N, of)
+        return Solved(value_N, numbers)
     c_3N[2] = reverse_N
     if chosen.kind is DivergenceKind.adaptive_kl:
-        gaps_2N = head_tail_gaps(student_NV, teacher_NV, of, options)
+        gaps_2N = head_tail_gaps(student_NV, teacher_NV, numbers, options)
         c_3N[:2] = gaps_2N / gaps_2N.sum(0).clamp_min(TINY)
     else:
         c_3N[0], c_3N[1] = KL_SHARES[chosen.kind]
-    return Solved(c_3N[0] * forward_N + c_3N[1] * reverse_N, of)
+    return Solved(c_3N[0] * forward_N + c_3N[1] * reverse_N, numbers)
 
 
 def finish(steps: Generator[None, None, _Result]) -> _Result:

@@ -141,15 +141,20 @@ def log_probs(
 
 
 def _both(
-    logits_NV: torch.Tensor, of: RowNumbers, first: int, options: Options, p: torch.Tensor, log_p
+    logits_NV: torch.Tensor,
+    numbers: RowNumbers,
+    first: int,
+    options: Options,
+    p: torch.Tensor,
+    log_p,
 ) -> None:
     """Write one model's probabilities to ``p`` and their logarithms to ``log_p``: [N, V].
 
     Args:
         first: of the model's row numbers: 0 for the teacher, 3 for the student.
     """
-    probabilities(logits_NV, of.column(first + 2), options, p)
-    log_probs(logits_NV, of.column(first), of.column(first + 1), options, log_p)
+    probabilities(logits_NV, numbers.column(first + 2), options, p)
+    log_probs(logits_NV, numbers.column(first), numbers.column(first + 1), options, log_p)
 
 
 def _mixture(t: torch.Tensor, s: torch.Tensor, options: Options, out: torch.Tensor) -> torch.Tensor:
@@ -159,7 +164,7 @@ def _mixture(t: torch.Tensor, s: torch.Tensor, options: Options, out: torch.Tens
 
 
 def mixture_sums(
-    student_NV: torch.Tensor, teacher_NV: torch.Tensor, of: RowNumbers, options: Options
+    student_NV: torch.Tensor, teacher_NV: torch.Tensor, numbers: RowNumbers, options: Options
 ) -> torch.Tensor:
     """Two sums of each row over this rank's columns, for divergences with a mixture M: [2, N].
 
@@ -170,8 +175,8 @@ def mixture_sums(
     buffers = Buffers(student_NV, options, 5)
     for rows in row_blocks(student_NV, options.block_rows):
         t, log_t, s, log_s, m = buffers(rows)
-        _both(teacher_NV[rows], of[rows], 0, options, t, log_t)
-        _both(student_NV[rows], of[rows], 3, options, s, log_s)
+        _both(teacher_NV[rows], numbers[rows], 0, options, t, log_t)
+        _both(student_NV[rows], numbers[rows], 3, options, s, log_s)
         _mixture(t, s, options, m)
         if options.divergence.kind is DivergenceKind.skew_forward_kl:
             sums_2N[1, rows] = torch.linalg.vecdot(s, torch.div(t, m, out=log_s))
@@ -190,7 +195,7 @@ def mixture_sums(
 def gradient(
     student_NV: torch.Tensor,
     teacher_NV: torch.Tensor,
-    of: RowNumbers,
+    numbers: RowNumbers,
     scale_N: torch.Tensor,
     options: Options,
     out_NV: torch.Tensor,
@@ -214,7 +219,7 @@ def gradient(
         out = out_NV[rows, : options.valid]
         blocks = buffers(rows)
         scale_N1 = scale_N[rows, None]
-        write(student_NV[rows], teacher_NV[rows], of[rows], scale_N1, options, blocks, out)
+        write(student_NV[rows], teacher_NV[rows], numbers[rows], scale_N1, options, blocks, out)
         out_NV[rows, options.valid :] = 0
 
 
@@ -226,43 +231,45 @@ def _gradient_of(divergence: Divergence) -> Callable[..., None]:
     return _forward_kl_gradient if divergence.needs_forward_kl else _reverse_kl_gradient
 
 
-def _forward_kl_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, out) -> None:
+def _forward_kl_gradient(student_NV, teacher_NV, numbers, scale_N1, options, blocks, out) -> None:
     s, t = blocks[:2]
-    probabilities(student_NV, of.column(5) * scale_N1, options, s)
-    probabilities(teacher_NV, of.column(2) * scale_N1, options, t)
+    probabilities(student_NV, numbers.column(5) * scale_N1, options, s)
+    probabilities(teacher_NV, numbers.column(2) * scale_N1, options, t)
     torch.sub(s, t, out=out)
 
 
-def _reverse_kl_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, out) -> None:
+def _reverse_kl_gradient(student_NV, teacher_NV, numbers, scale_N1, options, blocks, out) -> None:
     s, log_s, log_t = blocks[:3]
-    probabilities(student_NV, of.column(5) * scale_N1, options, s)
-    shift(student_NV, of.column(3), options, log_s)
+    probabilities(student_NV, numbers.column(5) * scale_N1, options, s)
+    shift(student_NV, numbers.column(3), options, log_s)
     # both log-sums and the KL are one number a row each: one addition for the three
-    shift(teacher_NV, of.column(0), options, log_t).add_(of.column(8) + of.column(4) - of.column(1))
+    shift(teacher_NV, numbers.column(0), options, log_t).add_(
+        numbers.column(8) + numbers.column(4) - numbers.column(1)
+    )
     torch.mul(log_s.sub_(log_t), s, out=out)
 
 
-def _both_kls_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, out) -> None:
+def _both_kls_gradient(student_NV, teacher_NV, numbers, scale_N1, options, blocks, out) -> None:
     s, log_s, t, log_t = blocks[:4]
-    _both(student_NV, of, 3, options, s, log_s)
-    _both(teacher_NV, of, 0, options, t, log_t)
-    log_s.sub_(log_t).sub_(of.column(8)).mul_(s).mul_(of.column(7) * scale_N1)
-    torch.add(s.sub_(t).mul_(of.column(6) * scale_N1), log_s, out=out)
+    _both(student_NV, numbers, 3, options, s, log_s)
+    _both(teacher_NV, numbers, 0, options, t, log_t)
+    log_s.sub_(log_t).sub_(numbers.column(8)).mul_(s).mul_(numbers.column(7) * scale_N1)
+    torch.add(s.sub_(t).mul_(numbers.column(6) * scale_N1), log_s, out=out)
 
 
-def _mixture_gradient(student_NV, teacher_NV, of, scale_N1, options, blocks, out) -> None:
+def _mixture_gradient(student_NV, teacher_NV, numbers, scale_N1, options, blocks, out) -> None:
     s, log_s, t, m, ratio = blocks
     chosen = options.divergence
-    _both(student_NV, of, 3, options, s, log_s)
-    probabilities(teacher_NV, of.column(2), options, t)
+    _both(student_NV, numbers, 3, options, s, log_s)
+    probabilities(teacher_NV, numbers.column(2), options, t)
     _mixture(t, s, options, m)
     if chosen.kind is DivergenceKind.jsd:
-        log_s.sub_(m.log_()).sub_(of.column(7)).mul_(scale_N1 * (1 - chosen.jsd_beta))
+        log_s.sub_(m.log_()).sub_(numbers.column(7)).mul_(scale_N1 * (1 - chosen.jsd_beta))
         torch.mul(log_s, s, out=out)
     elif chosen.kind is DivergenceKind.skew_forward_kl:
-        t.div_(m).neg_().add_(of.column(7)).mul_(scale_N1 * (1 - chosen.skew))
+        t.div_(m).neg_().add_(numbers.column(7)).mul_(scale_N1 * (1 - chosen.skew))
         torch.mul(t, s, out=out)
     else:
-        torch.div(s, m, out=ratio).sub_(of.column(7)).mul_(chosen.skew)
-        log_s.sub_(m.log_()).sub_(of.column(6)).sub_(ratio).mul_(scale_N1)
+        torch.div(s, m, out=ratio).sub_(numbers.column(7)).mul_(chosen.skew)
+        log_s.sub_(m.log_()).sub_(numbers.column(6)).sub_(ratio).mul_(scale_N1)
         torch.mul(log_s, s, out=out)

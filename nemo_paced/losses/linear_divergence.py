@@ -90,7 +90,7 @@ class HiddenTeacher:
 
         def write_gradient(scale_C: torch.Tensor) -> None:
             kernels_for(student_CV).gradient(
-                student_CV, teacher_CV, solved.of, scale_C, options, student_CV
+                student_CV, teacher_CV, solved.numbers, scale_C, options, student_CV
             )
 
         return ChunkAnswer(solved.value_N, write_gradient)
@@ -114,7 +114,7 @@ class TopKChunks:
         return ChunkAnswer(solved.value_N, write_gradient)
 
 
-TeacherSignal = HiddenTeacher | TopKChunks
+TeacherInput = HiddenTeacher | TopKChunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ def linear_divergence(
 def linear_loss(
     student_hidden_NH: torch.Tensor,
     student_weight_VH: torch.Tensor,
-    teacher: TeacherSignal,
+    teacher: TeacherInput,
     token_weights_N: torch.Tensor,
     options: Options,
     *,
@@ -234,8 +234,8 @@ def _check(
 ) -> None:
     shapes = student_hidden.shape[:-1], teacher_hidden.shape[:-1], token_weights.shape
     if len(set(shapes)) > 1:
-        told = ", ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"token axes of student, teacher and token_weights differ: {told}")
+        text = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"token axes of student, teacher and token_weights differ: {text}")
     for name, hidden, weight in (
         ("student", student_hidden, student_weight),
         ("teacher", teacher_hidden, teacher_weight),
@@ -258,7 +258,7 @@ class _LinearFunction(torch.autograd.Function):
         ctx: Any,
         hidden_NH: torch.Tensor,
         weight_VH: torch.Tensor,
-        teacher: TeacherSignal,
+        teacher: TeacherInput,
         token_weights_N: torch.Tensor,
         options: Options,
         chunk_size: int,

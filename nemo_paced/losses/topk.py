@@ -251,7 +251,7 @@ def solve_topk(
     solved = finish(solve(student_NO, teacher_NO, coarse))
     grad_NO = torch.empty_like(student_NO)
     kernels_for(student_NO).gradient(
-        student_NO, teacher_NO, solved.of, torch.ones_like(max_N), coarse, grad_NO
+        student_NO, teacher_NO, solved.numbers, torch.ones_like(max_N), coarse, grad_NO
     )
     return SolvedTopK(solved.value_N, grad_NO, local_NK, max_N, tail_N)
 

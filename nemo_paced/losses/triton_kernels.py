@@ -248,7 +248,7 @@ def local_stats(
 
 
 def mixture_sums(
-    student_NV: torch.Tensor, teacher_NV: torch.Tensor, of: RowNumbers, options: Options
+    student_NV: torch.Tensor, teacher_NV: torch.Tensor, numbers: RowNumbers, options: Options
 ) -> torch.Tensor:
     """Two sums of each row for divergences with a mixture, float32 [2, N].
 
@@ -260,7 +260,7 @@ def mixture_sums(
         student_NV,
         teacher_NV,
         options,
-        of.numbers_9N.contiguous(),
+        numbers.numbers_9N.contiguous(),
         sums_2N,
         *options.divergence.mixture_shares,
         KIND=options.divergence.kind.value,
@@ -271,7 +271,7 @@ def mixture_sums(
 def gradient(
     student_NV: torch.Tensor,
     teacher_NV: torch.Tensor,
-    of: RowNumbers,
+    numbers: RowNumbers,
     scale_N: torch.Tensor,
     options: Options,
     out_NV: torch.Tensor,
@@ -286,7 +286,7 @@ def gradient(
         student_NV,
         teacher_NV,
         options,
-        of.numbers_9N.contiguous(),
+        numbers.numbers_9N.contiguous(),
         scale_N.contiguous(),
         rows_NV,
         rows_NV.stride(0),

@@ -8,7 +8,6 @@ differs.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -217,12 +216,7 @@ def beside(student: Parallel, layout: ModelConfig, *, timeout_s: float = 1800) -
     )
     if sizes == (grid.tensor, grid.context, grid.pipeline, student.groups.ep.size()):
         return student
-    if student.world_size % math.lcm(layout.model_parallel_size, layout.expert_layout_size):
-        raise ConfigError(
-            f"teacher.tensor_model_parallel_size x pipeline_model_parallel_size is "
-            f"{layout.model_parallel_size} and expert x pipeline {layout.expert_layout_size}: both "
-            f"must divide the {student.world_size} ranks"
-        )
+    _check_layout(layout, student.world_size, prefix="teacher")
     groups = _make_groups(layout, student.world_size, timedelta(seconds=timeout_s))
     return Parallel(student.rank, student.world_size, student.device, groups)
 

@@ -40,8 +40,8 @@ def problem_prompts(inputs: Inputs) -> Iterator[Finding]:
                     continue
                 try:
                     build(problem)
-                except ConfigError as told:
-                    too_long[who].append(str(told))
+                except ConfigError as refusal:
+                    too_long[who].append(str(refusal))
         for who, told_of in too_long.items():
             yield error(key, f"{len(told_of)} {who} prompts are too long; {told_of[0]}")
 
@@ -85,8 +85,8 @@ def stored_inputs(inputs: Inputs) -> Iterator[Finding]:
         try:
             path = Path(config.weights.pass_rates)
             PassRateTable.read(path, problems).check_estimator(config.weights, path)
-        except PacedError as told:
-            yield error("weights.pass_rates", str(told))
+        except PacedError as refusal:
+            yield error("weights.pass_rates", str(refusal))
 
 
 def run_directory(inputs: Inputs) -> Iterator[Finding]:
@@ -95,14 +95,14 @@ def run_directory(inputs: Inputs) -> Iterator[Finding]:
     problems = inputs.problems.get("data.problems")
     try:
         schedule.stages(config.stages, config.trainer.max_steps)
-    except PacedError as told:
-        yield error("stages", str(told))
+    except PacedError as refusal:
+        yield error("stages", str(refusal))
     try:
         newest_checkpoint(config, run_dir)
         if problems is not None and (run_dir / DATA_FILE).exists():
             check_data(run_dir, problems)
-    except PacedError as told:
-        yield error("exp_manager.name", str(told))
+    except PacedError as refusal:
+        yield error("exp_manager.name", str(refusal))
 
 
 def disk(inputs: Inputs) -> Iterator[Finding]:

@@ -78,8 +78,8 @@ def refuse(findings: Sequence[Finding], *, notes: bool = False, shown: bool = Tr
     if shown:
         show([f for f in findings if notes or f.severity is not Severity.note])
     if count := len(errors_of(findings)):
-        told = f"{count} error{'s' if count > 1 else ''} found before the start, listed above"
-        raise PreflightFailed(told if shown else "")
+        text = f"{count} error{'s' if count > 1 else ''} found before the start, listed above"
+        raise PreflightFailed(text if shown else "")
 
 
 def show(findings: Sequence[Finding], console: Console | None = None) -> None:

@@ -99,6 +99,6 @@ class Inputs:
     def _read(self, key: str, read: Callable[[], T]) -> T | None:
         try:
             return read()
-        except PacedError as told:
-            self.unreadable.append(error(key, str(told)))
+        except PacedError as refusal:
+            self.unreadable.append(error(key, str(refusal)))
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemo_paced.config import PacedConfig
+from nemo_paced.config import PacedConfig, RolloutPlacement
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, padded_vocab_size
 from nemo_paced.preflight.findings import Finding, error, note, warning
@@ -22,10 +22,11 @@ def layouts(inputs: Inputs) -> Iterator[Finding]:
     if not inputs.is_self_teacher:
         prefix = "model" if config.teacher_model == config.model else "teacher"
         models.append(("teacher", inputs.teacher, config.teacher_model, prefix))
-    whole = True
+    fits = True
     for who, architecture, layout, prefix in models:
         if architecture is None:
-            return
+            fits = False
+            continue
         tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
         pipeline = layout.pipeline_model_parallel_size
         virtual = layout.virtual_pipeline_model_parallel_size
@@ -43,14 +44,14 @@ def layouts(inputs: Inputs) -> Iterator[Finding]:
                     sequence_parallel=layout.sequence_parallel,
                     prefix=prefix,
                 )
-            except ConfigError as told:
-                whole = False
-                yield error(f"layout of the {who}", str(told))
-    if whole:  # what concerns both models together
+            except ConfigError as refusal:
+                fits = False
+                yield error(f"layout of the {who}", str(refusal))
+    if fits:  # what concerns both models together
         try:
             check_layouts(config)
-        except ConfigError as told:
-            yield error("layout", str(told))
+        except ConfigError as refusal:
+            yield error("layout", str(refusal))
 
 
 def check_layouts(config: PacedConfig) -> None:
@@ -100,11 +101,11 @@ def vocabularies(inputs: Inputs) -> Iterator[Finding]:
         return
     model = inputs.config.model
     padded = padded_vocab_size(max(rows.values()), model)
-    told = " and ".join(f"{count} rows of the {who}" for who, count in rows.items())
+    text = " and ".join(f"{count} rows of the {who}" for who, count in rows.items())
     multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
     yield note(
         "vocabulary",
-        f"{told} are both padded to {padded}, the next multiple of {multiple} "
+        f"{text} are both padded to {padded}, the next multiple of {multiple} "
         "(model.make_vocab_size_divisible_by x model.tensor_model_parallel_size); rows above the "
         f"tokenizer's {inputs.tokenizer_rows} tokens carry no mass in the loss",
     )
@@ -208,7 +209,8 @@ def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
             return
     stages = stages_memory(inputs.student, inputs.teacher, layout, teacher, work)
     rollout = inputs.config.rollout
-    served = 0.0 if rollout.endpoints else rollout.gpu_memory_utilization * total
+    elsewhere = bool(rollout.endpoints) or rollout.placement is RolloutPlacement.separate
+    served = 0.0 if elsewhere else rollout.gpu_memory_utilization * total
     server = Server(
         rollout.tensor_parallel_size, served, rollout.max_num_seqs, rollout.num_replicas
     )

@@ -24,7 +24,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.preflight.findings import Finding, PreflightFailed, error, errors_of, refuse
-from nemo_paced.preflight.roll_call import HERE, Gpu, RankReport, call_roll, first_line
+from nemo_paced.preflight.roll_call import HERE, GpuReport, RankReport, call_roll, first_line
 
 _ROLL_CALL = "roll_call"
 # packages whose versions must be equal on all ranks
@@ -64,12 +64,12 @@ def check_ranks(config: PacedConfig) -> list[Finding]:
     timeout_s = config.training.rank_timeout_s
     try:
         store = open_store(rank, size, timeout_s)
-    except torch.distributed.DistError as told:
+    except torch.distributed.DistError as failure:
         raise PreflightFailed(
             f"rank {rank} on {platform.node()}: the job's store at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} cannot be reached ({first_line(told)}): see whether rank "
-            "0 runs, whether the name resolves and the port is open"
-        ) from told
+            f"{os.environ['MASTER_PORT']} cannot be reached ({first_line(failure)}): see whether "
+            "rank 0 runs, whether the name resolves and the port is open"
+        ) from failure
     findings = call_roll(
         PrefixStore(_ROLL_CALL, store),
         own_report(rank, on_gpu=on_gpu),
@@ -127,7 +127,7 @@ def own_report(rank: int, *, on_gpu: bool) -> RankReport:
         count = torch.cuda.device_count()
         if local_rank < count:
             free, total = torch.cuda.mem_get_info(local_rank)
-            gpu = Gpu(torch.cuda.get_device_name(local_rank), count, total, free)
+            gpu = GpuReport(torch.cuda.get_device_name(local_rank), count, total, free)
     return RankReport(rank, platform.node(), libraries, gpu)
 
 
@@ -155,8 +155,8 @@ def probe(
         try:
             total = reduce(PrefixStore("group", store), rank, world_size, timeout_s)
             state = "through" if total == world_size else f"a sum of {total:g}, not {world_size}"
-        except RuntimeError as told:
-            state = first_line(told)
+        except RuntimeError as failure:
+            state = first_line(failure)
         store.set(f"state/{rank}", state)
 
     threading.Thread(target=run, daemon=True, name="all-reduce probe").start()

@@ -28,7 +28,7 @@ MIN_FREE_SHARE = 0.9  # of a GPU's memory, before this job has used any
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
+class GpuReport:
     """The GPU of one rank.
 
     Attributes:
@@ -56,7 +56,7 @@ class RankReport:
     rank: int
     host: str
     libraries: dict[str, str] = field(default_factory=dict)
-    gpu: Gpu | None = None
+    gpu: GpuReport | None = None
 
     @property
     def who(self) -> str:
@@ -66,7 +66,7 @@ class RankReport:
     def from_json(text: bytes) -> RankReport:
         fields = json.loads(text)
         gpu = fields.pop("gpu")
-        return RankReport(**fields, gpu=None if gpu is None else Gpu(**gpu))
+        return RankReport(**fields, gpu=None if gpu is None else GpuReport(**gpu))
 
 
 def call_roll(
@@ -122,11 +122,11 @@ def _answer(store: Store, rank: int, timeout_s: float) -> list[Finding]:
         store.set(f"clock/{rank}", repr(time.time()))
         store.wait(["verdict"], timedelta(seconds=2 * timeout_s))
         return [Finding(Severity(f.pop("severity")), **f) for f in json.loads(store.get("verdict"))]
-    except torch.distributed.DistError as told:
+    except torch.distributed.DistError as failure:
         raise PreflightFailed(
-            f"rank {rank}: rank 0 did not answer ({first_line(told)}): see what it said, and "
+            f"rank {rank}: rank 0 did not answer ({first_line(failure)}): see what it said, and "
             "whether MASTER_ADDR:MASTER_PORT reaches it"
-        ) from told
+        ) from failure
 
 
 def absent(
@@ -167,9 +167,9 @@ def skewed(
         skew = min(clock - asked, 0.0) + max(clock - answered, 0.0)
         if abs(skew) > MAX_CLOCK_SKEW_S:
             side = "ahead of" if skew > 0 else "behind"
-            told = f"its clock is at least {abs(skew):.1f} s {side} that of {reports[0].who}"
+            text = f"its clock is at least {abs(skew):.1f} s {side} that of {reports[0].who}"
             remedy = "synchronise the clocks (chrony, ntpd): logs and file times would mislead"
-            found.append(warning(reports[rank].who, told, remedy))
+            found.append(warning(reports[rank].who, text, remedy))
     return found
 
 
@@ -221,15 +221,15 @@ def gpus(reports: Sequence[RankReport]) -> list[Finding]:
                 )
             )
     if len(kinds) > 1:
-        told = ", ".join(f"{name} for {_some(who)}" for name, who in kinds.items())
-        found.append(warning("GPUs", f"they differ: {told}", "the slowest sets the pace"))
+        text = ", ".join(f"{name} for {_some(who)}" for name, who in kinds.items())
+        found.append(warning("GPUs", f"they differ: {text}", "the slowest sets the pace"))
     return found
 
 
 def _some(reports: Sequence[RankReport]) -> str:
     """The names of ranks in a sentence: the first three, and how many more there are."""
-    told = ", ".join(report.who for report in reports[:3])
-    return told + (f" and {len(reports) - 3} more" if len(reports) > 3 else "")
+    names = ", ".join(report.who for report in reports[:3])
+    return names + (f" and {len(reports) - 3} more" if len(reports) > 3 else "")
 
 
 def _collect(store: Store, prefix: str, ranks: Iterable[int], timeout_s: float) -> dict[int, bytes]:
@@ -256,6 +256,6 @@ def _plain(finding: Finding) -> dict[str, Any]:
     return {**asdict(finding), "severity": finding.severity.value}
 
 
-def first_line(told: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters; its type without one."""
-    return str(told).strip().splitlines()[0][:200] if str(told).strip() else type(told).__name__
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

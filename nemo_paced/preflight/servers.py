@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from nemo_paced.config import RolloutPlacement
 from nemo_paced.errors import ConfigError
 from nemo_paced.preflight.findings import Finding, error
 from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.preflight.probe import probe_servers
+from nemo_paced.rollout.served import training_length
 from nemo_paced.run.checkpoint_files import checkpoints
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.backends import choose_backend
@@ -37,12 +39,12 @@ def own_servers(inputs: Inputs) -> Iterator[Finding]:
         beside = inputs.config.trainer.devices if separate else 0
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         replica_devices(rollout, gpu_count(), visible, first=beside)
-    except ConfigError as told:
-        yield error("rollout.num_replicas", str(told))
+    except ConfigError as refusal:
+        yield error("rollout.num_replicas", str(refusal))
     try:
         choose_backend(rollout, gpu_count(), [listen_address(rollout.host)])
-    except ConfigError as told:
-        yield error("rollout.refit", str(told))
+    except ConfigError as refusal:
+        yield error("rollout.refit", str(refusal))
 
 
 def endpoints(inputs: Inputs) -> Iterator[Finding]:
@@ -51,16 +53,16 @@ def endpoints(inputs: Inputs) -> Iterator[Finding]:
     Only those that this start is going to ask are checked.
     """
     config, data = inputs.config, inputs.config.data
-    response = max(data.max_response_length, config.evaluation.max_response_length or 0)
     if _student_is_asked(inputs):
-        longest = data.max_prompt_length + response
+        student = Path(config.student.hf_path)
+        longest = training_length(config, student, data.max_prompt_length)
         yield from _probed("rollout.endpoints", config.rollout.endpoints, longest)
     try:
         if to_be_sampled(config, inputs.run_dir):
             longest = data.max_teacher_prompt_length + data.max_response_length
             yield from _probed("references.endpoints", config.references.endpoints, longest)
-    except ConfigError as told:
-        yield error("references", str(told), "mend the file, or remove it to make it anew")
+    except ConfigError as refusal:
+        yield error("references", str(refusal), "mend the file, or remove it to make it anew")
 
 
 def _student_is_asked(inputs: Inputs) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from nemo_paced.hf.tokenizer import named_stop_ids
 from nemo_paced.preflight.findings import Finding, error, warning
 from nemo_paced.preflight.inputs import Inputs
 
@@ -50,7 +49,7 @@ def end_of_text(inputs: Inputs) -> Iterator[Finding]:
         return
     folders = Path(inputs.config.student.hf_path), Path(inputs.config.teacher_hf_path)
     ours, theirs = (
-        _stop_ids(tokenizer, folder)
+        named_stop_ids(tokenizer, folder)
         for tokenizer, folder in zip(
             (inputs.tokenizer, inputs.teacher_tokenizer), folders, strict=True
         )
@@ -89,13 +88,3 @@ def chat_templates(inputs: Inputs) -> Iterator[Finding]:
             "student's",
             "compare the two, or copy the teacher's chat_template to the student",
         )
-
-
-def _stop_ids(tokenizer: Any, folder: Path) -> set[int]:
-    """EOS ids of tokenizer and generation_config.json, as ``Prompts.stop_token_ids`` has them."""
-    ids = {tokenizer.eos_token_id}
-    path = folder / "generation_config.json"
-    if path.exists():
-        eos = json.loads(path.read_text()).get("eos_token_id")
-        ids |= set(eos if isinstance(eos, list) else [eos])
-    return ids - {None}

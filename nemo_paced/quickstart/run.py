@@ -30,6 +30,7 @@ from nemo_paced.logs import PART_VARIABLE
 from nemo_paced.records import Problem
 from nemo_paced.refit.file_transfer import send_files
 from nemo_paced.rollout.sampler import Sampler
+from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.run.progress import progress_bar, server_notes
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
@@ -57,6 +58,8 @@ def main(arguments: list[str]) -> None:
     if known.steps:
         overrides.append(f"trainer.max_steps={known.steps}")
     arms = [name for name in known.arms.split(",") if name]
+    if not arms:
+        raise PacedError(f"--arms names none; choose of {', '.join(ARMS)}")
     if unknown := [name for name in arms if name not in ARMS]:
         raise PacedError(f"--arms: no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
     signal.signal(signal.SIGTERM, _interrupt)  # ends its commands too
@@ -105,7 +108,8 @@ class Quickstart:
                 server_notes(bar),
                 max_model_len=self._longest_sequence(),
             ) as sampler:
-                with self._part("pass rates: 8 rollouts of the student a problem"):
+                count = self.config.weights.num_rollouts
+                with self._part(f"pass rates: {count} rollouts of the student a problem"):
                     prepare.estimate_pass_rates(
                         self.config, problems, sampler, self.out / "shared", step=0, bar=bar
                     )
@@ -139,7 +143,7 @@ class Quickstart:
                 f"references.path={references}",
                 "references.wrong=keep",  # the file says what was dropped
                 "references.max_attempts=null",
-                f"weights.pass_rates={self.out / 'shared' / prepare.PASS_RATES_FILE}",
+                f"weights.pass_rates={self.out / 'shared' / PASS_RATES_FILE}",
                 *ARMS[arm],
             ],
             {API_KEY_VARIABLE: key},
@@ -198,7 +202,7 @@ class Quickstart:
             f"\nreport       {report}\nresults      {self.out / 'results.json'}\n"
             f"runs         {', '.join(str(path) for path in runs.values())}\n"
             f"             each with metrics.jsonl, pass_rates.parquet, checkpoints/ and hf/\n"
-            f"pass rates   {self.out / 'shared' / prepare.PASS_RATES_FILE}\n"
+            f"pass rates   {self.out / 'shared' / PASS_RATES_FILE}\n"
             f"took         {time.monotonic() - self.began:.0f} s"
         )
 

@@ -66,7 +66,7 @@ def _accuracy_row(
     return [
         f"{suite} ({len(a.per_problem)})",
         label,
-        plus_minus(a) + (f" ({a.metric})" if a.metric else own_k),
+        a.plus_minus() + (f" ({a.metric})" if a.metric else own_k),
         *compared,
         "" if a.metric else f"{a.pass_at(min(samples)).mean:.3f}",
         "" if math.isnan(a.majority) else f"{a.majority:.3f}{own_k}",
@@ -98,15 +98,10 @@ def shown_baseline(baselines: Baselines) -> str:
     return names.pop() if len(names) == 1 else "its own base"
 
 
-def plus_minus(accuracy: Accuracy) -> str:
-    """An accuracy and its standard error: ``0.512 ± 0.021``."""
-    return f"{accuracy.mean:.3f}{_error(accuracy)}"
-
-
 def signed(difference: Difference) -> str:
     """A difference and its standard error, which is left out where there is no interval."""
     known = not math.isnan(difference.interval[0])
-    return f"{difference.mean:+.3f}{_error(difference) if known else ''}"
+    return f"{difference.mean:+.3f}" + (f" ± {difference.standard_error:.3f}" if known else "")
 
 
 def interval(difference: Difference) -> str:
@@ -119,7 +114,3 @@ def outcome(difference: Difference) -> str:
     """What a difference allows to be said: ``better``, ``worse`` or ``within noise``."""
     found = difference.verdict()
     return found if found in ("better", "worse") else WITHIN_NOISE
-
-
-def _error(value: Accuracy | Difference) -> str:
-    return "" if math.isnan(value.standard_error) else f" ± {value.standard_error:.3f}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import Results, ResultsFile
+from nemo_paced.run.config_file import METRICS_FILE, leaves
 from nemo_paced.run.environment import Start, read_starts
 from nemo_paced.teacher.fp8.certificate import Certificate
 
@@ -58,7 +59,7 @@ class RunFiles:
         run = RunFiles(
             directory=directory,
             config=config.read_text() if config.exists() else "",
-            rows=read_metrics(directory / "metrics.jsonl"),
+            rows=read_metrics(directory / METRICS_FILE),
             tables=read_tables(directory),
             evaluated=ResultsFile.read(path) if path.exists() else ResultsFile({}, {}),
             certificate=Certificate.read(directory),
@@ -75,7 +76,7 @@ class RunFiles:
         """The saved configuration as ``section.key`` -> value; lists whole, but for the stages."""
         import yaml
 
-        return _flat(yaml.safe_load(self.config) or {}) if self.config else {}
+        return leaves(yaml.safe_load(self.config) or {}) if self.config else {}
 
     def setting(self, key: str) -> Any:
         """A setting of the saved configuration; ``None`` where that does not have it."""
@@ -118,14 +119,3 @@ def read_tables(directory: Path) -> dict[int, Any]:
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise ConfigError(f"{path} is no pass-rate table that can be read: {error}") from error
     return tables
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found

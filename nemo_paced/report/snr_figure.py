@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from nemo_paced.report.drawing import BLUE, GREY, INK, ORANGE, PINK, WIDTH, style, to_svg
 from nemo_paced.snr.record import SnrRecord
-from nemo_paced.snr.summary import Row, Summary
+from nemo_paced.snr.summary import Summary, SummaryRow
 from nemo_paced.weights.beta_kernel import beta_weight
 
 
@@ -37,7 +37,7 @@ def _draw(record: SnrRecord, summary: Summary) -> Figure:
     return figure
 
 
-def _draw_snr(axes: Any, rows: list[Row], record: SnrRecord, summary: Summary) -> None:
+def _draw_snr(axes: Any, rows: list[SummaryRow], record: SnrRecord, summary: Summary) -> None:
     middle = np.array([(row.bin.low + row.bin.high) / 2 for row in rows])
     width = 0.8 * np.array([row.bin.high - row.bin.low for row in rows])
     found = [row.found for row in rows if row.found is not None]
@@ -66,7 +66,7 @@ def _draw_snr(axes: Any, rows: list[Row], record: SnrRecord, summary: Summary) -
     axes.set(ylabel="SNR / largest", ylim=(0, min(1.05 * top, 2.5)))
 
 
-def _draw_norms(axes: Any, rows: list[Row]) -> None:
+def _draw_norms(axes: Any, rows: list[SummaryRow]) -> None:
     middle = [(row.bin.low + row.bin.high) / 2 for row in rows]
     norms = [row.found.gradient_norm for row in rows if row.found is not None]
     axes.errorbar(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+from html import escape
 from pathlib import Path
 
 from rich.table import Table
 
+from nemo_paced.files import write_whole
 from nemo_paced.report import figures
 from nemo_paced.report.drawing import Line
 from nemo_paced.weights.simulation import (
@@ -69,7 +71,6 @@ def write_csv(path: Path, results: dict[str, Curves]) -> None:
 
 def write_figures(path: Path, results: dict[str, Curves]) -> None:
     """Write an HTML page, one figure a distribution; dashed: the plug-in's error at K = 8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for name, curves in results.items():
         lines: list[Line] = []
@@ -80,7 +81,7 @@ def write_figures(path: Path, results: dict[str, Curves]) -> None:
                 Line(estimator, curves.rollouts.tolist(), means, errors, colour=len(lines))
             )
         goal = lines[0].values[REFERENCE_ROLLOUTS - MIN_ROLLOUTS]
-        parts.append(f"<h2>{name}</h2>\n{figures.weight_errors(lines, goal)}")
+        parts.append(f"<h2>{escape(name)}</h2>\n{figures.weight_errors(lines, goal)}")
     title = "Error of the weights against rollouts"
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-    path.write_text(f"{head}\n<h1>{title}</h1>\n" + "\n".join(parts) + "\n</html>\n")
+    write_whole(path, f"{head}\n<h1>{title}</h1>\n" + "\n".join(parts) + "\n</html>\n")

@@ -8,7 +8,6 @@ sent. What was finished is in the store.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,18 +15,17 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from nemo_paced.config import PacedConfig, Precision
+from nemo_paced.config import GradingConfig, RolloutConfig
 from nemo_paced.data.prompts import Prompts
-from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.errors import RolloutError
 from nemo_paced.grading.grader import Grader
-from nemo_paced.hf.directory import context_length
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.refit.file_transfer import transfer_folder
 from nemo_paced.refit.meeting import Meeting, Sender
 from nemo_paced.refit.server_weights import ServerWeights
 from nemo_paced.rollout.sampling import SamplingSettings, sample_rollouts
+from nemo_paced.rollout.served import given_key
 from nemo_paced.rollout.store import RolloutStore
-from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.backends import choose_backend
 from nemo_paced.serving.client import RolloutClient
 from nemo_paced.serving.replicas import Replicas
@@ -47,10 +45,13 @@ class Sampler:
     Args:
         model_dir: Hugging Face directory to serve; with ``rollout.endpoints`` it only tells how
             large the weights are.
+        rollout: the servers, ours or somebody else's, and how they are asked.
+        grading: how responses are graded.
+        seed: the run's; each response has a seed of its own from it.
+        dtype: of the servers that we start, in vLLM's words.
+        max_model_len: their context, tokens.
         store_dir: where finished rollouts are appended.
         log_path: log of the first server.
-        prompt_limit: longest prompt, tokens; with the response limit the server's context.
-        max_model_len: the server's context in tokens, in place of that.
         notify: called with what starting servers say.
         meanwhile: called while servers of ours start, or at once where others run.
         trainer_gpus: how many GPUs of this node a trainer uses beside the servers.
@@ -58,25 +59,29 @@ class Sampler:
 
     def __init__(
         self,
-        config: PacedConfig,
         model_dir: Path,
+        rollout: RolloutConfig,
+        grading: GradingConfig,
         *,
+        seed: int,
+        dtype: str,
+        max_model_len: int,
         prompts: Prompts,
         store_dir: Path,
         log_path: Path,
-        prompt_limit: int,
-        max_model_len: int | None = None,
         notify: Callable[[str], None] | None = None,
         meanwhile: Callable[[], None] | None = None,
         trainer_gpus: int = 0,
     ) -> None:
-        self.config = config
         self.model_dir = model_dir
+        self.rollout = rollout
+        self.grading = grading
+        self.seed = seed
+        self.dtype = dtype
+        self.max_model_len = max_model_len
         self.prompts = prompts
         self.store_dir = store_dir
         self.log_path = log_path
-        self.prompt_limit = prompt_limit
-        self.max_model_len = max_model_len
         self.notify = notify
         self.meanwhile = meanwhile
         self.trainer_gpus = trainer_gpus
@@ -87,30 +92,30 @@ class Sampler:
     def __enter__(self) -> Sampler:
         with ExitStack() as stack:
             self.store = stack.enter_context(RolloutStore(self.store_dir))
-            self.grader = stack.enter_context(Grader(self.config.grading))
+            self.grader = stack.enter_context(Grader(self.grading))
             folder = Path(stack.enter_context(transfer_folder(_size(self.model_dir))))
-            if self.config.rollout.endpoints:
+            if self.rollout.endpoints:
                 if self.meanwhile:
                     self.meanwhile()
-                endpoints, self.api_key = list(self.config.rollout.endpoints), given_key()
+                endpoints, self.api_key = list(self.rollout.endpoints), given_key()
                 hosts = [urlsplit(endpoint).hostname or "" for endpoint in endpoints]
-                backend = choose_backend(self.config.rollout, gpu_count(), hosts)
+                backend = choose_backend(self.rollout, gpu_count(), hosts)
             else:
                 self.replicas = stack.enter_context(
-                    make_replicas(
-                        self.config,
+                    Replicas(
                         self.model_dir,
-                        self.prompt_limit,
-                        self.log_path,
-                        trainer_gpus=self.trainer_gpus,
+                        self.rollout,
                         max_model_len=self.max_model_len,
+                        dtype=self.dtype,
+                        log_path=self.log_path,
+                        trainer_gpus=self.trainer_gpus,
                     )
                 )
                 self.replicas.start(progress=self.notify, meanwhile=self.meanwhile)
                 endpoints, self.api_key = self.replicas.endpoints, self.replicas.api_key
                 backend = self.replicas.backend
             self.client = self._new_client(endpoints)
-            self.weights = ServerWeights(self.client, backend, self.config.rollout.swap, folder)
+            self.weights = ServerWeights(self.client, backend, self.rollout.swap, folder)
             self._sleep()
             self._stack = stack.pop_all()
         return self
@@ -147,8 +152,8 @@ class Sampler:
                 step=step,
                 purpose=purpose,
                 settings=settings,
-                samples_per_request=self.config.rollout.max_num_seqs,
-                run_seed=self.config.model.seed,
+                samples_per_request=self.rollout.max_num_seqs,
+                run_seed=self.seed,
                 grader=self.grader,
                 num_samples=num_samples,
                 progress=progress,
@@ -225,86 +230,16 @@ class Sampler:
         return self.client if every else self._new_client(endpoints)
 
     def _new_client(self, endpoints: Sequence[str]) -> RolloutClient:
-        rollout = self.config.rollout
         return RolloutClient(
             endpoints,
             self.api_key,
-            max_in_flight=rollout.max_in_flight,
-            request_timeout_s=rollout.request_timeout_s,
+            max_in_flight=self.rollout.max_in_flight,
+            request_timeout_s=self.rollout.request_timeout_s,
             revive=self._revive,
-            patience_s=RETURN_S + (0 if self.replicas is None else rollout.start_timeout_s),
+            patience_s=RETURN_S + (0 if self.replicas is None else self.rollout.start_timeout_s),
         )
-
-
-def make_replicas(
-    config: PacedConfig,
-    model_dir: Path,
-    prompt_limit: int,
-    log_path: Path,
-    *,
-    max_model_len: int | None = None,
-    api_key: str | None = None,
-    trainer_gpus: int = 0,
-) -> Replicas:
-    """The servers of a model as the configuration wants them, not started yet.
-
-    Args:
-        prompt_limit: longest prompt, tokens.
-        max_model_len: longest prompt plus response; ``None``: what training needs.
-    """
-    return Replicas(
-        model_dir,
-        config.rollout,
-        max_model_len=max_model_len or training_length(config, model_dir, prompt_limit),
-        dtype=served_dtype(config),
-        log_path=log_path,
-        api_key=api_key,
-        trainer_gpus=trainer_gpus,
-    )
 
 
 def _size(folder: Path) -> int:
     """Bytes of a model's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def served_dtype(config: PacedConfig) -> str:
-    """The dtype of the servers that we start: ``rollout.dtype``, else the trainer's precision."""
-    if config.rollout.dtype != "auto":
-        return config.rollout.dtype
-    names = {Precision.fp32: "float32", Precision.bf16: "bfloat16"}
-    return names[config.trainer.compute_precision]
-
-
-def training_length(config: PacedConfig, model_dir: Path, prompt_limit: int) -> int:
-    """Longest prompt plus response that a server beside the trainer is asked for, tokens."""
-    needed = prompt_limit + config.data.max_response_length
-    if not config.trainer.val_check_interval:
-        return needed
-    return max(needed, prompt_limit + evaluation_length(config, model_dir, prompt_limit))
-
-
-def evaluation_length(config: PacedConfig, model_dir: Path, prompt_limit: int) -> int:
-    """Longest response when held-out problems are sampled, in tokens.
-
-    It is ``evaluation.max_response_length``, or the part of the model's context that the longest
-    prompt leaves, if that is less.
-    """
-    wanted = config.evaluation.max_response_length or config.data.max_response_length
-    context = context_length(model_dir)
-    return wanted if context is None else max(1, min(wanted, context - prompt_limit))
-
-
-def given_key() -> str:
-    """The API key of the servers of ``rollout.endpoints``, which the environment holds.
-
-    Raises:
-        ConfigError: the environment has none.
-    """
-    key = os.environ.get(API_KEY_VARIABLE, "")
-    if not key:
-        raise ConfigError(
-            f"rollout.endpoints is set but the environment variable {API_KEY_VARIABLE} is not: "
-            "export the key that the server was started with"
-        )
-    return key

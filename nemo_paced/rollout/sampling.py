@@ -113,13 +113,13 @@ def sample_rollouts(
 
 
 def in_requests(missing: Sequence[int], limit: int) -> list[list[int]]:
-    """The sample numbers of each request, at most ``limit`` of them.
+    """The sample numbers of each request: consecutive ones, at most ``limit`` of them.
 
     They are cut at multiples of the limit, whatever is missing: what a killed run asks for again
-    are the same requests with the same seeds. Of one request's samples the first ones are stored
-    first, so what is missing of it is consecutive, as long as the limit stays the same.
+    are the same requests with the same seeds, as long as the limit stays the same.
     """
-    return [list(group) for _, group in groupby(missing, key=lambda sample: sample // limit)]
+    numbered = groupby(enumerate(missing), key=lambda each: (each[1] // limit, each[1] - each[0]))
+    return [[sample for _, sample in group] for _, group in numbered]
 
 
 def long_tail_first(

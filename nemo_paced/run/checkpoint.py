@@ -42,12 +42,12 @@ from nemo_paced.run.checkpoint_files import (
     read_state,
     record_sizes,
 )
+from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.student.model import Student
 from nemo_paced.student.optimizer import make_moments, steps_aside
 
 logger = logging.getLogger(__name__)
 
-PASS_RATES_FILE = "pass_rates.parquet"
 HF_FOLDER = "hf"
 # torch's CheckpointException is no Exception
 _FAILURES = (Exception, CheckpointException)

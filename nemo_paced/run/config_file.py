@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -10,6 +11,7 @@ from nemo_paced.config import PacedConfig, to_dict
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+PASS_RATES_FILE = "pass_rates.parquet"
 
 
 def run_of(model: Path) -> Path | None:
@@ -26,3 +28,17 @@ def save_config(config: PacedConfig, run_dir: Path) -> Path:
     path = run_dir / CONFIG_FILE
     path.write_text(OmegaConf.to_yaml(to_dict(config)))
     return path
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of a configuration as plain data by dotted key.
+
+    Lists of blocks are indexed (``stages[0].name``), other lists are values.
+    """
+    if isinstance(tree, list) and any(isinstance(each, dict) for each in tree):
+        inner = {f"{prefix}[{index}]": each for index, each in enumerate(tree)}
+    elif isinstance(tree, dict) and tree:
+        inner = {f"{prefix}.{key}" if prefix else str(key): each for key, each in tree.items()}
+    else:
+        return {prefix: tree}
+    return {key: leaf for name, each in inner.items() for key, leaf in leaves(each, name).items()}

@@ -80,11 +80,11 @@ def record_start(run_dir: Path, parallel: Parallel, step: int) -> None:
     if parallel.rank:
         parallel.messages.publish(key.format(parallel.rank), own)
         return
-    told = [own]
+    answers = [own]
     for rank in range(1, parallel.world_size):
-        told.append(parallel.messages.wait(key.format(rank), _RANK_TIMEOUT_S))
+        answers.append(parallel.messages.wait(key.format(rank), _RANK_TIMEOUT_S))
         parallel.messages.forget(key.format(rank))
-    hosts, devices = zip(*told, strict=True)
+    hosts, devices = zip(*answers, strict=True)
     start = _start(step, len(set(hosts)), dict(Counter(devices)))
     _write(run_dir, [*read_starts(run_dir), start])
 

@@ -15,6 +15,7 @@ from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.errors import CheckpointError
 from nemo_paced.files import digest
 from nemo_paced.records import Problem
+from nemo_paced.run.config_file import leaves
 
 DATA_FILE = "data_fingerprint.json"
 
@@ -81,7 +82,7 @@ def check_config(saved: dict[str, Any], config: PacedConfig, where: Path) -> Non
     Raises:
         CheckpointError: names every such key with both values.
     """
-    before, now = _flat(saved), _flat(to_dict(config))
+    before, now = leaves(saved), leaves(to_dict(config))
     differences = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -115,23 +116,12 @@ def check_data(run_dir: Path, problems: Sequence[Problem]) -> None:
         "removed": [i for i in before if i not in now],
         "changed": [i for i in now if i in before and now[i] != before[i]],
     }
-    told = [f"{len(ids)} {kind} ({', '.join(ids[:3])})" for kind, ids in kinds.items() if ids]
+    parts = [f"{len(ids)} {kind} ({', '.join(ids[:3])})" for kind, ids in kinds.items() if ids]
     raise CheckpointError(
         f"data.problems differs from what {run_dir} was started with: "
-        f"{'; '.join(told) or 'the same problems in another order'}. Give it the same file, or "
+        f"{'; '.join(parts) or 'the same problems in another order'}. Give it the same file, or "
         "choose another exp_manager.name for a new run"
     )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted leaves of a config tree; lists are indexed."""
-    if isinstance(tree, dict):
-        pairs = [(f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items()]
-    elif isinstance(tree, list):
-        pairs = [(f"{prefix}[{index}]", value) for index, value in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    return {key: leaf for name, value in pairs for key, leaf in _flat(value, name).items()}
 
 
 def _changeable(key: str) -> bool:

@@ -26,9 +26,9 @@ class Loggers:
         for each in self._loggers:
             each.log_metrics(values, step=step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         for each in self._loggers:
-            each.finalize("success")
+            each.finalize("failed" if failed else "success")
 
 
 def open_loggers(config: PacedConfig, run_dir: Path) -> Loggers:

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from nemo_paced.config import PacedConfig
+from nemo_paced.run.config_file import METRICS_FILE
 from nemo_paced.run.loggers import Loggers, open_loggers
 from nemo_paced.run.metrics import MetricsFile
 
@@ -129,17 +130,15 @@ class RunLog:
     def __enter__(self) -> RunLog:
         self.bar.start()
         if self.enabled:
-            self._metrics = MetricsFile(
-                self.run_dir / "metrics.jsonl", next_step=self.first_step + 1
-            )
+            self._metrics = MetricsFile(self.run_dir / METRICS_FILE, next_step=self.first_step + 1)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.bar.stop()
         if self.enabled:
             self._metrics.close()
             if self._loggers is not None:
-                self._loggers.close()
+                self._loggers.close(failed=kind is not None)
 
     def open_loggers(self) -> None:
         """Open NeMo's loggers, unless they are open.

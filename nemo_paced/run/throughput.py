@@ -6,6 +6,7 @@ recomputed), 3 forwards for forward and backward. Peaks are the data sheets' (``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -35,16 +36,16 @@ class Throughput:
         """Tokens/s, TFLOP/s per rank and MFU of a step that has trained on ``items``."""
         seconds = result.teacher_s + result.student_s
         student = self.student_flops(items) / self.student_ranks
-        told = {
+        metrics = {
             "throughput/tokens_per_second": result.tokens / seconds,
             "throughput/student_tflops_per_rank": student / result.student_s / 1e12,
         }
         if result.cached == 0 and result.teacher_s > 0 and not self.separate:
             teacher = self.teacher_flops(items) / self.teacher_ranks
-            told["throughput/teacher_tflops_per_rank"] = teacher / result.teacher_s / 1e12
+            metrics["throughput/teacher_tflops_per_rank"] = teacher / result.teacher_s / 1e12
         if self.peak is not None:
-            told["throughput/mfu"] = student / result.student_s / self.peak
-        return told
+            metrics["throughput/mfu"] = student / result.student_s / self.peak
+        return metrics
 
     def student_flops(self, items: Sequence[TrainItem]) -> float:
         """Model FLOPs of the student's forward and backward on ``items``.
@@ -71,10 +72,19 @@ class Throughput:
 
 def peak_flops(device: torch.device) -> float | None:
     """The bf16 peak of a GPU, FLOP/s; ``None`` where it is not known (every CPU)."""
-    if device.type != "cuda":
+    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def named_peak(name: str) -> float | None:
+    """The bf16 peak, FLOP/s, of a GPU by the name that the driver gives it.
+
+    ``None`` for one that is not known: the H100 and H200 on PCIe and their NVL pairs are slower
+    than those of SXM boards, and a GB200 is no B200.
+    """
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & {"h100", "h200"} and words & {"pcie", "nvl"}:
         return None
-    name = torch.cuda.get_device_name(device).lower()
-    return next((gpu.bf16 for key, gpu in GPUS.items() if key in name), None)
+    return next((gpu.bf16 for key, gpu in GPUS.items() if key in words), None)
 
 
 def _length(prompt: tuple[int, ...], item: TrainItem) -> int:

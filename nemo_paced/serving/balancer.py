@@ -83,9 +83,9 @@ class Balancer:
         try:
             await asyncio.wait_for(self._changed.wait(), self._patience_s)
         except TimeoutError:
-            told = "; ".join(f"{e}: {error}" for e, error in self._last_error.items())
+            errors = "; ".join(f"{e}: {error}" for e, error in self._last_error.items())
             raise RolloutError(
-                f"no rollout server has answered for {self._patience_s:g} s ({told})"
+                f"no rollout server has answered for {self._patience_s:g} s ({errors})"
             ) from None
 
     async def _bring_back(self, endpoint: str) -> None:

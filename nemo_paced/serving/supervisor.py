@@ -32,11 +32,11 @@ def main(command: list[str]) -> int:
         stdin=subprocess.PIPE,  # open as long as this process lives
         start_new_session=True,
     )
-    told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    ordered = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ordered.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing the pipe
-    _at_end_of_file(told.set)
-    _in_thread(lambda: _end_group_when(told, leader))
+    _at_end_of_file(ordered.set)
+    _in_thread(lambda: _end_group_when(ordered, leader))
     code = leader.wait()
     _signal_group(leader.pid, signal.SIGKILL)  # what is left of the group, such as helpers
     return code
@@ -66,9 +66,9 @@ def _in_thread(act: Callable[[], None]) -> None:
     threading.Thread(target=act, daemon=True).start()
 
 
-def _end_group_when(told: threading.Event, leader: subprocess.Popen[bytes]) -> None:
+def _end_group_when(ordered: threading.Event, leader: subprocess.Popen[bytes]) -> None:
     """End the leader's group, by force after ``GRACE_S``; in a thread, which ends with ``main``."""
-    told.wait()
+    ordered.wait()
     _signal_group(leader.pid, signal.SIGTERM)
     time.sleep(GRACE_S)
     _signal_group(leader.pid, signal.SIGKILL)

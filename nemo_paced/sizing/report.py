@@ -11,7 +11,7 @@ from nemo_paced.config import Recompute, TeacherPlacement
 from nemo_paced.sizing.flops import kv_cache_tokens, rollout_seconds, step_flops
 from nemo_paced.sizing.hardware import GIB
 from nemo_paced.sizing.parameters import model_parameters
-from nemo_paced.sizing.search import Candidate, Problem, lacking_gpus
+from nemo_paced.sizing.search import Candidate, PlanRequest, lacking_gpus
 from nemo_paced.sizing.shapes import Layout, Work
 
 _PARTS = {
@@ -27,7 +27,7 @@ _PARTS = {
 }
 
 
-def memory_table(candidate: Candidate, problem: Problem) -> Table:
+def memory_table(candidate: Candidate, request: PlanRequest) -> Table:
     """Table of the GiB of a rank of each pipeline stage, part by part."""
     table = Table(title=f"GiB a GPU: {describe(candidate)}", title_justify="left")
     table.add_column("")
@@ -38,37 +38,37 @@ def memory_table(candidate: Candidate, problem: Problem) -> Table:
     table.add_section()
     table.add_row("student's phase", *(_gib(m.student_phase) for m in candidate.stages))
     table.add_row("teacher's phase", *(_gib(m.teacher_phase) for m in candidate.stages))
-    if server := problem.server:
+    if server := request.server:
         sharing = server.stages(candidate.layout)
         others = [""] * (len(candidate.stages) - sharing)
         which = "rank 0's GPU" if server.gpus == 1 else f"the first {server.gpus} GPUs"
         table.add_row(f"rollout server ({which})", *[_gib(server.memory)] * sharing, *others)
-    table.add_row("reserve", *[_gib(problem.assume.reserve)] * len(candidate.stages))
+    table.add_row("reserve", *[_gib(request.assume.reserve)] * len(candidate.stages))
     return table
 
 
-def verdict(candidate: Candidate, problem: Problem) -> str:
+def verdict(candidate: Candidate, request: PlanRequest) -> str:
     """Whether a layout fits, by how much, and what to change where it does not; one sentence."""
-    gpu = problem.cluster.gpu
+    gpu = request.cluster.gpu
     room = gpu.memory - candidate.needed
-    told = f"fits with {_gib(room)} GiB to spare" if room >= 0 else (
+    text = f"fits with {_gib(room)} GiB to spare" if room >= 0 else (
         f"does not fit: {_gib(-room)} GiB too much"
     )  # fmt: skip
-    if lacking := lacking_gpus(candidate, problem):
-        told += (
+    if lacking := lacking_gpus(candidate, request):
+        text += (
             f"; the rollout servers need {lacking} GPUs more than the first node has: lower "
             "rollout.num_replicas or rollout.tensor_parallel_size, or serve on other GPUs "
             "(rollout.placement=separate)"
         )
-    return f"fullest GPU {_gib(candidate.needed)} of {_gib(gpu.memory)} GiB ({gpu.name}): {told}"
+    return f"fullest GPU {_gib(candidate.needed)} of {_gib(gpu.memory)} GiB ({gpu.name}): {text}"
 
 
-def time_lines(candidate: Candidate, problem: Problem) -> Iterator[str]:
+def time_lines(candidate: Candidate, request: PlanRequest) -> Iterator[str]:
     """Lines on a layout's FLOPs, seconds, tokens a second, hours and rollouts."""
     work, time = candidate.work, candidate.time
     flops = asdict(
         step_flops(
-            problem.student, problem.teacher, candidate.layout, candidate.teacher, work
+            request.student, request.teacher, candidate.layout, candidate.teacher, work
         )
     )  # fmt: skip
     yield "FLOPs a step: " + _joined({k: f"{v:.3g}" for k, v in flops.items()})
@@ -81,40 +81,40 @@ def time_lines(candidate: Candidate, problem: Problem) -> Iterator[str]:
         f"{responses / time.total:,.0f} response tokens/s; {work.max_steps} steps: {hours:.2f} h, "
         f"{candidate.gpu_hours:.1f} GPU-hours"
     )
-    held = kv_cache_tokens(problem.student, work, problem.served, problem.assume)
+    held = kv_cache_tokens(request.student, work, request.served, request.assume)
     estimate = rollout_seconds(
-        problem.student,
+        request.student,
         1000 * work.num_rollouts,
         work,
-        problem.cluster,
-        problem.served,
-        problem.assume,
+        request.cluster,
+        request.served,
+        request.assume,
     )
     yield (
-        f"rollout servers: {_servers(problem)}; KV cache of {held:,.0f} tokens in each; pass rates "
+        f"rollout servers: {_servers(request)}; KV cache of {held:,.0f} tokens in each; pass rates "
         f"of 1,000 problems with {work.num_rollouts} rollouts each: {estimate / 60:.1f} min"
     )
 
 
-def _servers(problem: Problem) -> str:
+def _servers(request: PlanRequest) -> str:
     """Number of the rollout servers, and the GPUs they take."""
-    served = problem.served
+    served = request.served
     of = f"{served.replicas} of {served.tensor} GPU{'s' if served.tensor > 1 else ''}"
-    if problem.server is not None:
+    if request.server is not None:
         return f"{of}, on the trainer's first {served.gpus}"
     return f"{of}, {served.gpus} GPUs beside those counted here"
 
 
-def assumption_lines(problem: Problem, work: Work) -> Iterator[str]:
+def assumption_lines(request: PlanRequest, work: Work) -> Iterator[str]:
     """Lines on the data sheet, the lengths and every other assumption behind a plan."""
-    gpu = problem.cluster.gpu
+    gpu = request.cluster.gpu
     yield (
         f"{gpu.name}: {gpu.bf16 / 1e12:.0f} bf16 and {gpu.fp8 / 1e12:.0f} fp8 TFLOP/s, "
         f"{gpu.hbm / 1e12:.2f} TB/s memory, {gpu.nvlink / 1e9:.0f} GB/s NVLink, "
         f"{gpu.network / 1e9:.0f} GB/s network and {gpu.pcie / 1e9:.0f} GB/s PCIe, each way "
         "(data sheets)"
     )
-    yield from problem.assume.lines()
+    yield from request.assume.lines()
     yield (
         f"tokens of a problem: memory for the longest, {work.prompt} (teacher "
         f"{work.teacher_prompt}) + {work.response}; time for "
@@ -172,8 +172,8 @@ def overrides(candidate: Candidate, gpus_per_node: int) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def models_line(problem: Problem) -> str:
-    student, teacher = model_parameters(problem.student), model_parameters(problem.teacher)
+def models_line(request: PlanRequest) -> str:
+    student, teacher = model_parameters(request.student), model_parameters(request.teacher)
     return f"student {student / 1e9:.2f} B parameters, teacher {teacher / 1e9:.2f} B"
 
 
@@ -190,7 +190,7 @@ def describe_layout(layout: Layout) -> str:
         "EP": layout.expert,
         "DP": layout.data,
     }
-    told = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 GPU"
+    text = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 GPU"
     extras = [
         *(["SP"] if layout.sequence_parallel else []),
         *(["distributed optimizer"] if layout.distributed_optimizer else []),
@@ -200,7 +200,7 @@ def describe_layout(layout: Layout) -> str:
             else []
         ),
     ]
-    return ", ".join([told, *extras])
+    return ", ".join([text, *extras])
 
 
 def describe_teacher(candidate: Candidate) -> str:

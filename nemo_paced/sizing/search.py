@@ -23,7 +23,7 @@ POWERS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class PlanRequest:
     """Models, cluster and rollout servers that a plan is made for.
 
     Attributes:
@@ -73,58 +73,68 @@ class Candidate:
         return self.gpus * self.time.total * self.work.max_steps / 3600
 
 
-def evaluate(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work) -> Candidate:
+def evaluate(request: PlanRequest, layout: Layout, teacher: TeacherPlan, work: Work) -> Candidate:
     """The layout as a candidate, with its memory, step time and whether it fits."""
-    stages = tuple(stages_memory(problem.student, problem.teacher, layout, teacher, work))
-    server = problem.server
-    needed = problem.assume.reserve + max(
+    stages = tuple(stages_memory(request.student, request.teacher, layout, teacher, work))
+    server = request.server
+    needed = request.assume.reserve + max(
         memory.peak + (server.memory if server and stage < server.stages(layout) else 0.0)
         for stage, memory in enumerate(stages)
     )
     if teacher.placement is TeacherPlacement.separate:  # on the GPUs behind the student's
         beside = server.memory if server and server.gpus > layout.world_size else 0.0
-        needed = max(needed, _separate_teacher(problem, layout, teacher, work) + beside)
+        needed = max(needed, _separate_teacher(request, layout, teacher, work) + beside)
     time = step_time(
-        problem.student,
-        problem.teacher,
+        request.student,
+        request.teacher,
         layout,
         teacher,
         work,
-        problem.cluster,
-        problem.served,
-        problem.assume,
+        request.cluster,
+        request.served,
+        request.assume,
     )
     found = Candidate(layout, teacher, work, stages, needed, True, time)
-    fits = needed <= problem.cluster.gpu.memory and not lacking_gpus(found, problem)
+    fits = needed <= request.cluster.gpu.memory and not lacking_gpus(found, request)
     return replace(found, fits=fits)
 
 
-def lacking_gpus(candidate: Candidate, problem: Problem) -> int:
+def lacking_gpus(candidate: Candidate, request: PlanRequest) -> int:
     """GPUs that the rollout servers need beyond those of the first node; 0: they have enough."""
-    if problem.server is None:
+    if request.server is None:
         return 0
-    return max(0, problem.server.gpus - min(candidate.gpus, problem.cluster.gpus_per_node))
+    return max(0, request.server.gpus - min(candidate.gpus, request.cluster.gpus_per_node))
 
 
 def search(
-    problem: Problem, work: Work, *, gpus: int, fp8: bool, placements: tuple[TeacherPlacement, ...]
+    request: PlanRequest,
+    work: Work,
+    *,
+    gpus: int,
+    fp8: bool,
+    placements: tuple[TeacherPlacement, ...],
 ) -> list[Candidate]:
     """Every layout of ``gpus`` GPUs that fits, cheapest first."""
     found = [
         candidate
-        for layout, teacher in _layouts(problem, gpus, fp8=fp8, placements=placements)
+        for layout, teacher in _layouts(request, gpus, fp8=fp8, placements=placements)
         for sized in _micro_batches(work)
-        if (candidate := evaluate(problem, layout, teacher, sized)).fits
+        if (candidate := evaluate(request, layout, teacher, sized)).fits
     ]
     return sorted(found, key=_cost)
 
 
 def fewest_gpus(
-    problem: Problem, work: Work, *, limit: int, fp8: bool, placements: tuple[TeacherPlacement, ...]
+    request: PlanRequest,
+    work: Work,
+    *,
+    limit: int,
+    fp8: bool,
+    placements: tuple[TeacherPlacement, ...],
 ) -> list[Candidate]:
     """The fitting layouts of the smallest number of GPUs (a power of two) that has one."""
     for gpus in itertools.takewhile(lambda n: n <= limit, (2**k for k in range(20))):
-        found = search(problem, work, gpus=gpus, fp8=fp8, placements=placements)
+        found = search(request, work, gpus=gpus, fp8=fp8, placements=placements)
         if found:
             return found
     return []
@@ -159,7 +169,7 @@ def _micro_batches(work: Work) -> Iterator[Work]:
 
 
 def _layouts(
-    problem: Problem, gpus: int, *, fp8: bool, placements: tuple[TeacherPlacement, ...]
+    request: PlanRequest, gpus: int, *, fp8: bool, placements: tuple[TeacherPlacement, ...]
 ) -> Iterator[tuple[Layout, TeacherPlan]]:
     for placement in placements:
         if placement is TeacherPlacement.separate:
@@ -167,8 +177,8 @@ def _layouts(
         else:
             splits = [(gpus, gpus)]
         for student_gpus, teacher_gpus in splits:
-            for layout in cuts(problem.student, problem.cluster, student_gpus, trained=True):
-                for own in cuts(problem.teacher, problem.cluster, teacher_gpus, trained=False):
+            for layout in cuts(request.student, request.cluster, student_gpus, trained=True):
+                for own in cuts(request.teacher, request.cluster, teacher_gpus, trained=False):
                     yield layout, TeacherPlan(own, placement, fp8)
 
 
@@ -210,8 +220,10 @@ def divides(shape: Architecture, tensor: int, pipeline: int) -> bool:
     return not any(size % tensor for size in columns) and shape.num_layers % pipeline == 0
 
 
-def _separate_teacher(problem: Problem, layout: Layout, teacher: TeacherPlan, work: Work) -> float:
+def _separate_teacher(
+    request: PlanRequest, layout: Layout, teacher: TeacherPlan, work: Work
+) -> float:
     """Bytes of a GPU that holds the teacher alone, reserve included."""
     alone = replace(teacher, placement=TeacherPlacement.colocated)
-    memory = stages_memory(problem.student, problem.teacher, layout, alone, work)[0]
-    return problem.assume.reserve + memory.teacher + memory.teacher_work
+    memory = stages_memory(request.student, request.teacher, layout, alone, work)[0]
+    return request.assume.reserve + memory.teacher + memory.teacher_work

@@ -20,6 +20,7 @@ from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
 from nemo_paced.records import Response
 from nemo_paced.rollout.sampler import Sampler
+from nemo_paced.rollout.served import served_dtype, training_length
 from nemo_paced.run.progress import bar_task, progress_bar, server_notes
 from nemo_paced.snr.estimates import BlockSums
 from nemo_paced.snr.identity import measurement_identity, rollout_purpose, sampling_settings
@@ -100,8 +101,8 @@ class SnrDriver:
         self.problems = {p.id: p for p in problems if p.id in measured}
         prepare.check_prompts(list(self.problems.values()), self.prompts)
         self.record = self._record(table)
-        if told := doubt(self.record):
-            logger.warning("snr: %s; --pass-rates FILE gives a table of this very model", told)
+        if reason := doubt(self.record):
+            logger.warning("snr: %s; --pass-rates FILE gives a table of this very model", reason)
         self._stack = ExitStack()
 
     def __enter__(self) -> SnrDriver:
@@ -125,17 +126,21 @@ class SnrDriver:
                 self.config, self.all_problems, self.prompts, self.run_dir, self.bar
             )
             return
-        folder = self.out.with_suffix("")
+        folder, config = self.out.with_suffix(""), self.config
+        served = self.model if is_hf(self.model) else Path(config.student.hf_path)
         self.sampler = self._stack.enter_context(
             Sampler(
-                self.config,
-                self.model if is_hf(self.model) else Path(self.config.student.hf_path),
+                served,
+                config.rollout,
+                config.grading,
+                seed=config.model.seed,
+                dtype=served_dtype(config),
+                max_model_len=training_length(config, served, config.data.max_prompt_length),
                 prompts=self.prompts,
                 store_dir=folder / "rollouts",
                 log_path=folder / "servers" / "student" / "server.log",
-                prompt_limit=self.config.data.max_prompt_length,
                 notify=server_notes(self.bar),
-                trainer_gpus=self.config.trainer.devices,
+                trainer_gpus=config.trainer.devices,
             )
         )
 

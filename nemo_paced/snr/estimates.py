@@ -48,7 +48,7 @@ class BlockSums:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class SnrEstimate:
     """A figure with its standard error and a 95 % interval (Student's t over the blocks)."""
 
     value: float
@@ -72,10 +72,10 @@ class BinEstimate:
     """
 
     count_B: np.ndarray
-    plain: Estimate
-    snr_squared: Estimate
-    signal: Estimate
-    gradient_norm: Estimate
+    plain: SnrEstimate
+    snr_squared: SnrEstimate
+    signal: SnrEstimate
+    gradient_norm: SnrEstimate
     without_B: np.ndarray
     signal_without_B: np.ndarray
 
@@ -120,7 +120,7 @@ def estimate_bin(sums: BlockSums) -> BinEstimate | None:
     )
 
 
-def jackknife(value_E: np.ndarray, count_B: np.ndarray) -> Estimate:
+def jackknife(value_E: np.ndarray, count_B: np.ndarray) -> SnrEstimate:
     """An estimate with the delete-a-group jackknife's interval for groups of unequal size.
 
     With h_b = n / n_b and pseudo-values h_b x - (h_b - 1) x_(b), the variance is the mean of
@@ -132,7 +132,7 @@ def jackknife(value_E: np.ndarray, count_B: np.ndarray) -> Estimate:
     """
     value, error = float(value_E[0]), float(np.sqrt(jackknife_variance(value_E, count_B)))
     reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(count_B) - 1))
-    return Estimate(value, error, value - reach, value + reach)
+    return SnrEstimate(value, error, value - reach, value + reach)
 
 
 def jackknife_variance(value_E: np.ndarray, count_B: np.ndarray) -> float:

@@ -14,8 +14,8 @@ from nemo_paced.config import PacedConfig, ResponseSource, to_dict
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.files import digest
 from nemo_paced.records import PassRate, Problem
-from nemo_paced.rollout.sampler import served_dtype
 from nemo_paced.rollout.sampling import SamplingSettings
+from nemo_paced.rollout.served import served_dtype
 from nemo_paced.snr.plan import is_hf, what_is_measured
 from nemo_paced.teacher.cache import model_identity
 

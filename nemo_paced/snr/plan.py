@@ -18,8 +18,8 @@ from nemo_paced.config import (
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.records import PassRate
-from nemo_paced.run.checkpoint import PASS_RATES_FILE
 from nemo_paced.run.checkpoint_files import STATE_FILE, read_state
+from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.snr.estimates import MIN_BLOCKS
 from nemo_paced.weights.prior import fit_prior
 

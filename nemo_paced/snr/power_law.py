@@ -15,7 +15,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from nemo_paced.errors import ConfigError
-from nemo_paced.snr.estimates import CONFIDENCE, BinEstimate, Estimate, jackknife_variance
+from nemo_paced.snr.estimates import CONFIDENCE, BinEstimate, SnrEstimate, jackknife_variance
 from nemo_paced.snr.profile import Profile
 from nemo_paced.weights.theory import variance_ratio
 
@@ -35,8 +35,8 @@ class PowerLaw:
         counts_JB: problems of each bin's blocks.
     """
 
-    a: Estimate
-    b: Estimate
+    a: SnrEstimate
+    b: SnrEstimate
     scale: float
     refits_JE2: Sequence[np.ndarray]
     counts_JB: Sequence[np.ndarray]
@@ -52,7 +52,7 @@ class PowerLaw:
 
 
 def fit_power_law(
-    profile: Profile, figure: Callable[[BinEstimate], tuple[Estimate, np.ndarray]]
+    profile: Profile, figure: Callable[[BinEstimate], tuple[SnrEstimate, np.ndarray]]
 ) -> PowerLaw | None:
     """Fit c p^a (1-p)^b by least squares, each bin weighted with its inverse variance.
 
@@ -88,7 +88,7 @@ def fit_power_law(
 
 def measured_ratio(
     alpha: float, beta: float, snr_law: PowerLaw, signal_law: PowerLaw
-) -> Estimate | None:
+) -> SnrEstimate | None:
     """The variance ratio R of a kernel under fitted exponents (``theory.variance_ratio``).
 
     Its interval is that of log R, transformed.
@@ -114,25 +114,25 @@ def measured_ratio(
     log = _across_bins(logs_JE, snr_law.counts_JB)
     value = float(np.exp(log.value))
     low, high = np.exp([log.low, log.high])
-    return Estimate(value, value * log.standard_error, float(low), float(high))
+    return SnrEstimate(value, value * log.standard_error, float(low), float(high))
 
 
-def _exponent(value_JE: Sequence[np.ndarray], counts_JB: Sequence[np.ndarray]) -> Estimate:
+def _exponent(value_JE: Sequence[np.ndarray], counts_JB: Sequence[np.ndarray]) -> SnrEstimate:
     found = _across_bins(value_JE, counts_JB)
     if np.abs(found.value - np.array(EXPONENT_BOUNDS)).min() > AT_BOUND:
         return found
     # at a bound the refits stay there too, and their variance would be too small
-    return Estimate(found.value, np.inf, -np.inf, np.inf)
+    return SnrEstimate(found.value, np.inf, -np.inf, np.inf)
 
 
-def _across_bins(value_JE: Sequence[np.ndarray], counts_JB: Sequence[np.ndarray]) -> Estimate:
+def _across_bins(value_JE: Sequence[np.ndarray], counts_JB: Sequence[np.ndarray]) -> SnrEstimate:
     """The estimate from all blocks, with an interval from the bins' jackknife variances."""
     pairs = zip(value_JE, counts_JB, strict=True)
     error = float(np.sqrt(sum(jackknife_variance(value_E, count_B) for value_E, count_B in pairs)))
     degrees = min(len(count_B) for count_B in counts_JB) - 1
     reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
     value = float(value_JE[0][0])
-    return Estimate(value, error, value - reach, value + reach)
+    return SnrEstimate(value, error, value - reach, value + reach)
 
 
 class _PowerFit:

@@ -134,7 +134,7 @@ def _log(values: np.ndarray) -> np.ndarray:
         return np.log(values)
 
 
-class Verdict(Enum):
+class EndVerdict(Enum):
     """Verdict on an end of a profile: whether SNR falls towards it as the kernel does.
 
     Where the opposite is true, ``falls`` and ``does_not_fall`` are each given a few times in 100.
@@ -165,7 +165,7 @@ class End:
     ratio: float
     standard_error: float
     kernel: float
-    verdict: Verdict
+    verdict: EndVerdict
     norm_ratio: float
 
     @property
@@ -215,12 +215,12 @@ def compare_end(profile: Profile, at: int, alpha: float, beta: float) -> End | N
     )
 
 
-def _verdict(ratio: float, kernel: float, above_kernel: float, above_flat: float) -> Verdict:
+def _verdict(ratio: float, kernel: float, above_kernel: float, above_flat: float) -> EndVerdict:
     if kernel >= LEVEL:
-        return Verdict.not_shown
+        return EndVerdict.not_shown
     is_nearer_flat = ratio > np.sqrt(kernel)
     if is_nearer_flat and above_kernel > ERRORS:
-        return Verdict.does_not_fall
+        return EndVerdict.does_not_fall
     if not is_nearer_flat and above_flat < -ERRORS:
-        return Verdict.falls
-    return Verdict.not_shown
+        return EndVerdict.falls
+    return EndVerdict.not_shown

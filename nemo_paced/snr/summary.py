@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from nemo_paced.config import to_dict
-from nemo_paced.snr.estimates import BinEstimate, Estimate, estimate_bin
+from nemo_paced.snr.estimates import BinEstimate, SnrEstimate, estimate_bin
 from nemo_paced.snr.power_law import PowerLaw, fit_power_law, measured_ratio
 from nemo_paced.snr.profile import Deviation, End, Profile, compare_end, deviation
 from nemo_paced.snr.record import BinRecord, SnrRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SummaryRow:
     """A bin's record beside its estimates.
 
     Attributes:
@@ -40,11 +40,11 @@ class Summary:
         low_end, high_end: of the profile, compared with its middle.
     """
 
-    rows: list[Row]
+    rows: list[SummaryRow]
     snr_law: PowerLaw | None
     signal_law: PowerLaw | None
     deviation: Deviation | None
-    variance_ratio: Estimate | None
+    variance_ratio: SnrEstimate | None
     low_end: End | None
     high_end: End | None
 
@@ -65,7 +65,7 @@ class Summary:
 
 def summarise(record: SnrRecord) -> Summary:
     """Compute all figures from the sums that a record keeps of its bins."""
-    rows = [Row(b, None if b.sums is None else estimate_bin(b.sums)) for b in record.bins]
+    rows = [SummaryRow(b, None if b.sums is None else estimate_bin(b.sums)) for b in record.bins]
     measured = [row for row in rows if row.found is not None]
     profile = Profile(
         np.array([row.bin.expected_pass_rate for row in measured]),

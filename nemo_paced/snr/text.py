@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 from nemo_paced.config import Estimator
-from nemo_paced.snr.estimates import Estimate
-from nemo_paced.snr.profile import End, Verdict
+from nemo_paced.snr.estimates import SnrEstimate
+from nemo_paced.snr.profile import End, EndVerdict
 from nemo_paced.snr.record import SnrRecord
 from nemo_paced.snr.summary import Summary
 
@@ -62,8 +62,8 @@ def lead(record: SnrRecord) -> str:
     text += f"{measured_weights(record)}, {which_model(record)}, pass rates of "
     given = record.pass_rates_step is None
     text += "a table that was given" if given else f"step {record.pass_rates_step}"
-    if told := doubt(record):
-        text += f" ({told})"
+    if reason := doubt(record):
+        text += f" ({reason})"
     return text if record.complete else f"{text}; not complete yet"
 
 
@@ -167,14 +167,14 @@ def _end_lines(name: str, end: End) -> list[str]:
         f"{at} w* is {end.ratio:.2f} ± {end.standard_error:.2f} times the middle's, the kernel "
         f"{end.kernel:.2f} times"
     )
-    if end.verdict is Verdict.falls:
+    if end.verdict is EndVerdict.falls:
         return [f"SNR falls towards pass rate {name}: {measured}"]
     if end.is_level:
         return [
             f"whether SNR falls towards pass rate {name} is not shown, since the kernel itself "
             f"hardly falls up to the outermost bin: {measured}"
         ]
-    if end.verdict is Verdict.not_shown:
+    if end.verdict is EndVerdict.not_shown:
         return [
             f"whether SNR falls towards pass rate {name} cannot be told from so many problems "
             f"(snr.max_problems_per_bin): {measured}"
@@ -195,7 +195,7 @@ def _end_lines(name: str, end: End) -> list[str]:
     return lines
 
 
-def _with_interval(estimate: Estimate) -> str:
+def _with_interval(estimate: SnrEstimate) -> str:
     if not math.isfinite(estimate.standard_error):
         return f"unbounded (the fit ends at {estimate.value:.0f})"
     return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

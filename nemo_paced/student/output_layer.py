@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import (
 
 from nemo_paced.data.packing import MicroBatch
 from nemo_paced.losses.kinds import Divergence
-from nemo_paced.losses.linear_divergence import LinearLoss, TeacherSignal, linear_loss
+from nemo_paced.losses.linear_divergence import LinearLoss, TeacherInput, linear_loss
 from nemo_paced.losses.options import Options
 
 
@@ -38,7 +38,7 @@ class MicroBatchLoss:
     """
 
     batch: MicroBatch
-    teacher: TeacherSignal
+    teacher: TeacherInput
     options: Options
     chunk_size: int | None
     targets_N: torch.Tensor | None

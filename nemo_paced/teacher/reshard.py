@@ -17,7 +17,7 @@ from nemo_paced.parallel.groups import RankGrid
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class ReshardRoute:
     """Transfer of one response's hidden states from a rank that holds them to one in need of them.
 
     Attributes:
@@ -68,7 +68,7 @@ def routes(
     *,
     teacher: RankGrid,
     student: RankGrid,
-) -> list[Route]:
+) -> list[ReshardRoute]:
     """Transfers of a batch's hidden states from teacher to student, the same list on every rank.
 
     All tensor-parallel ranks of a last stage hold (and need) the same; a rank that is both holder
@@ -86,13 +86,13 @@ def routes(
         sources = holders[item.response_id]
         for index, target in enumerate(needing[item.response_id]):
             source = target if target in sources else sources[index % len(sources)]
-            made.append(Route(item.response_id, len(item.response_ids), source, target))
+            made.append(ReshardRoute(item.response_id, len(item.response_ids), source, target))
     return made
 
 
 def exchange(
     held: Mapping[str, torch.Tensor],
-    all_routes: Sequence[Route],
+    all_routes: Sequence[ReshardRoute],
     ends: Ends,
     device: torch.device,
     *,
@@ -136,8 +136,8 @@ def _last_stage_of_items(items: Sequence[TrainItem], grid: RankGrid) -> dict[str
     }
 
 
-def _by_rank(some: Sequence[Route], key: str) -> dict[int, list[Route]]:
-    grouped: dict[int, list[Route]] = {}
+def _by_rank(some: Sequence[ReshardRoute], key: str) -> dict[int, list[ReshardRoute]]:
+    grouped: dict[int, list[ReshardRoute]] = {}
     for route in some:
         grouped.setdefault(getattr(route, key), []).append(route)
     return dict(sorted(grouped.items()))

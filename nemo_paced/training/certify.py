@@ -46,12 +46,12 @@ def certificate_due(config: PacedConfig, run_dir: Path, parallel: Parallel) -> b
     fp8 = config.teacher.fp8
     if not (fp8.enabled and fp8.certificate):
         return False
-    told: list[Any] = [None, None]
+    message: list[Any] = [None, None]
     if parallel.rank == 0:
         found = Certificate.read(run_dir)
-        told = [found, found is None or found.identity != _identity(config, parallel)]
-    torch.distributed.broadcast_object_list(told, src=0)
-    found, due = told
+        message = [found, found is None or found.identity != _identity(config, parallel)]
+    torch.distributed.broadcast_object_list(message, src=0)
+    found, due = message
     if not due:
         found.require(fp8.max_kl)
         logger.info("FP8 teacher: certified before, mean KL %.3g nats a token", found.kl_mean)

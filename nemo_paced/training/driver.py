@@ -19,11 +19,12 @@ from nemo_paced.config import (
     StageConfig,
 )
 from nemo_paced.data.loader import ProblemOrder
+from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.sampling import SamplingSettings, sampling_seed
-from nemo_paced.run import checkpoint
+from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.run.fingerprint import check_data
 from nemo_paced.run.progress import RunLog, bar_task, server_notes
 from nemo_paced.teacher.cache import SignalCache
@@ -165,8 +166,8 @@ class Driver:
             self._tables = {k: t for k, t in self._tables.items() if k >= oldest}
             self._tables[step] = self.table
 
-    def uncached_references(self, cache: SignalCache) -> Iterator[Batch]:
-        """Stored responses that will be trained on and have no teacher signal yet, in batches."""
+    def without_signal(self, cache: SignalCache) -> tuple[list[TrainItem], int]:
+        """Stored responses to train on that have no teacher signal yet, and how many there are."""
         by_id = weights_with_references(self.table.weights(), self.references)
         problems = [problem for problem in self.problems if by_id[problem.id] > 0]
         items = build_items(
@@ -176,8 +177,12 @@ class Driver:
             prompts=self.prompts,
             reduction=self.config.loss.reduction.value,
         )
-        missing = [item for item in items if not cache.has(item)]
-        logger.info("teacher cache: %d of %d responses to compute", len(missing), len(items))
+        return [item for item in items if not cache.has(item)], len(items)
+
+    def uncached_references(self, cache: SignalCache) -> Iterator[Batch]:
+        """Yield the items of :meth:`without_signal` in batches."""
+        missing, of_all = self.without_signal(cache)
+        logger.info("teacher cache: %d of %d responses to compute", len(missing), of_all)
         size = self.config.model.global_batch_size
         with bar_task(self.log.bar, "teacher signals", len(missing)) as advance:
             for begin in range(0, len(missing), size):
@@ -224,7 +229,7 @@ class Driver:
     def _first_table(self, resumed_from: Path | None) -> PassRateTable:
         given = self.config.weights.pass_rates
         if resumed_from is not None:
-            table = PassRateTable.read(resumed_from / checkpoint.PASS_RATES_FILE, self.problems)
+            table = PassRateTable.read(resumed_from / PASS_RATES_FILE, self.problems)
         elif given:
             found = PassRateTable.read(Path(given), self.problems)
             found.check_estimator(self.config.weights, Path(given))

@@ -144,28 +144,28 @@ class Watch:
         if self._thread is not None:
             self._thread.join()
         if error is not None and _is_lost_connection(error):
-            told = str(error).strip().splitlines()[0][:200]
+            text = str(error).strip().splitlines()[0][:200]
             raise PacedError(
-                f"rank {self.parallel.rank}: a collective failed ({told}); {self._try_describing()}"
+                f"rank {self.parallel.rank}: a collective failed ({text}); {self._try_describing()}"
             ) from error
 
     def reached(self, step: int, phase: str) -> None:
         """Tell that this rank begins a phase of a step; all ranks go through the same ones."""
         self._passed += 1
         if self.parallel.world_size > 1:
-            told = [self._passed, step, phase, socket.gethostname(), time.time()]
-            self.parallel.messages.publish(f"reached/{self.parallel.rank}", told)
+            state = [self._passed, step, phase, socket.gethostname(), time.time()]
+            self.parallel.messages.publish(f"reached/{self.parallel.rank}", state)
 
     def _look(self) -> None:
         warned = False
         while not self._ended.wait(self.patience_s / 5):
             try:
-                told = self._described()
+                description = self._described()
             except (RuntimeError, torch.distributed.DistError):
                 return  # the store is gone: the run ends
-            if told and not warned:
-                logger.warning("%s", told)
-            warned = bool(told)
+            if description and not warned:
+                logger.warning("%s", description)
+            warned = bool(description)
 
     def _try_describing(self) -> str:
         try:
@@ -178,11 +178,11 @@ class Watch:
         ranks = range(self.parallel.world_size)
         if not self.parallel.messages.are_there([f"reached/{rank}" for rank in ranks]):
             return ""  # some are still loading
-        told = [self.parallel.messages.wait(f"reached/{rank}", 1.0) for rank in ranks]
-        furthest = max(passed for passed, *_ in told)
+        states = [self.parallel.messages.wait(f"reached/{rank}", 1.0) for rank in ranks]
+        furthest = max(passed for passed, *_ in states)
         behind = [
             f"rank {rank} ({host}) is at step {step}, {phase}, since {time.time() - since:.0f} s"
-            for rank, (passed, step, phase, host, since) in enumerate(told)
+            for rank, (passed, step, phase, host, since) in enumerate(states)
             if passed < furthest and time.time() - since > self.patience_s
         ]
         return f"behind the others: {'; '.join(behind)}" if behind else ""

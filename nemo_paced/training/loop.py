@@ -324,12 +324,12 @@ class Loop:
     def _check_cache(self, cache: SignalCache) -> None:
         """Check that no signal is missing: with a full disk every step would load the teacher."""
         if self.driver is not None:
-            lacking = sum(len(b.items) for b in self.driver.uncached_references(cache))
+            lacking, _ = self.driver.without_signal(cache)
             if lacking:
                 raise PacedError(
-                    f"{lacking} signals of the teacher could not be written to {cache.folder}: "
-                    "free space or set teacher.cache_dir to another disk, then start the same "
-                    "command again (what is there is kept)"
+                    f"{len(lacking)} signals of the teacher could not be written to "
+                    f"{cache.folder}: free space or set teacher.cache_dir to another disk, then "
+                    "start the same command again (what is there is kept)"
                 )
 
     def _refit_if_due(self) -> None:

@@ -18,15 +18,15 @@ from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import check_same_tokens
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.sampler import Sampler, evaluation_length
+from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
+from nemo_paced.rollout.served import evaluation_length, served_dtype, training_length
+from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.run.progress import bar_task, progress_bar, server_notes
 from nemo_paced.weights.pass_rates import PassRateTable
 from nemo_paced.weights.rounds import sample_in_rounds
 
 logger = logging.getLogger(__name__)
-
-PASS_RATES_FILE = "pass_rates.parquet"
 
 
 def make_prompts(config: PacedConfig) -> Prompts:
@@ -66,17 +66,21 @@ def student_sampler(
     """The sampler of the student as it was before training; its files lie in ``run_dir``.
 
     Args:
-        notify, max_model_len, meanwhile: as in :class:`Sampler`.
+        notify, meanwhile: as in :class:`Sampler`.
+        max_model_len: the servers' context, tokens; ``None``: what training needs.
         beside_trainer: whether this node's first ``trainer.devices`` GPUs are the trainer's.
     """
+    student, prompt_limit = Path(config.student.hf_path), config.data.max_prompt_length
     return Sampler(
-        config,
-        Path(config.student.hf_path),
+        student,
+        config.rollout,
+        config.grading,
+        seed=config.model.seed,
+        dtype=served_dtype(config),
+        max_model_len=max_model_len or training_length(config, student, prompt_limit),
         prompts=prompts,
         store_dir=run_dir / "rollouts",
         log_path=run_dir / "servers" / "student" / "server.log",
-        prompt_limit=config.data.max_prompt_length,
-        max_model_len=max_model_len,
         notify=notify,
         meanwhile=meanwhile,
         trainer_gpus=config.trainer.devices if beside_trainer else 0,

@@ -35,6 +35,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
+from nemo_paced.rollout.served import served_dtype, training_length
 from nemo_paced.run.progress import bar_task, progress_bar, server_notes
 from nemo_paced.training.prepare import check_prompts, make_prompts
 
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 REFERENCES_FILE = "references.jsonl"
 
 # (problems, n by problem id) -> samples 0..n-1 of each; only those that do not exist are asked for
-Sample = Callable[[Sequence[Problem], Mapping[str, int]], list[Rollout]]
+SampleFromTeacher = Callable[[Sequence[Problem], Mapping[str, int]], list[Rollout]]
 
 
 def load_references(
@@ -166,7 +167,7 @@ def _is_made(config: PacedConfig, run_dir: Path) -> bool:
 
 
 def _choose(
-    problems: Sequence[Problem], sample: Sample, settings: ReferencesConfig
+    problems: Sequence[Problem], sample: SampleFromTeacher, settings: ReferencesConfig
 ) -> Iterator[Reference]:
     """One reference of each problem, in their order; a round of samples for each attempt.
 
@@ -217,14 +218,17 @@ def _teacher_sampler(
         placement=RolloutPlacement.separate,  # nobody trains meanwhile
         refit=RefitBackend.auto,
     )
-    served = replace(config, rollout=rollout)
+    teacher, prompt_limit = Path(config.teacher_hf_path), config.data.max_teacher_prompt_length
     return Sampler(
-        served,
-        Path(config.teacher_hf_path),
+        teacher,
+        rollout,
+        config.grading,
+        seed=config.model.seed,
+        dtype=served_dtype(config),
+        max_model_len=training_length(config, teacher, prompt_limit),
         prompts=prompts,
         store_dir=run_dir / "references",
         log_path=run_dir / "servers" / "teacher" / "server.log",
-        prompt_limit=config.data.max_teacher_prompt_length,
         notify=server_notes(bar),
         meanwhile=meanwhile,
     )

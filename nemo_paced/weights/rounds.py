@@ -14,11 +14,11 @@ from nemo_paced.weights.adaptive import allocate, expected_error
 logger = logging.getLogger(__name__)
 
 # Returns graded rollouts of every problem: by id, how many are wanted, those that exist included.
-Sample = Callable[[Mapping[str, int]], list[Rollout]]
+SampleCounts = Callable[[Mapping[str, int]], list[Rollout]]
 
 
 def sample_in_rounds(
-    problems: Sequence[Problem], sample: Sample, config: WeightsConfig
+    problems: Sequence[Problem], sample: SampleCounts, config: WeightsConfig
 ) -> list[Rollout]:
     """Spend ``weights.num_rollouts`` a problem, in the mean, where they help the weights most.
 

@@ -137,7 +137,8 @@ def _one_seed(
     rates = draw(rng, num_problems)
     truth = beta_weight(rates, alpha=config.alpha, beta=config.beta)
     truth = truth / truth.mean()
-    verdicts = rng.random((num_problems, config.adaptive.max_rollouts)) < rates[:, None]
+    most = max(config.adaptive.max_rollouts, int(rollouts.max()))
+    verdicts = rng.random((num_problems, most)) < rates[:, None]
     right = np.concatenate([np.zeros((num_problems, 1)), verdicts.cumsum(1)], axis=1)
     plug_in = WeightsConfig(alpha=config.alpha, beta=config.beta)
 

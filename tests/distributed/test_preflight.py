@@ -11,7 +11,7 @@ import torch
 from nemo_paced.config import PacedConfig, TrainerConfig, TrainingConfig
 from nemo_paced.preflight import ranks, roll_call
 from nemo_paced.preflight.findings import PreflightFailed, Severity
-from nemo_paced.preflight.roll_call import Gpu, RankReport, call_roll
+from nemo_paced.preflight.roll_call import GpuReport, RankReport, call_roll
 from tests.distributed.harness import run_ranks
 
 TIMEOUT_S = 1.5
@@ -142,7 +142,7 @@ def _with_port(rank, world_size, port):
 
 
 def gpu(name="H100", free=0.99, visible=8):
-    return Gpu(name, visible, 80 * 2**30, int(free * 80 * 2**30))
+    return GpuReport(name, visible, 80 * 2**30, int(free * 80 * 2**30))
 
 
 @pytest.mark.parametrize(

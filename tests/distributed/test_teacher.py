@@ -236,10 +236,12 @@ def test_a_layout_that_the_ranks_do_not_fit_is_refused_by_name(models):
 
 
 def _exchange_in_a_ring(rank, world_size):
-    from nemo_paced.teacher.reshard import Route
+    from nemo_paced.teacher.reshard import ReshardRoute
 
     parallel = groups.initialize(ModelConfig(), accelerator="cpu", timeout_s=60)
-    ways = [Route(f"r{i}", i, i, (i + 1) % 3) for i in range(3)] + [Route("both", 2, 1, 0)]
+    ways = [ReshardRoute(f"r{i}", i, i, (i + 1) % 3) for i in range(3)] + [
+        ReshardRoute("both", 2, 1, 0)
+    ]
     held = {f"r{rank}": torch.full((rank, 4), rank)}
     if rank == 1:
         held["both"] = torch.full((2, 4), 7)

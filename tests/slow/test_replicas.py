@@ -17,11 +17,8 @@ from nemo_paced.compose import ASSETS
 from nemo_paced.config import (
     DataConfig,
     GradingConfig,
-    PacedConfig,
     PrivilegedContext,
     RolloutConfig,
-    StudentConfig,
-    TrainerConfig,
 )
 from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import Prompts
@@ -44,21 +41,17 @@ PROBLEMS = load_problems(DATA.problems)[:150]
 
 
 def sampler(folder, **rollout):
-    config = PacedConfig(
-        student=StudentConfig(hf_path=str(ASSETS / "student")),
-        trainer=TrainerConfig(precision="fp32", accelerator="cpu"),
-        data=DATA,
-        grading=GradingConfig(verifier="exact"),
-        rollout=RolloutConfig(**rollout),
-    )
     prompts = Prompts(ASSETS / "student", DATA, PrivilegedContext.none)
     return Sampler(
-        config,
         ASSETS / "student",
+        RolloutConfig(**rollout),
+        GradingConfig(verifier="exact"),
+        seed=1234,
+        dtype="float32",
+        max_model_len=32,
         prompts=prompts,
         store_dir=folder / "rollouts",
         log_path=folder / "sidecar.log",
-        prompt_limit=16,
     )
 
 

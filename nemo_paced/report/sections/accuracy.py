@@ -15,7 +15,6 @@ from nemo_paced.report.accuracy_table import (
     group_sections,
     interval,
     outcome,
-    plus_minus,
     shown_baseline,
     signed,
 )
@@ -95,10 +94,10 @@ def forgetting_section(results: Results, baselines: Baselines | None = None) -> 
     table = [[*heads, "interval", "lost", "gained", OUTCOME]]
     for suite, label, models in pairs:
         before = results[label][suite]
-        table.append([suite, label, plus_minus(before), *[""] * 5])
+        table.append([suite, label, before.plus_minus(), *[""] * 5])
         for model in models:
             after = results[model][suite]
-            table.append([suite, model, plus_minus(after), *_forgotten(before, after)])
+            table.append([suite, model, after.plus_minus(), *_forgotten(before, after)])
     note = (
         "Skills that the base model had, paired by problem: above 0 was forgotten. Lost and "
         "gained: problems whose share of right answers fell and rose. The interval is two standard "

@@ -116,7 +116,7 @@ def _known_to_all(by_run: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str
     """
     in_all = set.intersection(*map(set, by_run.values()))
     every = dict.fromkeys(key for settings in by_run.values() for key in settings)
-    new = {key for key in every if key not in in_all and not key.startswith("stages.")}
+    new = {key for key in every if key not in in_all and not key.startswith("stages[")}
     hidden = new | set(OWN_SETTINGS)
     kept = {
         label: {key: value for key, value in settings.items() if key not in hidden}

@@ -97,9 +97,10 @@ def timing_figure(splits: dict[str, dict[str, float]]) -> str:
 def split_table(splits: dict[str, dict[str, float]]) -> list[list[str]]:
     """Table of seconds and share of the time, a row for each part, by stage or run."""
     table = [["part of the step", *splits]]
-    for part in _used(splits, next(iter(splits.values()))):
+    used = [_used(splits, parts) for parts in splits.values()]
+    for part in used[0]:
         cells = []
-        for parts in splits.values():
+        for parts in used:
             share = parts[part] / (sum(parts.values()) or 1.0)
             cells.append(f"{seconds(parts[part])} s ({share:.0%})" if share >= 5e-4 else "-")
         table.append([part, *cells])

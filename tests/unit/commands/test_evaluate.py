@@ -11,7 +11,7 @@ from nemo_paced.config import DataConfig, EvaluationConfig, PacedConfig, Trainer
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile
 from nemo_paced.evaluation.run import Job
-from nemo_paced.rollout.sampler import make_replicas
+from nemo_paced.rollout.served import training_length
 from nemo_paced.run.checkpoint_files import RunState, find_checkpoint, record_sizes
 from tests.runs import accuracy, write_run
 
@@ -198,5 +198,4 @@ def test_a_trainers_server_has_room_for_what_it_is_asked(tmp_path, interval, eva
         evaluation=EvaluationConfig(max_response_length=evaluated),
     )
     model = hf_directory(tmp_path / "model", context=600)
-    replicas = make_replicas(config, model, 16, tmp_path / "log")
-    assert [s.served.max_model_len for s in replicas.sidecars.values()] == [length]
+    assert training_length(config, model, 16) == length

@@ -4,7 +4,7 @@ from safetensors import safe_open
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.directory import load_hf_config
-from nemo_paced.hf.rows import Layout
+from nemo_paced.hf.rows import ParameterLayout
 from tests.tiny import make_hf_model
 
 LLAMA = {
@@ -184,7 +184,7 @@ def test_layouts_of_nine_heads_in_three_groups(tensor, pipeline, message):
 def test_tied_embeddings_have_one_row():
     def vocabulary_rows(config):
         rows = Architecture.from_config(config).rows()
-        return [row.hf[0] for row, _ in rows if row.layout is Layout.vocabulary]
+        return [row.hf[0] for row, _ in rows if row.layout is ParameterLayout.vocabulary]
 
     assert vocabulary_rows(LLAMA) == ["model.embed_tokens.weight", "lm_head.weight"]
     assert vocabulary_rows(LLAMA | {"tie_word_embeddings": True}) == ["model.embed_tokens.weight"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.hf.rows import Layout
+from nemo_paced.hf.rows import ParameterLayout
 from nemo_paced.hf.shards import cut, join
 from tests.unit.hf.test_architectures import QWEN2, QWEN3
 
@@ -37,7 +37,7 @@ def cut_all(architecture, row, tensors, size, padded_vocab=104):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_joining_what_was_cut_gives_the_same_tensors(config, size):
     architecture, rows = make(config)
-    assert {row.layout for row, _ in rows} == set(Layout)
+    assert {row.layout for row, _ in rows} == set(ParameterLayout)
     for row, tensors in rows:
         joined = join(row, cut_all(architecture, row, tensors, size), architecture)
         assert len(joined) == len(tensors)
@@ -48,7 +48,7 @@ def test_joining_what_was_cut_gives_the_same_tensors(config, size):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_group_is_its_query_heads_then_key_then_value(size):
     architecture, rows = make(QWEN3)
-    row, (q, k, v) = next((r, t) for r, t in rows if r.layout is Layout.qkv)
+    row, (q, k, v) = next((r, t) for r, t in rows if r.layout is ParameterLayout.qkv)
     whole = torch.cat(cut_all(architecture, row, [q, k, v], size))
     heads = {name: t.split(architecture.head_dim) for name, t in (("q", q), ("k", k), ("v", v))}
     expected = []
@@ -59,7 +59,7 @@ def test_a_group_is_its_query_heads_then_key_then_value(size):
 
 def test_each_rank_has_its_gate_above_its_up():
     architecture, rows = make(QWEN3)
-    row, (gate, up) = next((r, t) for r, t in rows if r.layout is Layout.gate_up)
+    row, (gate, up) = next((r, t) for r, t in rows if r.layout is ParameterLayout.gate_up)
     second = cut_all(architecture, row, [gate, up], 2)[1]
     assert torch.equal(second, torch.cat([gate[32:], up[32:]]))
 

@@ -13,6 +13,7 @@ from nemo_paced.config import (
     Precision,
     ReferencesConfig,
     ReferenceSource,
+    RolloutPlacement,
     StudentConfig,
     TeacherConfig,
     TrainerConfig,
@@ -253,8 +254,12 @@ def test_a_gpu_that_is_too_small_is_a_warning(config, tmp_path, monkeypatch):
     monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 80 * 2**30)
     assert found(config, tmp_path) == []
     monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 2**20)
-    (finding,) = found(config, tmp_path)
-    assert finding.where == "memory" and "nemo-paced plan" in finding.remedy
+    assert found(config, tmp_path) == [], "the server has a GPU of its own"
+    beside = replace(config.rollout, placement=RolloutPlacement.colocated)
+    for small, rollout in ((2**20, beside), (2**16, config.rollout)):
+        monkeypatch.setattr(model_checks, "_gpu_bytes", lambda small=small: small)
+        (finding,) = found(replace(config, rollout=rollout), tmp_path)
+        assert finding.where == "memory" and "nemo-paced plan" in finding.remedy
 
 
 def test_a_logger_without_its_package_is_an_error(config, tmp_path, monkeypatch):

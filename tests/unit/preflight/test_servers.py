@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -22,6 +23,7 @@ from nemo_paced.preflight import servers
 from nemo_paced.preflight.findings import Severity
 from nemo_paced.preflight.inputs import Inputs
 from nemo_paced.preflight.probe import probe_servers
+from nemo_paced.rollout.served import training_length
 from nemo_paced.serving.api_key import API_KEY_VARIABLE, ApiKeyMiddleware
 from nemo_paced.serving.engine import SERVED_NAME
 from nemo_paced.serving.sidecar import free_ports
@@ -162,3 +164,15 @@ def test_servers_of_our_own_need_vllm_and_gpus(config, tmp_path, monkeypatch):
     assert [f.where for f in servers.own_servers(inputs)] == ["rollout", "rollout.num_replicas"]
     config.rollout = RolloutConfig(endpoints=["http://elsewhere:8000"])
     assert list(servers.own_servers(inputs)) == []
+
+
+def test_a_server_needs_the_room_that_one_of_ours_would_be_given(config, tmp_path):
+    """Long evaluations count where the run validates, up to the model's context."""
+    config.evaluation.max_response_length = 30_000
+    with served(length=32) as endpoint:
+        config.rollout = RolloutConfig(endpoints=[endpoint])
+        assert found(config, tmp_path) == []
+        config.trainer.val_check_interval = 5
+        (finding,) = found(config, tmp_path)
+    context = training_length(config, Path(config.student.hf_path), config.data.max_prompt_length)
+    assert f"takes 32 tokens of prompt and response, and up to {context}" in finding.what

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.dev.sleep import api_router as sleep_router
 
 from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement, WeightSwap
 from nemo_paced.errors import ConfigError, RolloutError, WeightsLost
-from nemo_paced.refit import file_sender
+from nemo_paced.refit import file_sender, gloo_transfer
 from nemo_paced.refit.file_sender import FileSender
 from nemo_paced.refit.server_weights import ServerWeights
 from nemo_paced.refit.weight_sync import WeightSync
@@ -283,3 +283,15 @@ def test_servers_without_the_weights_are_left_out_until_none_has_them(monkeypatc
     versions["a"] = "default"
     with pytest.raises(WeightsLost, match="lost the weights of step 3"):
         weights.usable()
+
+
+def test_a_server_that_hangs_while_its_group_breaks_is_told_of_as_such(monkeypatch):
+    monkeypatch.setattr(gloo_transfer, "JOIN_TIMEOUT_S", 0.1)
+    hangs = threading.Event()
+
+    def breaks():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RolloutError, match="did not reach the rollout servers: Connection closed"):
+        gloo_transfer._beside(hangs.wait, breaks)
+    hangs.set()

@@ -198,7 +198,7 @@ def test_the_settings_that_differ_are_listed_and_no_others(tmp_path):
     (two / "config.yaml").write_text(yaml.safe_dump(settings))
     found = sections_of(one=one, two=two)["Settings that differ"]
     keys = [row[0] for row in found.table]
-    assert "weights.discount" not in keys and "stages.1.name" in keys
+    assert "weights.discount" not in keys and "stages[1].name" in keys
     assert "Not shown: 1 setting that only some" in found.note
 
 

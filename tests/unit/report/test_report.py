@@ -134,6 +134,11 @@ def test_the_time_of_a_step_is_split_and_nothing_is_lost(tmp_path):
     assert cells["wait for rollouts"] == ["0.03 s (0%)", "9.00 s (31%)"]
     assert cells["validation"] == ["2.00 s (7%)", "2.00 s (7%)"] and "checkpoint" not in cells
     assert cells["weights to server"][0] == "-" and cells["all"] == ["29.0 s", "29.0 s"]
+    # a part that is too small for a row of its own is in `other`
+    for own in parts.values():
+        own |= {"checkpoint": 0.02, "other": own["other"] - 0.02}
+    again = {row[0]: row[1:] for row in split_table(parts)}
+    assert "checkpoint" not in again and again["other"] == cells["other"]
 
 
 def test_each_timed_part_is_a_documented_metric():

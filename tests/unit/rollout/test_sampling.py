@@ -10,7 +10,12 @@ from nemo_paced.config import DataConfig, GradingConfig, PrivilegedContext
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.grading.grader import Grader
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.sampling import SamplingSettings, long_tail_first, sample_rollouts
+from nemo_paced.rollout.sampling import (
+    SamplingSettings,
+    in_requests,
+    long_tail_first,
+    sample_rollouts,
+)
 from nemo_paced.rollout.store import RolloutStore
 from nemo_paced.serving.client import RolloutClient
 from nemo_paced.serving.completions import SampleRequest
@@ -137,3 +142,17 @@ def test_unknown_lengths_are_sent_first_and_then_the_longest(tmp_path, seed):
             store.append("pass_rates", [Rollout(name, name, (1,) * length)])
         order = [r.key for r in long_tail_first(requests, store, seed)]
     assert sorted(order[:3]) == ["p0", "p2", "p5"] and order[3:] == ["p3", "p4", "p1"]
+
+
+def test_a_server_that_decodes_more_at_once_than_before_is_asked_for_what_is_missing(tmp_path):
+    """Whatever another max_num_seqs left in the store, a request's samples are consecutive."""
+    assert in_requests([0, 1, 4, 5, 6, 9], 8) == [[0, 1], [4, 5, 6], [9]]
+    server = Server(good)
+    try:
+        with RolloutStore(tmp_path / "whole") as store:
+            whole = sample(tmp_path / "other", server.endpoint, PROBLEMS[:1], 8, 2)
+            store.append("pass_rates", [whole[2], whole[3], whole[6]])
+        found = sample(tmp_path / "whole", server.endpoint, PROBLEMS[:1], 8, 8)
+        assert [rollout.sample for rollout in found] == list(range(8))
+    finally:
+        server.stop()

@@ -3,7 +3,8 @@ import torch
 
 from nemo_paced.config import PacedConfig, StudentConfig, TeacherConfig, TrainerConfig
 from nemo_paced.data.packing import TrainItem
-from nemo_paced.run.throughput import Throughput
+from nemo_paced.run.throughput import Throughput, named_peak
+from nemo_paced.sizing.hardware import GPUS
 from nemo_paced.student.step import StepResult
 from tests.tiny import make_hf_model
 
@@ -53,3 +54,20 @@ def test_what_is_told_of_a_step(tmp_path):
     assert told["throughput/mfu"] == pytest.approx(1 / 4 / 4.0)
     cached = throughput.metrics(items, StepResult(1.0, 1.0, 0.1, 0.0, 60, 1, 2.0, 4.0))
     assert "throughput/teacher_tflops_per_rank" not in cached
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_no_utilisation_is_told_of_a_gpu_whose_peak_is_not_known(name, known):
+    assert named_peak(name) == (GPUS[known].bf16 if known else None)

@@ -18,7 +18,7 @@ from nemo_paced.sizing.flops import (
 from nemo_paced.sizing.hardware import GIB, GPUS, Assumptions, Cluster
 from nemo_paced.sizing.memory import stage_memory, stages_memory
 from nemo_paced.sizing.parameters import model_parameters
-from nemo_paced.sizing.search import Problem, cuts, evaluate, fewest_gpus, search
+from nemo_paced.sizing.search import PlanRequest, cuts, evaluate, fewest_gpus, search
 from nemo_paced.sizing.shapes import Accelerator, Layout, TeacherPlan, Work
 from tests.unit.sizing.shapes import LLAMA3_8B, QWEN3_1_7B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 
@@ -277,7 +277,7 @@ def test_modelopts_distillation_costs_its_order_of_gpu_hours():
 
 
 def problem(cluster=H100, student=QWEN3_1_7B, teacher=QWEN3_32B):
-    return Problem(student, teacher, cluster, SERVER, SERVER, Assumptions())
+    return PlanRequest(student, teacher, cluster, SERVER, SERVER, Assumptions())
 
 
 EVERYWHERE = tuple(TeacherPlacement)

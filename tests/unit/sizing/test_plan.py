@@ -54,6 +54,8 @@ def test_the_servers_of_a_plan_are_the_replicas_or_the_endpoints(capsys):
         (["plan"], "student.hf_path is empty"),
         ([*QUICKSTART, "--gpu", "v100"], "invalid choice: 'v100'"),
         ([*QUICKSTART, "--mfu", "0"], "--mfu must be above 0"),
+        ([*QUICKSTART, "--nodes", "0"], "--nodes must be above 0"),
+        ([*QUICKSTART, "--prompt-tokens", "0"], "--prompt-tokens must be above 0"),
         ([*QUICKSTART, "model.tensor_model_parallel_siez=2"], "Did you mean"),
     ],
 )

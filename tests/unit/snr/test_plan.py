@@ -18,7 +18,7 @@ from nemo_paced.config import (
 )
 from nemo_paced.records import PassRate
 from nemo_paced.snr.plan import find_pass_rates, plan_bins, step_of, what_is_measured
-from nemo_paced.snr.profile import Verdict
+from nemo_paced.snr.profile import EndVerdict
 from nemo_paced.snr.record import BinRecord, SnrRecord
 from nemo_paced.snr.summary import summarise
 from nemo_paced.snr.text import lead, sentences, table_rows
@@ -164,7 +164,7 @@ def test_the_first_line_says_whose_pass_rates_they_are(step, pass_rates_step, to
 def test_a_profile_as_the_theory_has_it_is_said_to_fall():
     found = snr_record(lambda p: (p * (1 - p)) ** 0.5, lambda p: 1.0)
     summary = summarise(found)
-    assert summary.low_end.verdict is summary.high_end.verdict is Verdict.falls
+    assert summary.low_end.verdict is summary.high_end.verdict is EndVerdict.falls
     assert summary.snr_law.a.value == pytest.approx(1, abs=0.25)
     assert summary.signal_law.b.value == pytest.approx(1, abs=0.25)
     assert summary.variance_ratio.value == pytest.approx(1.2, abs=0.05)  # a_s = b_s = 1/2
@@ -180,7 +180,7 @@ def test_a_profile_as_the_theory_has_it_is_said_to_fall():
 def test_a_profile_that_does_not_fall_is_said_so_and_what_the_kernel_does_then():
     found = snr_record(lambda p: 0.5, lambda p: 10 * (1.05 - p))
     summary = summarise(found)
-    assert summary.low_end.verdict is summary.high_end.verdict is Verdict.does_not_fall
+    assert summary.low_end.verdict is summary.high_end.verdict is EndVerdict.does_not_fall
     assert summary.to_dict()["low_end"]["verdict"] == "does_not_fall"
     text = "\n".join(sentences(found, summary))
     assert "SNR does NOT fall towards pass rate 0 as the kernel does" in text
@@ -236,9 +236,9 @@ def as_kernel(p):
     ("snr_of", "rollouts", "problems", "verdict", "told"),
     [
         # the outermost bin of 4 rollouts holds pass rates of all kinds: the kernel there is .6
-        (lambda p: 0.5, 4, 4000, Verdict.does_not_fall, "does NOT fall towards pass rate 0"),
-        (as_kernel, 4, 4000, Verdict.falls, "SNR falls towards pass rate 0"),
-        (lambda p: 0.1, 8, 300, Verdict.not_shown, "0 cannot be told from so many problems"),
+        (lambda p: 0.5, 4, 4000, EndVerdict.does_not_fall, "does NOT fall towards pass rate 0"),
+        (as_kernel, 4, 4000, EndVerdict.falls, "SNR falls towards pass rate 0"),
+        (lambda p: 0.1, 8, 300, EndVerdict.not_shown, "0 cannot be told from so many problems"),
         (as_kernel, 1, 4000, None, None),
     ],
 )
@@ -255,8 +255,8 @@ def test_an_end_is_read_as_what_its_problems_can_show(snr_of, rollouts, problems
 def test_where_the_kernel_does_not_fall_nothing_can_be_told():
     found = replace(snr_record(lambda p: 0.5, lambda p: 1.0), alpha=0.0)  # the kernel is 1 - p
     summary = summarise(found)
-    assert summary.low_end.verdict is Verdict.not_shown
-    assert summary.high_end.verdict is Verdict.does_not_fall
+    assert summary.low_end.verdict is EndVerdict.not_shown
+    assert summary.high_end.verdict is EndVerdict.does_not_fall
     assert "the kernel itself hardly falls up to" in "\n".join(sentences(found, summary))
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nemo_paced.cli import main
-from nemo_paced.config import Estimator, WeightsConfig
+from nemo_paced.config import AdaptiveConfig, Estimator, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.report.weight_errors import gain_lines, write_csv, write_figures
 from nemo_paced.weights.simulation import (
@@ -72,6 +72,15 @@ def test_pass_rates_of_a_table_come_from_its_posteriors():
 def test_too_few_are_refused():
     with pytest.raises(ConfigError, match="--problems is 5"):
         simulate(DISTRIBUTIONS["uniform"], WeightsConfig(), num_problems=5, num_seeds=2, seed=0)
+
+
+def test_fewer_adaptive_rollouts_than_are_drawn_are_taken():
+    config = WeightsConfig(
+        estimator="posterior", adaptive=AdaptiveConfig(enabled=True, max_rollouts=8)
+    )
+    curves = simulate(DISTRIBUTIONS["uniform"], config, num_problems=50, num_seeds=2, seed=0)
+    assert curves.rollouts[-1] > 8
+    assert all(np.isfinite(errors).all() for errors in curves.errors.values())
 
 
 def test_csv_and_figures_hold_every_curve(tmp_path):
