@@ -33,6 +33,7 @@ from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.run.progress import progress_bar, server_notes
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
+from nemo_paced.serving.vllm_engine import gpu_count
 from nemo_paced.training import prepare
 from nemo_paced.training.references import REFERENCES_FILE, sample_references
 
@@ -94,19 +95,26 @@ class Quickstart:
         problems = load_problems(self.config.data.problems)
         prompts = prepare.make_prompts(self.config)
         references = self.out / "shared" / REFERENCES_FILE
-        with progress_bar() as bar:
-            if not references.exists():
-                with self._part("references: the teacher answers every problem"):
-                    references.parent.mkdir(exist_ok=True)
-                    sample_references(self.config, problems, prompts, references.parent, bar)
-            else:
+        references.parent.mkdir(exist_ok=True)
+
+        def ask_teacher() -> None:
+            if references.exists():
                 self.done += 1
+                return
+            with self._part("references: the teacher answers every problem"):
+                sample_references(self.config, problems, prompts, references.parent, bar)
+
+        with progress_bar() as bar:
+            one_by_one = gpu_count() > 0  # a GPU has no memory for a second server
+            if one_by_one:
+                ask_teacher()
             with prepare.student_sampler(
                 self.config,
-                self.out / "shared",
+                references.parent,
                 prompts,
                 server_notes(bar),
                 max_model_len=self._longest_sequence(),
+                meanwhile=None if one_by_one else ask_teacher,
             ) as sampler:
                 count = self.config.weights.num_rollouts
                 with self._part(f"pass rates: {count} rollouts of the student a problem"):
