@@ -41,7 +41,8 @@ from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.logs import set_up_logging
 from nemo_paced.quickstart import models
 from nemo_paced.refit.file_transfer import send_files
-from nemo_paced.rollout.sampler import Sampler, make_replicas
+from nemo_paced.rollout.sampler import Sampler
+from nemo_paced.rollout.served import served_dtype, training_length
 from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.run.environment import installed_versions, processor_name
 from nemo_paced.run.progress import progress_bar
@@ -356,8 +357,13 @@ def open_sampler(config: PacedConfig, folder: Path) -> Sampler:
 
 
 def make_server(config: PacedConfig, log_path: Path) -> Replicas:
-    return make_replicas(
-        config, Path(config.student.hf_path), config.data.max_prompt_length, log_path
+    student = Path(config.student.hf_path)
+    return Replicas(
+        student,
+        config.rollout,
+        max_model_len=training_length(config, student, config.data.max_prompt_length),
+        dtype=served_dtype(config),
+        log_path=log_path,
     )
 
 

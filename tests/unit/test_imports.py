@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[2] / "nemo_paced"
 # lowest first; what stands on one line may not import its neighbours
 LAYERS = (
@@ -94,3 +96,32 @@ def test_no_folder_is_wider_than_a_page():
 
 def test_init_files_are_empty():
     assert not [p for p in PACKAGE.rglob("__init__.py") if p.read_text().strip()]
+
+
+def names_of(tree):
+    """What a module defines or imports at its top level, conditional parts included."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (alias.asname or alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", ["nemo_paced", "tests", "benchmarks", "scripts"])
+def test_every_name_that_is_imported_is_there(folder):
+    """Also in programs that only slow tests start, and in tests of other hardware."""
+    known = {name: set(names_of(ast.parse(path.read_text()))) for name, path in MODULES.items()}
+    missing = [
+        f"{path.relative_to(PACKAGE.parent)}:{node.lineno}: {node.module}.{alias.name}"
+        for path in (PACKAGE.parent / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemo_paced.")
+        for alias in node.names
+        for base in [node.module.removeprefix("nemo_paced.")]
+        if alias.name not in known.get(base, ())
+        and f"{base}.{alias.name}" not in MODULES
+        and not (PACKAGE / base.replace(".", "/") / alias.name).is_dir()
+    ]
+    assert not missing

@@ -90,8 +90,8 @@ def value_and_gradient(kind: str, case: str) -> tuple[torch.Tensor, torch.Tensor
 def gradient_in_place(kernels: ModuleType, kind: str) -> torch.Tensor:
     student, teacher, _ = inputs("random")
     options = options_of(kind)
-    of = finish(solve(student, teacher, options)).of
-    kernels.gradient(student, teacher, of, weights(), options, student)
+    numbers = finish(solve(student, teacher, options)).numbers
+    kernels.gradient(student, teacher, numbers, weights(), options, student)
     return student
 
 
@@ -113,12 +113,12 @@ def shard_without_columns(kernels: ModuleType, kind: str) -> tuple[torch.Tensor,
     """Mixture sums and gradient of a rank whose columns are all padding."""
     student, teacher, _ = inputs("random")
     options = options_of(kind)
-    of = finish(solve(student, teacher, options)).of
+    numbers = finish(solve(student, teacher, options)).numbers
     options = replace(options, valid=0)
     sums, grad = torch.zeros(2, ROWS), torch.full_like(student, 7.0)
     if options.divergence.is_mixture:
-        sums = kernels.mixture_sums(student, teacher, of, options)
-    kernels.gradient(student, teacher, of, weights(), options, grad)
+        sums = kernels.mixture_sums(student, teacher, numbers, options)
+    kernels.gradient(student, teacher, numbers, weights(), options, grad)
     return sums, grad
 
 
