@@ -5,6 +5,25 @@ from filelock import FileLock
 
 from tests.jobs import end_all, run, train_arguments
 
+# The files that take longest are begun first, in this order: no worker ends with a long one while
+# the other has nothing left to do.
+LONGEST = (
+    "test_main_job",
+    "test_refit_job",
+    "test_interrupt",
+    "test_evaluate",
+    "test_fp8_job",
+    "test_stop",
+    "test_study",
+    "test_reestimation_job",
+    "test_replicas",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, request):
