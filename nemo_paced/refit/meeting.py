@@ -65,9 +65,13 @@ class Sender(Protocol):
 
 
 def meeting(backend: RefitBackend, sync: WeightSync) -> Meeting:
-    """A new rendezvous: a free port of this machine, at the address by which servers reach it."""
-    host = urlsplit(sync.client.endpoints[0]).hostname or LOOPBACK
-    address = LOOPBACK if is_loopback(host) else _address_towards(host)
+    """A new rendezvous: a free port of this machine, at the address by which servers reach it.
+
+    Servers on this machine reach it by the address that others use, too.
+    """
+    hosts = [urlsplit(endpoint).hostname or LOOPBACK for endpoint in sync.client.endpoints]
+    elsewhere = [host for host in hosts if not is_loopback(host)]
+    address = _address_towards(elsewhere[0]) if elsewhere else LOOPBACK
     (port,) = free_ports(address, 1)
     return Meeting(backend, address, port, tuple(sync.num_workers()))
 

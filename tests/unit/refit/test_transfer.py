@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.dev.sleep import api_router as sleep_router
 
 from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement, WeightSwap
 from nemo_paced.errors import ConfigError, RolloutError, WeightsLost
-from nemo_paced.refit import file_sender, gloo_transfer
+from nemo_paced.refit import file_sender, gloo_transfer, meeting
 from nemo_paced.refit.file_sender import FileSender
 from nemo_paced.refit.server_weights import ServerWeights
 from nemo_paced.refit.weight_sync import WeightSync
@@ -109,6 +109,22 @@ def test_workers_of_several_servers_are_numbered_one_after_another(monkeypatch):
         "a": {"rank_offset": 3, "world_size": 9},
         "b": {"rank_offset": 5, "world_size": 9},
     }
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "towards"),
+    [
+        (["http://127.0.0.1:1", "http://localhost:2"], "127.0.0.1"),
+        (["http://127.0.0.1:1", "http://node2:2"], "address towards node2"),
+        (["http://node1:1", "http://127.0.0.1:2"], "address towards node1"),
+    ],
+)
+def test_servers_meet_the_trainer_where_each_of_them_reaches_it(monkeypatch, endpoints, towards):
+    monkeypatch.setattr(meeting, "_address_towards", lambda host: f"address towards {host}")
+    monkeypatch.setattr(meeting, "free_ports", lambda address, count: [7])
+    sync = WeightSync(RolloutClient(endpoints, "key"), WeightSwap.between_requests)
+    monkeypatch.setattr(sync, "num_workers", lambda: [1] * len(endpoints))
+    assert meeting.meeting(RefitBackend.gloo, sync).address == towards
 
 
 @pytest.mark.parametrize(("swap", "mode"), [("between_requests", "wait"), ("in_flight", "keep")])
