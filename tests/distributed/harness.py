@@ -37,10 +37,7 @@ def run_ranks(
     time limit.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # a server that has torch imported forks the ranks: seconds less than spawn, and no fork of
-        # a test process that holds threads
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(list(_PRELOAD))
+        context = _context()
         # The store listens here, on a port that the system chose: a port looked up for rank 0 to
         # listen on may be taken by then. torchrun's variables tell the ranks to join it.
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -77,6 +74,19 @@ def _wait(ranks: list[Any], deadline: float, grace_s: float) -> None:
             return
         assert time.monotonic() < deadline, "the ranks did not finish in time"
         time.sleep(0.02)
+
+
+def _context() -> Any:
+    """A server that has torch imported forks the ranks: seconds less than spawn each.
+
+    It forks no test process that holds threads. Where there is a GPU, what it imports begins to use
+    that, and no fork may go on with it: ranks are spawned.
+    """
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    return context
 
 
 def _rank_main(
