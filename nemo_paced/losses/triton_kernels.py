@@ -13,7 +13,7 @@ in the dtype of the logits; the arithmetic is in float32. The three functions an
 are those of ``kernels.py``, their reference in PyTorch.
 
 Not covered: logits on another device than the current one. Checked in Triton's interpreter against
-the reference, and run and timed on an H100 (benchmarks/README.md); tile width and warps are a guess.
+the reference; run and timed on an H100 (benchmarks/README.md). Tile width and warps are guesses.
 
 Axes: N rows (tokens), V this rank's columns; z logits, x logits less their maximum (not divided by
 the temperature), t and s probabilities of teacher and student.
