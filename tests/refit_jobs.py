@@ -10,7 +10,7 @@ import hashlib
 import os
 import signal
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import httpx
@@ -210,18 +210,20 @@ def _look(process, folder, job):
     raise AssertionError(f"it ended before it was looked at: {process.communicate()[0][-4000:]}")
 
 
-def kill_a_server(process):
-    """Of a job's servers one, which is not in the midst of an update: such a run would end."""
+def kill_a_server(process, *, in_an_update):
+    """Kill one of a job's servers, in the midst of an update of its weights or between two."""
     client = _servers(process)
     ranks = [rank.pid for rank, _ in _running(process, "nemo_paced.commands.worker")]
+    server, _ = _running(process, "vllm.entrypoints.openai.api_server")[-1]
+    group = os.getpgid(server.pid)
     while True:
         assert process.poll() is None, process.communicate()[0][-4000:]
-        with _stopped(ranks), suppress(RolloutError):
-            if not any(answer["is_paused"] for answer in client.call("GET", "/is_paused")):
-                server, _ = _running(process, "vllm.entrypoints.openai.api_server")[-1]
-                os.killpg(os.getpgid(server.pid), signal.SIGKILL)
+        with nullcontext() if in_an_update else _stopped(ranks), suppress(RolloutError):
+            paused = any(answer["is_paused"] for answer in client.call("GET", "/is_paused"))
+            if paused is in_an_update:
+                os.killpg(group, signal.SIGKILL)
                 return
-        time.sleep(0.05)
+        time.sleep(0 if in_an_update else 0.05)
 
 
 def _look_once(client, job):

@@ -70,6 +70,10 @@ class FileSender:
         assert self._current is not None, "weights have been sent"
         load_files(sync, sorted(self._current.iterdir()))
 
+    def abandon(self) -> bool:
+        """Nothing is left to end: rank 0 sends alone."""
+        return True
+
     def shutdown(self) -> None:
         """Remove the files."""
         self._remove(self._prepared)

@@ -7,9 +7,11 @@ other nodes that share no disk with the trainer. The servers' end is in ``vllm_p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
+
+import torch
 
 from nemo_paced.errors import RolloutError
 from nemo_paced.refit.gloo_group import JOIN_TIMEOUT_S, broadcast, join_group
@@ -24,9 +26,6 @@ class GlooSender:
     Args:
         meeting: where rank 0 and all workers of the servers form a group.
         sync: rank 0's; ``None`` on the others, which only take part in gathering the weights.
-
-    Raises:
-        RolloutError: a server did not join.
     """
 
     again = None  # what is broadcast all ranks have to gather
@@ -34,29 +33,37 @@ class GlooSender:
     def __init__(
         self, meeting: Meeting, sync: WeightSync | None, source: MegatronWeightSource
     ) -> None:
+        self.meeting = meeting
         self.sync = sync
         self.source = source
-        self._group: Any = None
-        if sync is not None:
-            rendezvous: dict[str, Any] = {
-                "master_address": meeting.address,
-                "master_port": meeting.port,
-                "world_size": 1 + sum(meeting.workers),
-            }
-            info = {**rendezvous, "rank_offset": 1}
-            self._group = _beside(
-                lambda: sync.init_weight_transfer_engine(info),
-                lambda: join_group(**rendezvous, rank=0),
-            )
+        self._group: Any = None  # rank 0's, as long as it stands
+        self._parameters: Iterator[tuple[str, torch.Tensor | None]] = iter(())
 
     def prepare(self) -> None:
-        """Nothing: parameters are gathered one at a time, while they are sent."""
+        """Join the servers' group, the first time; parameters are gathered while they are sent.
+
+        Raises:
+            RolloutError: on rank 0; a server did not join.
+        """
+        self._parameters = iter(self.source)
+        if self.sync is None or self._group is not None:
+            return
+        sync = self.sync
+        rendezvous: dict[str, Any] = {
+            "master_address": self.meeting.address,
+            "master_port": self.meeting.port,
+            "world_size": 1 + sum(self.meeting.workers),
+        }
+        info = {**rendezvous, "rank_offset": 1}
+        self._group = _beside(
+            lambda: sync.init_weight_transfer_engine(info),
+            lambda: join_group(**rendezvous, rank=0),
+        )
 
     def send_weights(self) -> None:
         """Send the student's weights to all servers; collective, see :class:`~.meeting.Sender`."""
         if self.sync is None:
-            for _ in self.source:  # take part in the gathers
-                pass
+            self._gather_the_rest()
             return
         sync, parameters = self.sync, self.source.metadata()
         info = {
@@ -68,14 +75,28 @@ class GlooSender:
         _beside(lambda: sync.update_weights(info), self._broadcast)
         sync.finish_weight_update()
 
+    def abandon(self) -> bool:
+        """Take part in the gathers that are left, for the other ranks, and leave the group."""
+        self._gather_the_rest()
+        self._group = None
+        return True
+
     def shutdown(self) -> None:
         self._group = None
 
+    def _gather_the_rest(self) -> None:
+        for _ in self._parameters:
+            pass
+
     def _broadcast(self) -> None:
         assert self._group is not None, "rank 0 has one"
-        for name, tensor in self.source:
-            assert tensor is not None, f"rank 0 gets every tensor, {name} too"
-            broadcast(self._group, tensor.cpu().contiguous())
+        try:
+            for name, tensor in self._parameters:
+                assert tensor is not None, f"rank 0 gets every tensor, {name} too"
+                broadcast(self._group, tensor.cpu().contiguous())
+        except RuntimeError:
+            self._group = None  # closed: servers that are well would wait for the next parameter
+            raise
 
 
 def _beside(server_side: Callable[[], None], ours: Callable[[], Any]) -> Any:

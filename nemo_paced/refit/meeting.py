@@ -42,7 +42,7 @@ class Meeting:
 class Sender(Protocol):
     """The trainer's side of a transport of weights; every rank of the trainer has one.
 
-    ``prepare`` and ``send_weights`` are collective.
+    ``prepare`` and ``send_weights`` are collective, in this order.
     """
 
     @property
@@ -58,6 +58,13 @@ class Sender(Protocol):
         Raises:
             RolloutError: a server refused, or was lost on the way. Where there is ``again``, the
                 call may be repeated by rank 0 alone.
+        """
+
+    def abandon(self) -> bool:
+        """After an error on rank 0, end there what the other ranks go through all the same.
+
+        Returns:
+            Whether that was possible: all ranks may then send anew, through another group.
         """
 
     def shutdown(self) -> None:

@@ -82,6 +82,14 @@ class ServerWeights:
             self.sync.resume()
             self._sent, self._again = self.sync.version, sender.again
 
+    def give_up_update(self) -> None:
+        """After a failed update: the servers should have its weights, and rank 0 cannot send them.
+
+        What samples next raises WeightsLost then, whatever versions the servers began with.
+        """
+        with self._lock:
+            self._sent, self._again = self.sync.version, None
+
     def current(self, endpoint: str) -> bool:
         """Whether a server has the weights that it should; it is sent them where rank 0 can.
 

@@ -55,6 +55,10 @@ class VllmSender:
     def send_weights(self) -> None:
         self._engine.send_weights()
 
+    def abandon(self) -> bool:
+        """``False``: the ranks may be anywhere in vLLM's collectives."""
+        return False
+
     def shutdown(self) -> None:
         self._engine.shutdown()
 

@@ -185,14 +185,26 @@ class Sampler:
         return self._with_restart(lambda: self.weights.begin(version))
 
     def update(self, sender: Sender) -> None:
-        """Bring the servers what ``sender`` has prepared: see :meth:`ServerWeights.update`.
+        """Bring the servers the weights of ``sender``: see :meth:`ServerWeights.update`.
 
-        Where rank 0 can send alone, a server of ours that dies on the way is started again.
+        A server of ours that dies on the way is started again, and sent them where rank 0 can do so
+        alone. Where only all ranks together can, the other servers, which may hold half an update,
+        are started again too; none of them then has the weights (``WeightsLost`` follows).
         """
-        if sender.again is None:
-            self.weights.update(sender)
-        else:
+        if sender.again is not None:
+            sender.prepare()
             self._with_restart(lambda: self.weights.update(sender))
+            return
+        try:
+            sender.prepare()
+            self.weights.update(sender)
+        except RolloutError as error:
+            replicas = self.replicas
+            if replicas is None or not replicas.ended(within_s=DYING_S) or not sender.abandon():
+                raise
+            logger.warning("an update of the rollout servers' weights broke off: %s", error)
+            self.weights.give_up_update()
+            replicas.restart_all(progress=self.notify)
 
     def _with_restart(self, work: Callable[[], T]) -> T:
         """Do ``work``, a second time after starting servers of ours again where some have died."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -79,6 +81,7 @@ class Replicas:
             ]
         }
         self.restarts = dict.fromkeys(self.sidecars, 0)
+        self._locks = {endpoint: threading.Lock() for endpoint in self.sidecars}
 
     @property
     def endpoints(self) -> list[str]:
@@ -126,10 +129,12 @@ class Replicas:
 
     def ended(self, within_s: float = 0.0) -> list[str]:
         """Endpoints of the servers that have ended, after waiting ``within_s`` for a first one."""
-        for sidecar in self.sidecars.values():
-            if sidecar.ended(within_s / len(self.sidecars)):
-                break
-        return [endpoint for endpoint, s in self.sidecars.items() if not s.alive()]
+        deadline = time.monotonic() + within_s
+        while True:
+            ended = [endpoint for endpoint, s in self.sidecars.items() if not s.alive()]
+            if ended or time.monotonic() >= deadline:
+                return ended
+            time.sleep(0.1)  # a dying one takes a moment
 
     def restart(self, endpoint: str, progress: Callable[[str], None] | None = None) -> None:
         """Start one server anew, with the weights of ``model_dir``: newer ones must be sent after.
@@ -138,14 +143,36 @@ class Replicas:
             RolloutError: it died more than ``rollout.max_restarts`` times, or does not start.
         """
         sidecar = self.sidecars[endpoint]
-        if self.restarts[endpoint] >= self.config.max_restarts:
-            raise RolloutError(
-                f"the rollout server {endpoint} died {self.restarts[endpoint] + 1} times "
-                f"(rollout.max_restarts {self.config.max_restarts}); see {sidecar.log_path}"
-            )
-        self.restarts[endpoint] += 1
-        logger.warning("the rollout server %s died: starting it again", endpoint)
-        sidecar.restart(progress)
+        with self._locks[endpoint]:
+            if sidecar.alive():  # another thread found it dead too
+                return
+            if self.restarts[endpoint] >= self.config.max_restarts:
+                raise RolloutError(
+                    f"the rollout server {endpoint} died {self.restarts[endpoint] + 1} times "
+                    f"(rollout.max_restarts {self.config.max_restarts}); see {sidecar.log_path}"
+                )
+            self.restarts[endpoint] += 1
+            logger.warning("the rollout server %s died: starting it again", endpoint)
+            sidecar.restart(progress)
+
+    def restart_all(self, progress: Callable[[str], None] | None = None) -> None:
+        """Start every server anew, the dead as in :meth:`restart` and those that are well too.
+
+        Raises:
+            RolloutError: as in :meth:`restart`.
+        """
+
+        def one(endpoint: str) -> None:
+            with self._locks[endpoint]:
+                sidecar = self.sidecars[endpoint]
+                if sidecar.alive():
+                    logger.info("starting the rollout server %s again, beside another", endpoint)
+                    sidecar.restart(progress)
+                    return
+            self.restart(endpoint, progress)
+
+        with ThreadPoolExecutor(len(self.sidecars)) as pool:
+            list(pool.map(one, self.sidecars))
 
 
 def replica_devices(

@@ -72,13 +72,6 @@ class Sidecar:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def ended(self, within_s: float) -> bool:
-        """Whether the server is gone, or goes within that time (a dying one takes a moment)."""
-        deadline = time.monotonic() + within_s
-        while self.alive() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return not self.alive()
-
     def restart(self, progress: Callable[[str], None] | None = None) -> None:
         """Start the server anew, on the same port and with the weights of ``model_dir``."""
         self.stop()

@@ -47,15 +47,18 @@ class Refit:
     def __call__(self, step: int) -> None:
         """Bring every server to the weights as they are after ``step`` optimizer steps.
 
+        Where a server of ours dies in its midst, the servers have not these weights when it
+        returns: what is sampled next raises WeightsLost on every rank, as whenever they lose them.
+
         Raises:
-            RolloutError: on rank 0; a server refused or was lost.
+            RolloutError: on rank 0; a server refused, or one was lost and could not be replaced.
             StopRequested, WeightsLost: ``tell``'s, before anything is sent.
         """
         self._count += 1
         message = self.tell(f"refit/{self._count}", lambda driver: _begin(driver, step))
         sender = self._joined(message)
-        sender.prepare()
         if self.driver is None:
+            sender.prepare()
             sender.send_weights()
         else:
             self.driver.sampler.update(sender)

@@ -18,8 +18,13 @@ from tests.tiny import make_hf_model
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("replicas", [1, 2])  # with two, the other one goes on meanwhile
-def test_a_server_that_lost_its_weights_is_sent_them_by_all_ranks_again(tmp_path, replicas):
+@pytest.mark.parametrize(
+    ("replicas", "in_an_update"),
+    [(1, True), (2, False)],  # of two the other one goes on meanwhile
+)
+def test_a_server_that_lost_its_weights_is_sent_them_by_all_ranks_again(
+    tmp_path, replicas, in_an_update
+):
     arguments = train_arguments(
         tmp_path, "run", "rollout.refit=gloo", "trainer.devices=2",
         f"rollout.num_replicas={replicas}",
@@ -31,7 +36,7 @@ def test_a_server_that_lost_its_weights_is_sent_them_by_all_ranks_again(tmp_path
     while not path.exists() or '"stage": "reverse_kl"' not in path.read_text():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    kill_a_server(process)
+    kill_a_server(process, in_an_update=in_an_update)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out[-4000:]
     assert len(re.findall("died: starting it again", out)) == 1

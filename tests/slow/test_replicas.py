@@ -83,7 +83,6 @@ def test_one_of_two_servers_killed_in_mid_batch_loses_nothing(tmp_path, monkeypa
         weights = load_file(ASSETS / "student" / "model.safetensors")
         sender = FileSender(served.weights.sync, weights.items(), served.weights.folder)
         served.begin_update("7")
-        sender.prepare()
         served.update(sender)
         finished = []
         ask = served.client.sample

@@ -18,10 +18,13 @@ from vllm.entrypoints.serve.dev.sleep import api_router as sleep_router
 
 from nemo_paced.config import RefitBackend, RolloutConfig, RolloutPlacement, WeightSwap
 from nemo_paced.errors import ConfigError, RolloutError, WeightsLost
-from nemo_paced.refit import file_sender, gloo_transfer, meeting
+from nemo_paced.refit import file_sender, gloo_group, gloo_transfer, meeting
 from nemo_paced.refit.file_sender import FileSender
+from nemo_paced.refit.gloo_transfer import GlooSender
 from nemo_paced.refit.server_weights import ServerWeights
+from nemo_paced.refit.weight_source import ParamMeta
 from nemo_paced.refit.weight_sync import WeightSync
+from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.serving import backends
 from nemo_paced.serving.backends import choose_backend
 from nemo_paced.serving.client import RolloutClient
@@ -299,6 +302,126 @@ def test_servers_without_the_weights_are_left_out_until_none_has_them(monkeypatc
     versions["a"] = "default"
     with pytest.raises(WeightsLost, match="lost the weights of step 3"):
         weights.usable()
+
+
+class GlooServer:
+    """A real end of a gloo group, in place of a server's worker.
+
+    ``lost_after``: how many parameters it receives before it is lost.
+    """
+
+    def __init__(self, monkeypatch, sync, lost_after=None):
+        self.lost_after = lost_after
+        self.received = []
+        for name in ("start_weight_update", "pause", "resume"):
+            monkeypatch.setattr(sync, name, lambda: None)
+        monkeypatch.setattr(sync, "finish_weight_update", lambda: None)
+        monkeypatch.setattr(sync, "init_weight_transfer_engine", self.join)
+        monkeypatch.setattr(sync, "update_weights", self.load)
+
+    def join(self, info):
+        self.group = gloo_group.join_group(
+            **{k: v for k, v in info.items() if k != "rank_offset"}, rank=info["rank_offset"]
+        )
+
+    def load(self, info):
+        for name, shape in zip(info["names"], info["shapes"], strict=True):
+            if len(self.received) == self.lost_after:
+                self.group = None
+                raise RolloutError("http://a:1/update_weights: ReadError")
+            gloo_group.broadcast(self.group, tensor := torch.empty(shape))
+            self.received.append((name, tensor.tolist()))
+
+
+class GatheredWeights:
+    """A source of three parameters that tells how far each of its passes came."""
+
+    def __init__(self):
+        self.weights = {name: torch.full((3,), float(n)) for n, name in enumerate("abc")}
+        self.passes = []
+
+    def metadata(self):
+        return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self.weights.items()]
+
+    def __iter__(self):
+        self.passes.append([])
+        for name, tensor in self.weights.items():
+            self.passes[-1].append(name)
+            yield name, tensor
+
+
+def gloo_update(monkeypatch, tmp_path, server_lost_after, replicas):
+    """A sampler's update over gloo of one server; returns sampler, server and source."""
+    client, _ = servers(monkeypatch, lambda host, path: {"weight_version": "default"})
+    client = client.only("http://a:1", timeout_s=10)
+    sampler = object.__new__(Sampler)  # of its servers and store none is there
+    sampler.replicas, sampler.notify = replicas, None
+    weights = ServerWeights(client, RefitBackend.gloo, WeightSwap.between_requests, tmp_path)
+    sampler.weights, weights.sync.version = weights, "5"
+    source = GatheredWeights()
+    server = GlooServer(monkeypatch, weights.sync, server_lost_after)
+    (port,) = meeting.free_ports("127.0.0.1", 1)
+    where = meeting.Meeting(RefitBackend.gloo, "127.0.0.1", port, (1,))
+    return sampler, server, source, GlooSender(where, weights.sync, source)
+
+
+class OneReplica:
+    """In place of Replicas of one server, which has ended or is well."""
+
+    def __init__(self, *ended):
+        self._ended, self.restarted = list(ended), 0
+
+    def ended(self, within_s):
+        return self._ended
+
+    def restart_all(self, progress):
+        self.restarted += 1
+
+
+def test_gloo_brings_every_parameter(monkeypatch, tmp_path):
+    sampler, server, source, sender = gloo_update(monkeypatch, tmp_path, None, OneReplica())
+    for _ in range(2):
+        sampler.update(sender)
+    assert server.received == 2 * [("a", [0.0] * 3), ("b", [1.0] * 3), ("c", [2.0] * 3)]
+    assert source.passes == [["a", "b", "c"]] * 2
+    assert sampler.weights.version == "5"
+
+
+@pytest.mark.parametrize("lost_after", [0, 1, 2])
+def test_a_server_that_dies_in_an_update_is_replaced_and_its_weights_are_asked_for(
+    monkeypatch, tmp_path, lost_after
+):
+    replicas = OneReplica("http://a:1")
+    sampler, _, source, sender = gloo_update(monkeypatch, tmp_path, lost_after, replicas)
+    sampler.update(sender)
+    assert source.passes == [["a", "b", "c"]], "rank 0 takes part in the gathers to their end"
+    assert replicas.restarted == 1
+    with pytest.raises(WeightsLost, match="lost the weights of step 5"):
+        sampler.weights.usable()
+
+
+def test_a_server_that_dies_before_it_joins_is_replaced_too(monkeypatch, tmp_path):
+    replicas = OneReplica("http://a:1")
+    sampler, _, source, sender = gloo_update(monkeypatch, tmp_path, None, replicas)
+    monkeypatch.setattr(gloo_transfer, "JOIN_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(gloo_group, "JOIN_TIMEOUT_S", 1.0)
+
+    def refuse(info):
+        raise RolloutError("http://a:1/init_weight_transfer_engine: ReadError")
+
+    monkeypatch.setattr(sampler.weights.sync, "init_weight_transfer_engine", refuse)
+    sampler.update(sender)
+    assert source.passes == [["a", "b", "c"]] and replicas.restarted == 1
+    with pytest.raises(WeightsLost):
+        sampler.weights.usable()
+
+
+def test_a_server_that_refuses_an_update_and_lives_ends_it(monkeypatch, tmp_path):
+    replicas = OneReplica()
+    sampler, _, _, sender = gloo_update(monkeypatch, tmp_path, 1, replicas)
+    with pytest.raises(RolloutError, match="did not reach the rollout servers"):
+        sampler.update(sender)
+    assert replicas.restarted == 0
 
 
 def test_a_server_that_hangs_while_its_group_breaks_is_told_of_as_such(monkeypatch):
