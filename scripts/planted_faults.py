@@ -42,6 +42,7 @@ class Fault:
 
 
 TRAINING = "tests/distributed/test_training.py"
+RESTORED = "test_master_weights_and_moments_of_a_bf16_run_survive_a_resume"
 FAULTS = {
     # losses
     "kl_gradient": Fault(
@@ -147,8 +148,8 @@ FAULTS = {
     # resume
     "adam_steps": Fault(
         "Adam counts its steps anew after a resume",
-        'state["step"] = step.clone()',
-        'state["step"] = torch.zeros_like(step)',
+        '["step"] = torch.tensor(float(steps))',
+        '["step"] = torch.tensor(0.0)',
         f"{TRAINING}::test_a_resumed_run_goes_on_as_if_never_stopped",
     ),
     "position": Fault(
@@ -156,6 +157,18 @@ FAULTS = {
         "self.consumed = state.consumed_problems",
         "self.consumed = state.step",
         "tests/slow/test_stop.py",
+    ),
+    "master_weights": Fault(
+        "a checkpoint holds zeros in place of the master weights",
+        "            is_loading=loading,",
+        "            is_loading=True,",
+        f"{TRAINING}::{RESTORED}[dp2-adams4-True]",
+    ),
+    "steps_beside_a_fused_adam": Fault(
+        "torch's Adam beside an installed fused one counts from 0 after a resume",
+        'group["step"] = max(steps, default=0)',
+        'group["step"] = 0 if torchs else max(steps, default=0)',
+        f"{TRAINING}::{RESTORED}[dp2-adams3-True]",
     ),
     "kept_checkpoints": Fault(
         "the oldest checkpoints are kept",

@@ -67,6 +67,7 @@ class MicroBatch:
         targets_N: int64; the response tokens.
         token_weights_N: float32; ``token_weight`` of each response token.
         server_logprobs_N: float32, nats; NaN where the response was not sampled.
+        on_policy: whether a response was sampled.
         spans: (response_id, number of tokens) of the whole responses, in order.
         local_N: int64; which tokens of ``spans`` are the N of this context-parallel rank; ``None``:
             all of them.
@@ -81,6 +82,7 @@ class MicroBatch:
     targets_N: torch.Tensor
     token_weights_N: torch.Tensor
     server_logprobs_N: torch.Tensor
+    on_policy: bool
     spans: tuple[tuple[str, int], ...]
     local_N: torch.Tensor | None = None
     sequences: tuple[int, ...] = ()
@@ -272,6 +274,7 @@ def _micro_batch(
         targets_N=torch.tensor(targets, dtype=torch.int64),
         token_weights_N=torch.tensor(weights, dtype=torch.float32),
         server_logprobs_N=torch.tensor(logprobs, dtype=torch.float32),
+        on_policy=any(item.server_logprobs for item in items),
         spans=tuple((item.response_id, len(item.response_ids)) for item in items),
         sequences=sequences,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,11 +29,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nemo_paced.config import ModelConfig, Precision, Recompute
+from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, padded_vocab_size
 from nemo_paced.hf.attention import CoreAttention
 from nemo_paced.hf.experts import experts_config
 from nemo_paced.hf.rows import ParameterLayout, ParameterRow
 from nemo_paced.parallel.groups import Parallel
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -119,6 +125,8 @@ def build_chunks(
     config = replace(_transformer_config(architecture, model, precision), **overrides or {})
     if transformer_engine is None:
         transformer_engine = parallel.device.type == "cuda" and has_transformer_engine()
+        if parallel.rank == 0 and parallel.device.type == "cuda":
+            _tell_layers(transformer_engine)
     rows = max(architecture.vocab_size, vocab_size_hint or 0)
     count = model.virtual_pipeline_model_parallel_size
     chunks = []
@@ -273,6 +281,18 @@ def _block_spec(
     )
 
 
+@cache
+def _tell_layers(transformer_engine: bool) -> None:
+    """Log, once for all models, whose layers a job on GPUs computes in."""
+    if transformer_engine:
+        logger.info("layers: Transformer Engine %s", version("transformer-engine"))
+    else:
+        logger.warning(
+            "layers: Megatron's local ones, as Transformer Engine is not installed: no fused norms "
+            "and no FP8 through it"
+        )
+
+
 def _transformer_engine_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     return get_gpt_layer_with_transformer_engine_spec(
         num_experts=num_experts, moe_grouped_gemm=True, qk_layernorm=config.qk_layernorm
@@ -318,11 +338,22 @@ def _mark_parallel(gpt: PacedGPTModel) -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's PyTorch modules can be imported."""
+    """Whether Transformer Engine is installed.
+
+    Raises:
+        ConfigError: it is installed and cannot be imported: training on without it would be slower
+            and compute in other kernels, in silence.
+    """
+    if find_spec("transformer_engine") is None:
+        return False
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
+    except Exception as error:  # of a missing library an OSError, of an unfit one a RuntimeError
+        raise ConfigError(
+            f"Transformer Engine is installed and cannot be imported ({error}): build its PyTorch "
+            f"extension against this torch {torch.__version__} (pip install --no-build-isolation "
+            "transformer-engine[pytorch]), or uninstall it"
+        ) from error
     return True
 
 

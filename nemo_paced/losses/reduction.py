@@ -63,5 +63,6 @@ def for_megatron(
     Returns:
         (loss to differentiate, int32 token count).
     """
-    count = torch.tensor(num_tokens, dtype=torch.int32, device=loss.device)
+    # filled there: a copy from the host would wait for the GPU
+    count = torch.full((), num_tokens, dtype=torch.int32, device=loss.device)
     return loss * total_tokens, count

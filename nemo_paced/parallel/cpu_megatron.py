@@ -2,9 +2,10 @@
 
 Megatron-Core names ``device="cuda"`` and ``torch.cuda.current_device()`` in many places. A torch
 function mode turns such device arguments into the CPU; streams, events and synchronisation become
-no-ops, and the RNG tracker keeps the CPU generator's state. Nothing of this runs in a process that
-uses a GPU: ``parallel.groups.initialize`` calls :func:`enable` for ``accelerator=cpu``, and for
-``auto`` where torch sees no GPU.
+no-ops, the RNG tracker keeps the CPU generator's state, and kernels for GPUs that are installed are
+left out. Nothing of this runs in a process that uses a GPU: ``parallel.groups.initialize`` calls
+:func:`enable` for ``accelerator=cpu``, and for ``auto`` where torch sees no GPU. One name that
+Megatron-Core leaves undefined is defined everywhere: :func:`define_missing_names`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,22 @@ def enable() -> None:
     assert not torch.cuda.is_initialized(), "this process has used a GPU already"
     _patch_torch_cuda()
     _patch_rng_tracker()
+    _patch_optimizers()
     _patch_experts()
     _patch_checkpoints()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
+
+
+def define_missing_names() -> None:
+    """Define a name that the router of experts asks for and only Transformer Engine's import makes.
+
+    Without Transformer Engine a layer of experts ends in a NameError, on a GPU too.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -105,11 +118,29 @@ def _patch_rng_tracker() -> None:
     random._set_cuda_rng_state = set_state  # type: ignore[assignment]
 
 
-def _patch_experts() -> None:
-    """Let layers of experts run without Transformer Engine and without copies from a GPU.
+def _patch_optimizers() -> None:
+    """Put torch's Adam and Megatron's own sums in place of Transformer Engine's and Apex's kernels.
 
-    The router asks whether Transformer Engine's GEMM is there by a name that only its import makes;
-    the token dispatcher turns split sizes into numpy arrays as part of a copy from the GPU.
+    Megatron binds those wherever they can be imported, and they take addresses on a GPU.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed_precision
+
+    for module in (clip_grads, mixed_precision):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.Adam = torch.optim.Adam  # what its constructor accepts beside AdamW
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+
+
+def _patch_experts() -> None:
+    """Let layers of experts run without Transformer Engine's GEMM and without copies from a GPU.
+
+    The token dispatcher turns split sizes into numpy arrays as part of a copy from the GPU.
     """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -117,8 +148,7 @@ def _patch_experts() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    moe_utils.te_general_gemm = None
 
 
 def _patch_checkpoints() -> None:

@@ -163,6 +163,7 @@ def initialize(
     on_gpu = _on_gpu(accelerator)
     if not on_gpu:
         cpu_megatron.enable()
+    cpu_megatron.define_missing_names()
     device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -44,7 +44,7 @@ from nemo_paced.run.checkpoint_files import (
 )
 from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.student.model import Student
-from nemo_paced.student.optimizer import make_moments, steps_aside
+from nemo_paced.student.optimizer import complete_state, state_restored
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,7 @@ def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
     wanted = _sharded_state(student, parallel, loading=True, with_rng=same_layout)
     loaded = _load(wanted, directory)
     _load_chunks(student.chunks, loaded["model"])
-    _complete_steps(loaded["optimizer"])
-    with steps_aside(student.optimizer):
+    with state_restored(student.optimizer):
         student.optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         _set_rng_state(loaded["rng_state"])
@@ -205,13 +204,13 @@ def _sharded_state(
 ) -> dict[str, Any]:
     student.sync_parameters()
     model = _sharded_chunks(student.chunks)
-    make_moments(student.optimizer)
+    complete_state(student.optimizer)
     state = {
         "model": model,
-        # a run that has not updated yet has no moments: let Megatron make them as for loading
         "optimizer": student.optimizer.sharded_state_dict(
             model,
-            is_loading=loading or not student.has_moments,
+            # while saving Megatron would put zeros in place of the master weights
+            is_loading=loading,
             metadata={"distrib_optim_sharding_type": "fully_reshardable"},
         ),
     }
@@ -244,15 +243,6 @@ def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
             f"checkpoint {directory} cannot be loaded: {_reason(error)}. It may be damaged or of "
             "another model; remove it to resume from the one before"
         ) from error
-
-
-def _complete_steps(optimizer: dict[str, Any]) -> None:
-    """A step count of 0 is left out when saving, and torch's Adam asks for it when loading."""
-    # with experts, theirs and that of the other layers are two optimizers, numbered
-    for one in optimizer.values() if 0 in optimizer else [optimizer]:
-        state = one.get("optimizer", one).get("state")
-        if state is not None:  # the distributed optimizer keeps the count elsewhere
-            state.setdefault("common_step", torch.tensor(0.0))
 
 
 def _rng_state() -> dict[str, Any]:

@@ -73,11 +73,6 @@ class Student:
             if ddp.ddp_config.overlap_param_gather:
                 ddp.start_param_sync(force_sync=True)
 
-    @property
-    def has_moments(self) -> bool:
-        """Whether the optimizer has taken a step since it was made or reset."""
-        return any(o.optimizer is not None and o.optimizer.state for o in chained(self.optimizer))
-
     def reset_optimizer(self) -> None:
         """Forget Adam's moments and step count, but not the master weights.
 
@@ -145,7 +140,7 @@ def build_student(
         use_gloo_process_groups=False,
         pg_collection=parallel.groups,
     )
-    use_backend(optimizer, optim)
+    use_backend(optimizer, optim, parallel.device)
     for group in optimizer.param_groups:
         # norms and biases do not decay; Megatron leaves that to its scheduler, which is not ours
         group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)

@@ -22,15 +22,23 @@ def chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def use_backend(optimizer: MegatronOptimizer, optim: OptimConfig) -> None:
+def use_backend(optimizer: MegatronOptimizer, optim: OptimConfig, device: torch.device) -> None:
     """Put the Adam that ``model.optim.backend`` names into Megatron's optimizers and log its class.
 
     Megatron by itself, and so ``auto``, takes the first of Transformer Engine's, Apex's and torch's
     that can be imported.
 
+    Args:
+        device: of the parameters.
+
     Raises:
-        ConfigError: the named Adam is not installed.
+        ConfigError: the named Adam is not installed, or does not run on this device.
     """
+    if device.type == "cpu" and optim.backend not in (OptimBackend.auto, OptimBackend.torch):
+        raise ConfigError(
+            f"model.optim.backend is {optim.backend.value}, whose kernels need a GPU: set "
+            "model.optim.backend=auto"
+        )
     for each in chained(optimizer):
         if each.optimizer is None:  # a rank without parameters of this kind
             continue
@@ -74,45 +82,75 @@ def _remade(
     return wanted([dict(group) for group in made.param_groups], **options)
 
 
-def make_moments(optimizer: MegatronOptimizer) -> None:
-    """Give each torch Adam that has taken no step zero moments and a step count of 0.
+def complete_state(optimizer: MegatronOptimizer) -> None:
+    """Make what a checkpoint holds of each Adam: zero moments before its first step, and its count.
 
-    Megatron's distributed optimizer asks Adam for its step count, which torch's makes in its first
-    step; Transformer Engine's and Apex's keep the count elsewhere.
+    The count of steps goes into every parameter group, where Transformer Engine's and Apex's Adam
+    keep it. Torch's keeps one with each parameter, and Megatron looks there only where neither of
+    the fused ones can be imported, whichever is in use.
     """
-    for adam in _torch_adams(optimizer):
+    for adam in _adams(optimizer):
+        torchs = _is_torchs(adam)
         for group in adam.param_groups:
             for parameter in group["params"]:
                 if not adam.state[parameter]:
                     adam.state[parameter] = {
-                        "step": torch.tensor(0.0),
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
+                        **({"step": torch.tensor(0.0)} if torchs else {}),
                     }
+        if torchs:
+            steps = {int(state["step"]) for state in adam.state.values()}
+            assert len(steps) <= 1, f"one count for all parameters, not {steps}"
+        else:
+            steps = {group["step"] for group in adam.param_groups if "step" in group}
+        for group in adam.param_groups:
+            group["step"] = max(steps, default=0)
 
 
 @contextmanager
-def steps_aside(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Context in which Megatron's distributed optimizer loads moments into torch's Adam by name.
+def state_restored(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Context in which Megatron loads a checkpoint of what :func:`complete_state` made.
 
-    Megatron sets Adam's step count from the checkpoint first, then copies every other entry of a
-    parameter's state, and stumbles over the count, which its own format leaves out. So the count is
-    taken out of each state once it is set, and put back when the context ends.
+    The counts come out of the parameter groups, whose other entries stay those of this run: another
+    class of Adam may have written the checkpoint, whose groups lack some of them. Torch's Adam asks
+    for a count in each parameter's state, and Megatron's distributed optimizer for everything there
+    in the checkpoint, which has none: it is there while the one loads and not for the other.
     """
-    taken: list[tuple[dict[str, Any], torch.Tensor]] = []
+    settings = [[dict(group) for group in adam.param_groups] for adam in _adams(optimizer)]
 
-    def take(adam: torch.optim.Optimizer) -> None:
-        taken.extend((state, state.pop("step")) for state in adam.state.values())
+    def with_counts(adam: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+        for state in loaded["state"].values():
+            state.setdefault("step", torch.tensor(0.0))
+
+    def without_counts(adam: torch.optim.Optimizer) -> None:
+        for state in adam.state.values():
+            state.pop("step", None)
 
     with ExitStack() as stack:
-        for adam in _torch_adams(optimizer):
-            stack.callback(adam.register_load_state_dict_post_hook(take).remove)
+        for adam in _adams(optimizer):
+            if _is_torchs(adam):
+                for hook in (
+                    adam.register_load_state_dict_pre_hook(with_counts),
+                    adam.register_load_state_dict_post_hook(without_counts),
+                ):
+                    stack.callback(hook.remove)
         yield
-    for state, step in taken:
-        # the count comes as one tensor for all, and each parameter advances its own
-        state["step"] = step.clone()
+    for adam, own in zip(_adams(optimizer), settings, strict=True):
+        for group, before in zip(adam.param_groups, own, strict=True):
+            steps = int(group["step"])  # Megatron reads torch's as a float
+            parameters = group["params"]
+            group.clear()
+            group.update(before, params=parameters, step=steps)
+            if _is_torchs(adam):
+                for parameter in parameters:
+                    adam.state[parameter]["step"] = torch.tensor(float(steps))
 
 
-def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    inner = [each.optimizer for each in chained(optimizer)]
-    return [each for each in inner if isinstance(each, (torch.optim.Adam, torch.optim.AdamW))]
+def _adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """Those that have parameters on this rank."""
+    return [each.optimizer for each in chained(optimizer) if each.optimizer is not None]
+
+
+def _is_torchs(adam: torch.optim.Optimizer) -> bool:
+    return isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))

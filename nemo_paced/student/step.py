@@ -133,14 +133,13 @@ class Step:
         batch: MicroBatch = next(data_iterator)
         loss = None
         if model.module.post_process:
-            on_policy = not bool(batch.server_logprobs_N.isnan().all())
             layer = self.student.chunks[-1].output_layer
             loss = MicroBatchLoss(
                 batch=batch,
                 teacher=signal.of(batch, self.teacher.kind.top_k),
                 options=layer.options(divergence, signal.head_weight, self.vocab_size),
                 chunk_size=self.loss.chunk_size,
-                targets_N=batch.targets_N if on_policy else None,
+                targets_N=batch.targets_N if batch.on_policy else None,
             )
             layer.loss = loss
         output = call_model(model, batch)

@@ -31,6 +31,7 @@ _CAPABILITIES = {
     Fp8Recipe.blockwise: ((9, 0), None),
     Fp8Recipe.mxfp8: ((10, 0), (12, 0)),
 }
+BLOCK_TOKENS = 128  # of Transformer Engine's block-wise recipe
 Capability = tuple[int, int]
 
 
@@ -128,11 +129,18 @@ def sequence_multiple(choice: Fp8Choice | None, *, tp_size: int, sequence_parall
     """The number of tokens that a teacher's padded sequence length must be a multiple of.
 
     Transformer Engine's GEMMs want 16 tokens on each rank, 32 for MXFP8 (Megatron's
-    ``get_fp8_align_size``). ``torch._scaled_mm`` takes any number, as do all layers in BF16.
+    ``get_fp8_align_size``). Before its ranks gather their parts of a sequence they quantise them,
+    block-wise only where each holds whole blocks (up to release 2.13: "is_quantizable").
+    ``torch._scaled_mm`` takes any number, as do all layers in BF16.
     """
     if choice is None or not choice.uses_transformer_engine:
         return 1
-    return get_fp8_align_size(choice.recipe.value) * (tp_size if sequence_parallel else 1)
+    multiple = get_fp8_align_size(choice.recipe.value)
+    if not sequence_parallel:
+        return multiple
+    if choice.recipe is Fp8Recipe.blockwise:
+        multiple = BLOCK_TOKENS
+    return multiple * tp_size
 
 
 def load_teacher_gpt(

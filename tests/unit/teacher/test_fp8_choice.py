@@ -117,7 +117,13 @@ def test_fp8_on_a_gpu_needs_bf16():
 
 @pytest.mark.parametrize(
     ("recipe", "sequence_parallel", "expected"),
-    [("auto", True, 1), ("blockwise", False, 16), ("tensorwise", True, 32), ("mxfp8", True, 64)],
+    [
+        ("auto", True, 1),
+        ("blockwise", False, 16),
+        ("blockwise", True, 256),  # whole blocks of 128 tokens on each of two ranks
+        ("tensorwise", True, 32),
+        ("mxfp8", True, 64),
+    ],
 )
 def test_transformer_engine_asks_for_padded_sequences(recipe, sequence_parallel, expected):
     choice = resolve(

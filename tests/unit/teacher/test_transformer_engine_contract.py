@@ -113,3 +113,24 @@ def test_megatron_takes_the_switches(recipe, ends):
     assert in_bf16 == [layer < ends[0] or layer >= 6 - ends[1] for layer in range(6)]
     assert config.fp8_param and not config.fp8_dot_product_attention
     assert config.fp8_recipe == recipe
+
+
+def test_the_fused_adam_keeps_its_state_where_checkpoints_look(sources):
+    """A count in each parameter group, none with the parameters; moments where there is no state.
+
+    ``tests/fused_adam.py`` stands in for it on CPUs.
+    """
+    adam = sources.definition("transformer_engine.pytorch.optimizers.fused_adam.FusedAdam")
+    methods = {n.name: n for n in adam.body if isinstance(n, ast.FunctionDef)}
+    step = ast.unparse(methods["step"])
+    assert "if 'step' in group:" in step and "group['step'] += " in step
+    assert "if len(state) == 0:\n" in step and "self.initialize_state(p, " in step
+    initialize = methods["initialize_state"]
+    named = [
+        node.args[1].value
+        for node in ast.walk(initialize)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_initialize_state"
+    ]
+    assert named == ["exp_avg", "exp_avg_sq", "master_param"]
+    (condition,) = (node for node in initialize.body if isinstance(node, ast.If))
+    assert ast.unparse(condition.test) == "self.master_weights", "the last one only there"
