@@ -67,6 +67,7 @@ def metric_lines(steps):
             "weights/active_problems": 18, "time/step_s": 0.9, "time/teacher_s": 0.1,
             "time/student_s": 0.3, "throughput/tokens_per_second": 2000 + 10 * (step % 7),
             "throughput/student_tflops_per_rank": 120.0, "throughput/mfu": 0.31,
+            "throughput/padding_share": 0.03,
             "weights/mean_pass_rate": 0.65 if on_policy else 0.45,
             "time/rollout_s": 0.3 if on_policy else 0.001,
         }  # fmt: skip

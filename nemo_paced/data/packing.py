@@ -1,7 +1,7 @@
 """Micro-batches of one data-parallel rank, cut out of a global batch of responses.
 
 Every rank sees the whole global batch (token ids only: small) and cuts its own part out of it, so
-that all of them agree on sequence length and number of micro-batches without a collective.
+that all of them agree on lengths and number of micro-batches without a collective.
 
 A micro-batch is B sequences padded to one length, or one row of packed sequences that do not see
 each other (Megatron's "thd"). Under context parallelism a rank holds two slices of every sequence,
@@ -16,6 +16,8 @@ Teacher and student see different prompts, so what crosses between them is keyed
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,6 +27,7 @@ import torch
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.parallel.groups import Parallel
+from nemo_paced.parallel.row_length import cp_pieces, round_up, row_multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +115,26 @@ class Cut:
 
 
 def rank_items(items: Sequence[TrainItem], *, dp_rank: int, dp_size: int) -> list[TrainItem]:
-    """Items of one data-parallel rank, dealt out longest response first: ranks work alike."""
-    by_length = sorted(items, key=lambda item: -len(item.response_ids))
-    return list(by_length[dp_rank::dp_size])
+    """Items of one data-parallel rank, longest first; see :func:`_dealt_evenly`."""
+    tokens = [len(item.student_prompt_ids) + len(item.response_ids) for item in items]
+    return [items[number] for number in _dealt_evenly(tokens, dp_size, most=True)[dp_rank]]
+
+
+def _dealt_evenly(sizes: Sequence[int], count: int, *, most: bool = False) -> list[list[int]]:
+    """Indices of sizes dealt into ``count`` parts: largest first, each to the part with the least.
+
+    Args:
+        most: no part gets more indices than an even share, rounded up.
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    room = -(-len(sizes) // count) if most else len(sizes)
+    filled = [(0, number) for number in range(count)]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        total, number = heapq.heappop(filled)
+        parts[number].append(index)
+        if len(parts[number]) < room:
+            heapq.heappush(filled, (total + sizes[index], number))
+    return parts
 
 
 def cut_batch(
@@ -122,81 +142,113 @@ def cut_batch(
 ) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch, which is the same list on every rank.
 
-    All ranks get equally many of equal shape (pipeline stages exchange fixed shapes), at least one;
-    the last ones may be padding.
+    All ranks get equally many, at least one; the last ones may be padding. The n-th ones of all
+    ranks are of one shape, and where pipeline stages exchange them all are. The longest come first:
+    what they need is there for the others.
 
     Args:
         teacher: build the teacher's sequences (its prompt) rather than the student's.
+
+    Raises:
+        ConfigError: a sequence that is longer than a packed row.
     """
     shares = [
         rank_items(items, dp_rank=rank, dp_size=parallel.dp_size)
         for rank in range(parallel.dp_size)
     ]
-    pieces = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
-    # sequence parallelism cuts what a rank holds of a row into tensor-parallel parts
-    multiple_of = math.lcm(8, pieces * parallel.tp_size, cut.sequence_multiple_of)
-    capacity = _round_up(cut.packed_sequence_size, multiple_of)
+    pieces = cp_pieces(parallel.cp_size)
+    multiple_of = math.lcm(
+        row_multiple(
+            tp_size=parallel.tp_size,
+            cp_size=parallel.cp_size,
+            on_gpu=parallel.device.type == "cuda",
+        ),
+        cut.sequence_multiple_of,
+    )
+    packed = cut.packed_sequence_size > 0
 
     def length(item: TrainItem) -> int:
         """Tokens of an item's sequence, padded for context parallelism."""
-        return _round_up(len(_prompt(item, teacher)) + len(item.response_ids), pieces)
+        return round_up(len(_prompt(item, teacher)) + len(item.response_ids), pieces)
 
-    if capacity:
-        divided = [pack(share, length, capacity) for share in shares]
-        lengths = [sum(map(length, part)) for parts in divided for part in parts]
+    if packed:
+        capacity = round_up(cut.packed_sequence_size, multiple_of)
+        divided = pack(shares, length, capacity, rows_multiple_of=cut.micro_batches_multiple_of)
     else:
         size = cut.micro_batch_size
-        divided = [[s[i : i + size] for i in range(0, len(s), size)] for s in shares]
-        lengths = [length(item) for item in items]
-    row_length = _round_up(max(lengths, default=1), multiple_of)
-    longest = max(map(length, items), default=row_length)
-    count = _round_up(max(1, *map(len, divided)), cut.micro_batches_multiple_of)
-    own = divided[parallel.dp_rank]
-    own += [[]] * (count - len(own))
+        divided = [
+            [by_length[i : i + size] for i in range(0, len(by_length), size)]
+            for share in shares
+            for by_length in [sorted(share, key=lambda item: -length(item))]
+        ]
+    count = round_up(max(1, *map(len, divided)), cut.micro_batches_multiple_of)
+    for parts in divided:
+        parts += [[]] * (count - len(parts))
+    tokens = sum if packed else max
+    needed = [
+        max(tokens([length(item) for item in part]) if part else 1 for part in parts)
+        for parts in zip(*divided, strict=True)
+    ]
+    if parallel.pp_size > 1:
+        needed = [max(needed)] * count
+    longest = max(map(length, items), default=1)
     return [
         _micro_batch(
             part,
             teacher=teacher,
-            rows=1 if capacity else cut.micro_batch_size,
+            rows=1 if packed else cut.micro_batch_size,
             row_length=row_length,
-            sequences=_sequences([length(i) for i in part], row_length, longest)
-            if capacity
-            else (),
+            sequences=_sequences([length(i) for i in part], row_length, longest) if packed else (),
             parallel=parallel,
         )
-        for part in own
+        for part, tokens_of_row in zip(divided[parallel.dp_rank], needed, strict=True)
+        for row_length in [round_up(tokens_of_row, multiple_of)]
     ]
 
 
 def pack(
-    items: Sequence[TrainItem], length: Callable[[TrainItem], int], capacity: int
-) -> list[list[TrainItem]]:
-    """Rows of packed items by first fit, longest first: each goes to the first row with room.
+    shares: Sequence[Sequence[TrainItem]],
+    length: Callable[[TrainItem], int],
+    capacity: int,
+    *,
+    rows_multiple_of: int = 1,
+) -> list[list[list[TrainItem]]]:
+    """Rows of packed items for every data-parallel rank: as few as hold them, evenly filled.
 
     Args:
+        shares: items of each rank.
         length: tokens of an item's sequence.
         capacity: tokens of a row.
+        rows_multiple_of: what the number of rows is a multiple of.
+
+    Returns:
+        The rows of each rank, equally many, the fullest first.
 
     Raises:
         ConfigError: an item that is longer than a row.
     """
-    rows: list[list[TrainItem]] = []
-    room: list[int] = []
-    for item in sorted(items, key=lambda item: -length(item)):
-        needed = length(item)
-        if needed > capacity:
+    for item in itertools.chain(*shares):
+        if (needed := length(item)) > capacity:
             raise ConfigError(
                 f"problem {item.problem_id!r} has {needed} tokens of prompt and response, above "
                 f"model.packed_sequence_size {capacity}: raise it"
             )
-        row = next((number for number, free in enumerate(room) if free >= needed), None)
-        if row is None:
-            rows.append([])
-            room.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(item)
-        room[row] -= needed
-    return rows
+    tokens = max((sum(map(length, share)) for share in shares), default=0)
+    count = round_up(max(1, -(-tokens // capacity)), rows_multiple_of)
+    while True:
+        divided = [_filled_evenly(share, length, count) for share in shares]
+        if all(sum(map(length, row)) <= capacity for rows in divided for row in rows):
+            return divided
+        count += rows_multiple_of
+
+
+def _filled_evenly(
+    items: Sequence[TrainItem], length: Callable[[TrainItem], int], count: int
+) -> list[list[TrainItem]]:
+    """``count`` rows of items, the fullest first."""
+    rows = _dealt_evenly([length(item) for item in items], count)
+    filled = [[items[number] for number in row] for row in rows]
+    return sorted(filled, key=lambda row: -sum(map(length, row)))
 
 
 def _sequences(lengths: Sequence[int], row_length: int, longest: int) -> tuple[int, ...]:
@@ -206,10 +258,6 @@ def _sequences(lengths: Sequence[int], row_length: int, longest: int) -> tuple[i
         sequences.append(min(left, longest))
         left -= sequences[-1]
     return tuple(sequences)
-
-
-def _round_up(number: int, multiple_of: int) -> int:
-    return -(-number // multiple_of) * multiple_of
 
 
 def _prompt(item: TrainItem, teacher: bool) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
 from nemo_paced.parallel.groups import Parallel
+from nemo_paced.parallel.row_length import GPU_STEP, round_up
 
 
 def call_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -35,7 +36,7 @@ def _packed_seq_params(sequences: Sequence[int], device: torch.device) -> Packed
     if not sequences:
         return None
     ends = torch.tensor([0, *itertools.accumulate(sequences)], dtype=torch.int32, device=device)
-    longest = max(sequences)
+    longest = round_up(max(sequences), GPU_STEP if device.type == "cuda" else 1)  # few of them
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=ends,
@@ -58,8 +59,8 @@ def run_schedule(
 
     Args:
         forward_step: Megatron's ``forward_step_func(data_iterator, model)``.
-        micro_batches: of equal shape, each with ``tokens_BS``; with several chunks their number is
-            a multiple of the pipeline stages.
+        micro_batches: each with ``tokens_BS``; of equal shape where there are several stages; with
+            several chunks their number is a multiple of the pipeline stages.
         chunks: this rank's stage (each chunk wrapped in DDP for training); several are interleaved.
 
     Returns:

@@ -18,6 +18,7 @@ OF_MODELS: tuple[Check, ...] = (
     models.vocabularies,
     models.sequence_limits,
     models.batch,
+    models.recompute,
     models.gpu_memory,
 )
 CHECKS: tuple[Check, ...] = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemo_paced.config import PacedConfig, RolloutPlacement
+from nemo_paced.config import PacedConfig, Recompute, RolloutPlacement
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, padded_vocab_size
 from nemo_paced.preflight.findings import Finding, error, note, warning
@@ -192,6 +192,19 @@ def batch(inputs: Inputs) -> Iterator[Finding]:
             "model.pipeline_model_parallel_size",
             f"{stages} stages with {count} micro-batches a rank are idle {idle:.0%} of the time",
             "lower model.micro_batch_size, raise model.global_batch_size or use fewer stages",
+        )
+
+
+def recompute(inputs: Inputs) -> Iterator[Finding]:
+    """Check that what backward computes again frees memory."""
+    accelerator = inputs.config.trainer.accelerator
+    on_gpu = accelerator == "gpu" or (accelerator == "auto" and _gpu_bytes() is not None)
+    if on_gpu and inputs.config.model.recompute_granularity is Recompute.selective:
+        yield warning(
+            "model.recompute_granularity",
+            "selective computes attention twice and frees next to nothing on a GPU, whose fused "
+            "kernels keep no scores",
+            "set none, or full where memory is short",
         )
 
 

@@ -107,6 +107,9 @@ METRICS = {
         "model FLOPs of its forward; not where it is cached or has ranks of its own",
         TRAINED,
     ),
+    "throughput/padding_share": Metric(
+        "share", "of the student's positions in a step, those that hold no token", TRAINED
+    ),
     "throughput/mfu": Metric(
         "share",
         "the student's model FLOPs over the GPU's peak",

@@ -33,12 +33,13 @@ class Throughput:
         self.peak = peak_flops(parallel.device) if bf16 else None
 
     def metrics(self, items: Sequence[TrainItem], result: StepResult) -> dict[str, float]:
-        """Tokens/s, TFLOP/s per rank and MFU of a step that has trained on ``items``."""
+        """Tokens/s, TFLOP/s per rank, MFU and padding of a step that has trained on ``items``."""
         seconds = result.teacher_s + result.student_s
         student = self.student_flops(items) / self.student_ranks
         metrics = {
             "throughput/tokens_per_second": result.tokens / seconds,
             "throughput/student_tflops_per_rank": student / result.student_s / 1e12,
+            "throughput/padding_share": result.padding_share,
         }
         if result.cached == 0 and result.teacher_s > 0 and not self.separate:
             teacher = self.teacher_flops(items) / self.teacher_ranks

@@ -28,7 +28,7 @@ class Recompute(Enum):
     """``model.recompute_granularity``: what backward computes again instead of keeping it."""
 
     none = "none"  # nothing
-    selective = "selective"  # attention itself
+    selective = "selective"  # attention itself: of no use on a GPU, whose kernels keep no scores
     full = "full"  # whole layers: model.recompute_num_layers at a time
 
 

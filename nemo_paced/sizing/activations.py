@@ -68,9 +68,10 @@ def _norms(shape: Architecture, layout: Layout, work: Work) -> float:
 
 
 def _attention(shape: Architecture, layout: Layout, work: Work) -> float:
-    core = 0.0
-    if layout.recompute is Recompute.none:
-        core = _core(shape, layout, work)
+    core = _core(shape, layout, work)
+    if layout.recompute is Recompute.selective:
+        # the output stays where the projection behind it keeps it, as on a GPU
+        core = core - _scales(shape, layout) if work.accelerator is Accelerator.gpu else 0.0
     return _qkv(shape, layout, work) + core
 
 
@@ -93,11 +94,15 @@ def _qkv(shape: Architecture, layout: Layout, work: Work) -> float:
 
 def _core(shape: Architecture, layout: Layout, work: Work) -> float:
     """Bytes that attention itself keeps, between the scores and the output projection."""
-    heads, output = shape.num_heads / layout.tensor, shape.q_width / layout.tensor
-    # output and float32 log-sum-exp of each head; on the CPU the output once more, with its axes in
-    # another order
+    # output and log-sum-exp; on the CPU the output once more, with its axes in another order
     copies = 1 if work.accelerator is Accelerator.gpu else 2
-    return copies * work.precision_bytes * output + 4 * heads
+    output = shape.q_width / layout.tensor
+    return copies * work.precision_bytes * output + _scales(shape, layout)
+
+
+def _scales(shape: Architecture, layout: Layout) -> float:
+    """Bytes of the float32 log-sum-exp of each head."""
+    return 4 * shape.num_heads / layout.tensor
 
 
 def _mlp(shape: Architecture, layout: Layout, work: Work) -> float:

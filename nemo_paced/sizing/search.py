@@ -190,7 +190,8 @@ def cuts(shape: Architecture, cluster: Cluster, gpus: int, *, trained: bool) -> 
             no use for.
     """
     contexts, recomputes = (
-        ((1, 2, 4, 8), tuple(Recompute)) if trained else ((1,), (Recompute.none,))
+        # attention alone would only be computed twice: its fused kernels keep no scores
+        ((1, 2, 4, 8), (Recompute.none, Recompute.full)) if trained else ((1,), (Recompute.none,))
     )
     for tensor, pipeline, context in itertools.product(POWERS, POWERS, contexts):
         ranks = tensor * pipeline * context

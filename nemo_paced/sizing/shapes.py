@@ -17,6 +17,7 @@ from nemo_paced.config import (
     TeacherPlacement,
 )
 from nemo_paced.hf.architectures import Architecture
+from nemo_paced.parallel.row_length import round_up, row_multiple
 
 
 class Accelerator(Enum):
@@ -115,11 +116,14 @@ class Work:
 
     def sequence(self, layout: Layout, *, teacher: bool = False) -> int:
         """Tokens of a row, over all context-parallel ranks, as ``data/packing.py`` cuts it."""
-        pieces = 2 * layout.context if layout.context > 1 else 1
-        multiple = math.lcm(8, pieces * layout.tensor)
+        multiple = row_multiple(
+            tp_size=layout.tensor,
+            cp_size=layout.context,
+            on_gpu=self.accelerator is Accelerator.gpu,
+        )
         longest = (self.teacher_prompt if teacher else self.prompt) + self.response
         row = max(self.packed, longest) if self.packed else longest
-        return -(-row // multiple) * multiple
+        return round_up(row, multiple)
 
     def attended(self, layout: Layout, *, teacher: bool = False) -> float:
         """Tokens of a row that see each other; packed sequences see nothing of each other."""

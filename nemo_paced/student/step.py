@@ -42,6 +42,7 @@ class StepResult:
         cached: responses whose teacher signal came from the cache.
         teacher_s: seconds until this rank had the teacher's signal.
         student_s: seconds of this rank's forward, backward and update.
+        padding_share: share of the student's positions that hold no token, over all ranks.
     """
 
     loss: float
@@ -52,6 +53,7 @@ class StepResult:
     cached: int
     teacher_s: float
     student_s: float
+    padding_share: float
 
     @property
     def finite(self) -> bool:
@@ -86,11 +88,11 @@ class Step:
         """
         assert items, "a batch with nothing to train on is the caller's no-op"
         total_tokens = sum(len(item.response_ids) for item in items)
+        prompts = sum(len(item.student_prompt_ids) for item in items)
         begin = time.perf_counter()
         stored = stage.responses is ResponseSource.references
         signal, cached = self.teacher.signal(items, stored=stored)
-        if self.parallel.device.type == "cuda":  # kernels still enqueued would not be timed
-            torch.cuda.synchronize()
+        self._finish_kernels()
         teacher_s = time.perf_counter() - begin
 
         self.student.zero_grad()
@@ -111,6 +113,7 @@ class Step:
         if math.isfinite(loss):
             self.student.set_learning_rate(lr)
             grad_norm = self.student.update()
+        self._finish_kernels()
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
@@ -120,7 +123,13 @@ class Step:
             cached=cached,
             teacher_s=teacher_s,
             student_s=time.perf_counter() - begin - teacher_s,
+            padding_share=1 - (prompts + total_tokens) / positions,
         )
+
+    def _finish_kernels(self) -> None:
+        """Wait for what is enqueued, which would be timed as a part of what comes after."""
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _forward_step(
         self,

@@ -33,6 +33,7 @@ RATES = {
     "student TFLOP/s a rank": "throughput/student_tflops_per_rank",
     "teacher TFLOP/s a rank": "throughput/teacher_tflops_per_rank",
     "MFU": "throughput/mfu",
+    "padding": "throughput/padding_share",
 }
 
 

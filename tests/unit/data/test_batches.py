@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_paced.data.loader import ProblemOrder, occurrences
-from nemo_paced.data.packing import Cut, TrainItem, cut_batch, held_columns, pack
+from nemo_paced.data.packing import Cut, TrainItem, cut_batch, held_columns, pack, rank_items
 from nemo_paced.errors import ConfigError
 from nemo_paced.losses.reduction import token_weight
 
@@ -38,10 +38,10 @@ class Ranks:
 
     device = torch.device("cpu")
 
-    def __init__(self, dp=(0, 1), cp=(0, 1), tp_size=1):
+    def __init__(self, dp=(0, 1), cp=(0, 1), tp_size=1, pp_size=1):
         self.dp_rank, self.dp_size = dp
         self.cp_rank, self.cp_size = cp
-        self.tp_size = tp_size
+        self.tp_size, self.pp_size = tp_size, pp_size
 
 
 def responses_of(batch, *, teacher):
@@ -73,24 +73,26 @@ def test_token_t_is_predicted_from_the_position_before_it(teacher, cut):
     assert len(batches) == {"padded": 2, "packed": 2, "one row": 1}[cut]
     found = {}
     for batch in batches:
-        assert batch.tokens_BS.shape == batches[0].tokens_BS.shape
         assert batch.tokens_BS.shape[1] % 8 == 0
         assert not batch.sequences or sum(batch.sequences) == batch.tokens_BS.shape[1]
         found |= responses_of(batch, teacher=teacher)
     assert found == {i.response_id: list(i.response_ids) for i in ITEMS}
 
 
+@pytest.mark.parametrize("pp_size", [1, 2])
 @pytest.mark.parametrize("cut", [Cut(1), Cut(1, packed_sequence_size=16)])
-def test_data_parallel_ranks_share_the_items_and_agree_on_every_shape(cut):
+def test_data_parallel_ranks_share_the_items_and_agree_on_every_shape(cut, pp_size):
+    assert len(cut_batch([], cut, Ranks(), teacher=False)) == 1
+    cut = replace(cut, micro_batches_multiple_of=4)
     ranks = [
-        cut_batch(ITEMS, replace(cut, micro_batches_multiple_of=4), Ranks((r, 2)), teacher=False)
-        for r in range(2)
+        cut_batch(ITEMS, cut, Ranks((rank, 2), pp_size=pp_size), teacher=False) for rank in range(2)
     ]
-    assert [len(batches) for batches in ranks] == [4, 4]
-    assert len({batch.tokens_BS.shape for batches in ranks for batch in batches}) == 1
+    shapes = [[batch.tokens_BS.shape for batch in batches] for batches in ranks]
+    assert len(shapes[0]) == 4 and shapes[0] == shapes[1]
+    if pp_size > 1:
+        assert len(set(shapes[0])) == 1, "stages exchange one shape"
     names = [name for batches in ranks for batch in batches for name, _ in batch.spans]
     assert sorted(names) == ["a", "b", "c"]
-    assert len(cut_batch([], cut, Ranks(), teacher=False)) == 1
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -126,14 +128,67 @@ def test_context_parallel_ranks_hold_every_position_once(cut, cp_size):
     assert len(whole) == len(slices[0])
 
 
-def test_packing_fills_rows_and_names_what_fits_in_none():
-    lengths = [5, 3, 8, 2, 6, 4]
-    items = [item(f"{n}", (1,), (1,), (2,) * (n - 1)) for n in lengths]
-    rows = pack(items, lambda i: 1 + len(i.response_ids), 10)
-    sums = [sum(1 + len(i.response_ids) for i in row) for row in rows]
-    assert sums == [10, 10, 8], "first fit, longest first: 8 + 2, 6 + 4, 5 + 3"
+def of_lengths(*lengths):
+    return [item(f"{n}", (1,), (1,), (2,) * (n - 1)) for n in lengths]
+
+
+def length(item):
+    return 1 + len(item.response_ids)
+
+
+def test_packing_fills_few_rows_evenly_and_names_what_fits_in_none():
+    items = of_lengths(5, 3, 8, 2, 6, 4)
+    (rows,) = pack([items], length, 10)
+    assert [[length(i) for i in row] for row in rows] == [[8, 2], [6, 3], [5, 4]]
+    (rows,) = pack([items], length, 10, rows_multiple_of=2)
+    assert [[length(i) for i in row] for row in rows] == [[8], [5, 2], [4, 3], [6]]
+    (one, other) = pack([items, of_lengths(1)], length, 10)
+    assert len(one) == len(other) == 3 and other[1:] == [[], []]
+    (tight,) = pack([of_lengths(6, 6, 6)], length, 10)
+    assert len(tight) == 3, "18 tokens would fill two rows, and no two of these fit in one"
     with pytest.raises(ConfigError, match=r"problem '8' has 8 tokens of .*packed_sequence_size 7"):
-        pack(items, lambda i: 1 + len(i.response_ids), 7)
+        pack([items], length, 7)
+
+
+def test_each_micro_batch_is_as_long_as_its_own_longest_sequence():
+    items = of_lengths(100, 9, 50, 8, 40, 99)
+    widths = [b.tokens_BS.shape[1] for b in cut_batch(items, Cut(2), Ranks(), teacher=False)]
+    assert widths == [104, 56, 16], "of 100 and 99, 50 and 40, 9 and 8"
+    widths = [
+        b.tokens_BS.shape[1] for b in cut_batch(items, Cut(2), Ranks(pp_size=2), teacher=False)
+    ]
+    assert widths == [104] * 3
+
+
+def test_ranks_get_equally_many_items_and_alike_loads():
+    items = of_lengths(1000, 400, 300, 300, *range(10, 50))
+    shares = [rank_items(items, dp_rank=rank, dp_size=4) for rank in range(4)]
+    assert [len(share) for share in shares] == [11] * 4
+    assert sorted(i.response_id for share in shares for i in share) == sorted(
+        i.response_id for i in items
+    )
+    loads = [sum(length(i) for i in share) for share in shares]
+    assert loads == [1145, 706, 664, 665], "as even as eleven each allow"
+
+
+@pytest.mark.parametrize(
+    ("problems", "dp_size", "pp_size", "most"),
+    [(32, 4, 1, 0.05), (64, 4, 1, 0.05), (256, 8, 1, 0.05), (256, 8, 2, 0.05), (32, 4, 2, 0.1)],
+)
+def test_packed_rows_of_responses_of_all_lengths_hold_hardly_any_padding(
+    problems, dp_size, pp_size, most
+):
+    """Long-tailed lengths below a limit of 16,384 tokens, as of a reasoning model's responses."""
+    generator = torch.Generator().manual_seed(0)
+    ranks, cut = Ranks((0, dp_size), pp_size=pp_size), Cut(1, packed_sequence_size=18432)
+    shares = []
+    for _ in range(5):
+        lengths = (torch.randn(problems, generator=generator) * 0.8 + 8).exp().clamp(64, 16384)
+        items = of_lengths(*lengths.int().tolist())
+        batches = cut_batch(items, cut, ranks, teacher=False)
+        positions = dp_size * sum(batch.tokens_BS.numel() for batch in batches)
+        shares.append(1 - sum(map(length, items)) / positions)
+    assert sum(shares) / len(shares) < most
 
 
 def test_reductions_divide_once_by_a_global_number():

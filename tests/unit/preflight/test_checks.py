@@ -11,6 +11,7 @@ from nemo_paced.config import (
     ModelConfig,
     PacedConfig,
     Precision,
+    Recompute,
     ReferencesConfig,
     ReferenceSource,
     RolloutPlacement,
@@ -226,6 +227,17 @@ def test_uneven_batches_pass_and_mostly_empty_ones_are_told(config, tmp_path):
     assert "are idle 50% of the time" in finding.what
 
 
+def test_recomputing_attention_alone_is_told_of_on_a_gpu(config, tmp_path, monkeypatch):
+    config.model = ModelConfig(recompute_granularity=Recompute.selective)
+    assert found(config, tmp_path) == [], "of a run on a CPU"
+    config.trainer.accelerator = "auto"
+    assert found(config, tmp_path) == [], "of a machine without a GPU"
+    monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 80 * 2**30)
+    (finding,) = found(config, tmp_path)
+    assert finding.where == "model.recompute_granularity"
+    assert "computes attention twice" in finding.what
+
+
 def test_room_for_the_checkpoints_that_are_kept_and_one_more(config, tmp_path, monkeypatch):
     shape = Architecture.read(config.student.hf_path, "student.hf_path")
     each = files.checkpoint_bytes(shape, Precision.bf16)
@@ -253,10 +265,10 @@ def test_a_gpu_that_is_too_small_is_a_warning(config, tmp_path, monkeypatch):
     config.trainer.accelerator = "auto"
     monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 80 * 2**30)
     assert found(config, tmp_path) == []
-    monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 2**20)
+    monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 2**21)
     assert found(config, tmp_path) == [], "the server has a GPU of its own"
     beside = replace(config.rollout, placement=RolloutPlacement.colocated)
-    for small, rollout in ((2**20, beside), (2**16, config.rollout)):
+    for small, rollout in ((2**21, beside), (2**16, config.rollout)):
         monkeypatch.setattr(model_checks, "_gpu_bytes", lambda small=small: small)
         (finding,) = found(replace(config, rollout=rollout), tmp_path)
         assert finding.where == "memory" and "nemo-paced plan" in finding.remedy

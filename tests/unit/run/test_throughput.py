@@ -44,15 +44,16 @@ def test_what_is_told_of_a_step(tmp_path):
     )
     items = [TrainItem("r", "p", (1,) * 4, (1,) * 20, (1,) * 60, 1.0)]
     throughput = Throughput(config, Rank())
-    told = throughput.metrics(items, StepResult(1.0, 1.0, 0.1, 0.0, 60, 0, 2.0, 4.0))
+    told = throughput.metrics(items, StepResult(1.0, 1.0, 0.1, 0.0, 60, 0, 2.0, 4.0, 0.25))
     assert told["throughput/tokens_per_second"] == 10
     flops = throughput.student_flops(items)
+    assert told["throughput/padding_share"] == 0.25
     assert told["throughput/student_tflops_per_rank"] == pytest.approx(flops / 4 / 4.0 / 1e12)
     assert "throughput/mfu" not in told, "no peak is known of a CPU"
     throughput.peak = flops  # FLOP/s of a GPU that would do the step in a second
-    told = throughput.metrics(items, StepResult(1.0, 1.0, 0.1, 0.0, 60, 0, 2.0, 4.0))
+    told = throughput.metrics(items, StepResult(1.0, 1.0, 0.1, 0.0, 60, 0, 2.0, 4.0, 0.25))
     assert told["throughput/mfu"] == pytest.approx(1 / 4 / 4.0)
-    cached = throughput.metrics(items, StepResult(1.0, 1.0, 0.1, 0.0, 60, 1, 2.0, 4.0))
+    cached = throughput.metrics(items, StepResult(1.0, 1.0, 0.1, 0.0, 60, 1, 2.0, 4.0, 0.25))
     assert "throughput/teacher_tflops_per_rank" not in cached
 
 

@@ -84,7 +84,7 @@ def test_what_recomputation_keeps():
         r: activations.layer_bytes(QWEN3_8B, Layout(tensor=2, recompute=r), WORK) for r in Recompute
     }
     assert kept[Recompute.full] == 2 * 4096, "a layer's input"
-    assert kept[Recompute.full] < kept[Recompute.selective] < kept[Recompute.none]
+    assert kept[Recompute.none] - kept[Recompute.selective] == 4 * 16, "16 heads' log-sum-exp"
 
 
 def test_sequence_parallelism_divides_all_of_a_layer():

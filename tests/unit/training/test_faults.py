@@ -18,7 +18,7 @@ USUAL = [1.0, 1.2, 0.9] * 4
 
 
 def result(loss, grad_norm=1.0, gap=math.nan):
-    return StepResult(loss, grad_norm, 0.1, gap, 5, 0, 0.1, 0.1)
+    return StepResult(loss, grad_norm, 0.1, gap, 5, 0, 0.1, 0.1, 0.0)
 
 
 def run(losses, stages=None, speaks=True, **options):
