@@ -181,27 +181,26 @@ def _merge(
         gathered_RKN: ``local_stats`` of every rank, [ranks, 4 + dots, N].
     """
     chosen = options.divergence
-    max_t_RN, sum_t_RN, max_s_RN, sum_s_RN = gathered_RKN[:, :4].unbind(1)
-    max_t_N, max_s_N = max_t_RN.amax(0), max_s_RN.amax(0)
-    shift_t_RN = (max_t_RN - max_t_N) / chosen.temperature
-    shift_s_RN = (max_s_RN - max_s_N) / chosen.temperature
-    scale_t_RN, scale_s_RN = shift_t_RN.exp(), shift_s_RN.exp()
-    sum_t_N = (scale_t_RN * sum_t_RN).sum(0)
-    sum_s_N = (scale_s_RN * sum_s_RN).sum(0)
-    log_sum_t_N, log_sum_s_N = sum_t_N.log(), sum_s_N.log()
+    # two of each, of teacher and student: a step for both is one small kernel in place of two
+    max_R2N, sum_R2N = gathered_RKN[:, 0:4:2], gathered_RKN[:, 1:4:2]
+    max_2N = max_R2N.amax(0)
+    shift_R2N = (max_R2N - max_2N) / chosen.temperature
+    scale_R2N = shift_R2N.exp()
+    moved_sum_R2N = scale_R2N * sum_R2N
+    sum_2N = moved_sum_R2N.sum(0)
+    log_sum_2N = sum_2N.log()
     # each rank's dot product was taken on its own maxima; a rank without columns adds nothing
-    moved_RN = shift_t_RN - shift_s_RN
-    forward_N = reverse_N = torch.zeros_like(sum_t_N)
+    moved_RN = shift_R2N[:, 0] - shift_R2N[:, 1]
+    gap_N = log_sum_2N[1] - log_sum_2N[0]
+    forward_N = reverse_N = torch.zeros_like(gap_N)
     if chosen.needs_forward_kl:
-        dot_RN = gathered_RKN[:, 4] + sum_t_RN * moved_RN
-        forward_N = (scale_t_RN * dot_RN).sum(0) / sum_t_N - log_sum_t_N + log_sum_s_N
+        dot_RN = gathered_RKN[:, 4] + sum_R2N[:, 0] * moved_RN
+        forward_N = (scale_R2N[:, 0] * dot_RN).sum(0) / sum_2N[0] + gap_N
     if chosen.needs_reverse_kl:
-        dot_RN = gathered_RKN[:, -1] - sum_s_RN * moved_RN
-        reverse_N = (scale_s_RN * dot_RN).sum(0) / sum_s_N - log_sum_s_N + log_sum_t_N
+        dot_RN = gathered_RKN[:, -1] - sum_R2N[:, 1] * moved_RN
+        reverse_N = (scale_R2N[:, 1] * dot_RN).sum(0) / sum_2N[1] - gap_N
     rank = 0 if options.tp_group is None else options.tp_group.rank()
     numbers_9N = gathered_RKN.new_zeros((9, gathered_RKN.shape[-1]))
-    numbers_9N[0], numbers_9N[1] = max_t_N, log_sum_t_N
-    numbers_9N[2] = scale_t_RN[rank] * sum_t_RN[rank] / sum_t_N
-    numbers_9N[3], numbers_9N[4] = max_s_N, log_sum_s_N
-    numbers_9N[5] = scale_s_RN[rank] * sum_s_RN[rank] / sum_s_N
+    numbers_9N[0:4:3], numbers_9N[1:5:3] = max_2N, log_sum_2N
+    numbers_9N[2:6:3] = moved_sum_R2N[rank] / sum_2N
     return RowNumbers(numbers_9N), forward_N, reverse_N

@@ -195,6 +195,7 @@ class SolvedTopK:
         local_NK: int64, columns of the top tokens on this rank, see :func:`_local_ids`.
         max_N: the student's largest logit, which its logits are taken relative to.
         tail_N: log-mass of the student's tail, on the same footing.
+        log_sum_N: log-mass of all its tokens, likewise.
     """
 
     value_N: torch.Tensor
@@ -202,6 +203,7 @@ class SolvedTopK:
     local_NK: torch.Tensor
     max_N: torch.Tensor
     tail_N: torch.Tensor
+    log_sum_N: torch.Tensor
 
     def write_gradient(
         self,
@@ -253,7 +255,8 @@ def solve_topk(
     kernels_for(student_NO).gradient(
         student_NO, teacher_NO, solved.numbers, torch.ones_like(max_N), coarse, grad_NO
     )
-    return SolvedTopK(solved.value_N, grad_NO, local_NK, max_N, tail_N)
+    log_sum_N = solved.numbers.numbers_9N[3:5].sum(0)
+    return SolvedTopK(solved.value_N, grad_NO, local_NK, max_N, tail_N, log_sum_N)
 
 
 def _tail(

@@ -11,13 +11,10 @@ from dataclasses import dataclass, fields
 
 from nemo_paced.config import Recompute, TeacherPlacement
 from nemo_paced.hf.architectures import Architecture
+from nemo_paced.losses.chunks import tokens_of_chunk, tokens_of_part
 from nemo_paced.sizing import activations
 from nemo_paced.sizing.parameters import Parameters, stage_parameters
 from nemo_paced.sizing.shapes import Accelerator, Layout, TeacherPlan, Work, padded_vocab
-
-# elements of one model's logits in a chunk of the loss, as losses/linear_divergence.py has them
-# (repeated here because that module imports torch)
-CHUNK_ELEMENTS = {Accelerator.gpu: 2**27, Accelerator.cpu: 2**25}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,25 +162,27 @@ def transient_bytes(shape: Architecture, layout: Layout, work: Work) -> float:
 def loss_bytes(
     student: Architecture, teacher: Architecture, layout: Layout, work: Work, rows: int
 ) -> float:
-    """Peak bytes of ``linear_loss`` beyond weights.
+    """Peak bytes of ``linear_loss`` beyond weights and Megatron's gradients.
 
-    Hidden states, their gradient, the logits of the chunks under way, and the head's gradient in
-    float32 (and, in 16 bits, its copy).
+    Hidden states, their gradient, the student's logits of a chunk and the teacher's of the parts
+    under way; in backward a gradient of the head that nobody reads, which DDP's hook asks for.
 
     Args:
         rows: of the LM heads, over all ranks of the student's layout.
     """
     e, width = work.precision_bytes, rows // layout.tensor
     tokens = work.micro_batch_size * work.responses_of_a_row(layout) // layout.context
-    chunk = work.chunk_size or max(1, CHUNK_ELEMENTS[work.accelerator] // width)
-    begun = min(1 + (layout.tensor > 1), -(-tokens // chunk))  # chunks under way at a time
-    models = 1 if work.top_k else 2
-    logits = models * begun * min(chunk, tokens) * width * e
-    head = width * student.hidden_size * 4
-    # 16 bits: a chunk's product on the CPU, or the copy that is handed on
-    copied = 0 if e == 4 else e * width * student.hidden_size
-    of_teacher = e * teacher.hidden_size * tokens if not work.top_k else 0
-    return 2 * e * student.hidden_size * tokens + of_teacher + head + max(logits, copied)
+    on_gpu = work.accelerator is Accelerator.gpu
+    chunk = work.chunk_size or tokens_of_chunk(width, on_gpu=on_gpu)
+    part = tokens_of_part(chunk)
+    begun = 1 + (layout.tensor > 1)  # parts under way at a time
+    of_teacher = 0 if work.top_k else e * width * min(begun * part, chunk, tokens)
+    head = e * width * student.hidden_size
+    # the CPU has no product from 16 bits into float32
+    product = head if e == 2 and not on_gpu else 0
+    logits = e * width * min(chunk, tokens) + max(of_teacher, product)
+    hidden = e * tokens * (2 * student.hidden_size + (not work.top_k) * teacher.hidden_size)
+    return hidden + max(logits, head)
 
 
 def head_bytes(teacher: Architecture, layout: Layout, work: Work, rows: int) -> float:

@@ -1,10 +1,12 @@
 """The student's output layer, whose forward is the loss.
 
 It is a ColumnParallelLinear that, given what a micro-batch's loss needs, returns that loss instead
-of logits: LM head and divergence are one operation there (``losses/linear_divergence.py``). DDP's
-hooks, tied embeddings, sequence parallelism and ``main_grad`` see a layer like any other, as the
-head's weight is read in the layer's forward and gets its gradient from autograd. Without a loss set
-the layer returns logits.
+of logits: LM head and divergence are one operation there (``losses/linear_divergence.py``). The
+head's gradient goes straight into Megatron's float32 buffer, as under Megatron's own
+``gradient_accumulation_fusion`` but in the layer's forward, where the chunks' logits are: no
+gradient of the head's size is made, scaled, rounded and added. That buffer is reduced when the last
+micro-batch's backward has passed, and every forward comes before that. DDP's hooks, tied embeddings
+and sequence parallelism see a layer like any other. Without a loss set the layer returns logits.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class MicroBatchLoss:
         teacher: its signal for the N response tokens of this rank.
         chunk_size: tokens whose logits exist at a time; ``None``: chosen by the loss.
         targets_N: int64, tokens to report log-probabilities of; ``None``: none.
+        gradient_scale: float32 scalar, what backward will bring as the gradient of the loss;
+            ``None``: not known, or the head is not in a buffer of Megatron's.
         result: ``None`` until the layer has run.
     """
 
@@ -42,6 +46,7 @@ class MicroBatchLoss:
     options: Options
     chunk_size: int | None
     targets_N: torch.Tensor | None
+    gradient_scale: torch.Tensor | None = None
     result: LinearLoss | None = None
 
 
@@ -58,7 +63,6 @@ class DivergenceOutputLayer(ColumnParallelLinear):
     def install(cls, gpt: GPTModel) -> None:
         """Put such a layer in place of the output layer of a last stage, with the same weight."""
         replaced = gpt.output_layer
-        assert not replaced.gradient_accumulation_fusion, "the loss hands its gradient to autograd"
         layer = cls(
             replaced.input_size,
             replaced.output_size,
@@ -105,6 +109,7 @@ class DivergenceOutputLayer(ColumnParallelLinear):
             loss.options,
             chunk_size=loss.chunk_size,
             targets_N=loss.targets_N,
+            gradient_scale=loss.gradient_scale,
         )
         loss.result = result
         # GPTModel swaps the first two axes of what it takes for logits

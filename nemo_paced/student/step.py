@@ -149,10 +149,19 @@ class Step:
                 options=layer.options(divergence, signal.head_weight, self.vocab_size),
                 chunk_size=self.loss.chunk_size,
                 targets_N=batch.targets_N if batch.on_policy else None,
+                gradient_scale=self._gradient_scale(batch, total_positions),
             )
             layer.loss = loss
         output = call_model(model, batch)
         return output, partial(self._report, loss, total_positions)
+
+    def _gradient_scale(self, batch: MicroBatch, total_positions: int) -> torch.Tensor:
+        """Gradient of a micro-batch's loss that backward will bring: what becomes of a 1."""
+        one = torch.ones((), device=self.parallel.device)
+        differentiate, _ = for_megatron(
+            one, num_tokens=batch.tokens_BS.numel(), total_tokens=total_positions
+        )
+        return self.student.chunks[-1].config.grad_scale_func(differentiate).view(())
 
     @staticmethod
     def _report(
