@@ -63,6 +63,12 @@ FAULTS = {
         "numbers_9N[2:6:3] = sum_R2N[rank] / sum_2N",
         "tests/distributed/test_losses.py::test_split_vocabulary_matches_dense_float64",
     ),
+    "main_grad_factor": Fault(
+        "the head's gradient in Megatron's buffer lacks the factor that backward brings",
+        "scale_N = token_weights_N if gradient_scale is None else token_weights_N * gradient_scale",
+        "scale_N = token_weights_N",
+        "tests/distributed/test_main_grad.py::test_the_buffer_holds_the_gradient_that_autograd_would_bring",
+    ),
     "normaliser": Fault(
         "a loss is divided by each micro-batch's own tokens",
         "return loss * total_tokens, count",

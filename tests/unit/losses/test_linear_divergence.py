@@ -1,7 +1,21 @@
+"""The loss fused with the LM head: against dense float64, its matrix products, its main_grad."""
+
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_paced.losses.linear_divergence import linear_divergence
+from nemo_paced.losses.chunks import tokens_of_chunk, tokens_of_part
+from nemo_paced.losses.kinds import Divergence
+from nemo_paced.losses.linear_divergence import (
+    HiddenTeacher,
+    TopKChunks,
+    linear_divergence,
+    linear_loss,
+)
+from nemo_paced.losses.options import Options
+from nemo_paced.losses.topk import TopKTeacher
 from tests.dense import KINDS, dense_divergence, of_kind
 
 V, VALID, H, H_TEACHER = 61, 55, 16, 24
@@ -143,3 +157,126 @@ def test_misfits_are_named(change, told):
     arguments = dict(zip((*names, "token_weights"), make_inputs(5), strict=True))
     with pytest.raises(ValueError, match=told):
         linear_divergence(kind="forward_kl", **{**arguments, **change})
+
+
+def loss_into_main_grad(hidden, head, inputs, kind, factor, chunk_size=4):
+    """As a trainer has it that knows the factor ahead."""
+    _, _, teacher_hidden, teacher_head, weights = inputs
+    options = Options.of(kind, (V, V), tp_group=None, vocab_size=None)
+    result = linear_loss(
+        hidden,
+        head,
+        HiddenTeacher(teacher_hidden, teacher_head),
+        weights,
+        options,
+        chunk_size=chunk_size,
+        gradient_scale=torch.tensor(factor),
+    )
+    return result.loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_main_grad_is_added_to_in_place(kind):
+    batches = [make_inputs(13), make_inputs(6)]
+    head = batches[0][1].clone().requires_grad_()
+    head.main_grad = torch.full((V, H), 0.5)
+    place, expected = head.main_grad.data_ptr(), head.main_grad.clone()
+    for inputs in batches:
+        inputs = (inputs[0], head.detach(), *inputs[2:])
+        hidden = inputs[0].clone().requires_grad_()
+        loss = loss_into_main_grad(hidden, head, inputs, kind, 3.0)
+        (loss * 3.0).backward()
+        _, _, hidden_grad, head_grad = value_and_gradients(inputs, kind, chunk_size=4)
+        expected += head_grad
+        torch.testing.assert_close(hidden.grad, hidden_grad, rtol=1e-6, atol=2e-6)
+    assert head.grad is None and head.main_grad.data_ptr() == place
+    torch.testing.assert_close(head.main_grad, expected, rtol=1e-6, atol=2e-6)
+
+
+def test_another_factor_than_the_announced_one_raises():
+    inputs = make_inputs(5)
+    hidden, head = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
+    head.main_grad = torch.zeros(V, H)
+    loss = loss_into_main_grad(hidden, head, inputs, "forward_kl", 3.0)
+    with pytest.raises(RuntimeError, match="another factor than gradient_scale"):
+        (loss * 2.0).backward()
+
+
+def test_without_a_gradient_the_main_grad_is_left_alone():
+    inputs = make_inputs(5)
+    head = inputs[1].clone().requires_grad_()
+    head.main_grad = torch.zeros(V, H)
+    with torch.no_grad():
+        loss_into_main_grad(inputs[0], head, inputs, "forward_kl", 3.0)
+    assert not head.main_grad.any()
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_targets_are_those_at_temperature_1(temperature, top_k):
+    hidden, head, teacher_hidden, teacher_head, weights = make_inputs(13, scale=3.0)
+    teacher = HiddenTeacher(teacher_hidden, teacher_head)
+    if top_k:
+        logits = teacher_hidden @ teacher_head.t()
+        options = {"temperature": temperature, "vocab_size": VALID}
+        teacher = TopKChunks(TopKTeacher.from_logits(logits, top_k, **options))
+    targets = torch.arange(13) * 4
+    result = linear_loss(
+        hidden.requires_grad_(),
+        head,
+        teacher,
+        weights,
+        Options.of(
+            Divergence("forward_kl", temperature=temperature),
+            (V, V),
+            tp_group=None,
+            vocab_size=VALID,
+        ),
+        chunk_size=4,
+        targets_N=targets,
+    )
+    exact = (hidden.detach().double() @ head.double().t())[:, :VALID].log_softmax(1)
+    expected = exact.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(result.target_log_probs_N.double(), expected, rtol=0, atol=2e-5)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and their multiply-adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.multiply_adds = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = args[-2:]
+            self.calls[func.overloadpacket._qualified_op_name] += 1
+            self.multiply_adds += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_four_products_are_taken_and_none_twice():
+    hidden, head, teacher_hidden, teacher_head, weights = make_inputs(13)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    with Products() as products:
+        linear_divergence(
+            hidden, head, teacher_hidden, teacher_head, "jsd", weights, chunk_size=4
+        ).backward()
+    assert products.multiply_adds == 13 * V * (3 * H + H_TEACHER)
+    # of four chunks, the last of one token; both models' logits in seven parts
+    assert products.calls == {"aten::mm": 7 + 7 + 4, "aten::addmm": 4}
+
+
+@pytest.mark.parametrize(
+    ("width", "chunk"), [(151936, 2048), (128256, 2048), (151936 // 8, 16384), (2**30, 1)]
+)
+def test_chunks_on_a_gpu_are_powers_of_two(width, chunk):
+    assert tokens_of_chunk(width, on_gpu=True) == chunk
+    assert tokens_of_part(chunk) == max(1, chunk // 2)
+
+
+def test_logits_take_a_fifth_of_8192_tokens_float32():
+    chunk = tokens_of_chunk(151936, on_gpu=True)
+    in_bf16 = 2 * (chunk + tokens_of_part(chunk))
+    assert in_bf16 <= 4 * 8192 / 5
