@@ -56,6 +56,7 @@ def all_contenders(
             _attempt(OURS, "logits", kind, _ours),
             Contender("plain PyTorch", "logits", kind, partial(_plain, kind), "casts to float32"),
             _attempt(OURS, "linear", kind, partial(_ours_fused, chunk_size)),
+            *_ours_into_main_grad(chunk_size, kind),
             _attempt("nemo_paced, unfused", "linear", kind, _ours, "logits, then divergence()"),
             Contender("plain PyTorch", "linear", kind, partial(_plain, kind), "casts to float32"),
         ]
@@ -137,6 +138,41 @@ def _ours_fused(chunk_size: int | None, kind: str) -> Total:
             inputs.student_hidden.new_ones(inputs.num_tokens, dtype=torch.float32),
             chunk_size=chunk_size,
         )
+
+    return total
+
+
+def _ours_into_main_grad(chunk_size: int | None, kind: str) -> list[Contender | Absent]:
+    """Ours as the trainer calls it: off-policy, and on-policy with log-probabilities of targets."""
+    name, note = f"{OURS}, into main_grad", "the head's gradient is added to a float32 buffer"
+    off, on = (partial(_into_main_grad, chunk_size, targets) for targets in (False, True))
+    return [
+        _attempt(name, "linear", kind, off, note),
+        _attempt(f"{name}, log-probs", "linear", kind, on, note),
+    ]
+
+
+def _into_main_grad(chunk_size: int | None, targets: bool, kind: str) -> Total:
+    from nemo_paced.losses.linear_divergence import HiddenTeacher, linear_loss
+    from nemo_paced.losses.options import Options
+
+    def total(inputs: Linear) -> torch.Tensor:
+        hidden, weight = inputs.student_hidden, inputs.student_weight
+        if not hasattr(weight, "main_grad"):  # as Megatron's DDP makes it, once
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        rows = weight.shape[0], inputs.teacher_weight.shape[0]
+        ids = torch.arange(inputs.num_tokens, device=hidden.device) if targets else None
+        return linear_loss(
+            hidden,
+            weight,
+            HiddenTeacher(inputs.teacher_hidden, inputs.teacher_weight),
+            hidden.new_ones(inputs.num_tokens, dtype=torch.float32),
+            Options.of(kind, rows, tp_group=None, vocab_size=None),
+            chunk_size=chunk_size,
+            targets_N=ids,
+            # of the mean over tokens, which is what is differentiated
+            gradient_scale=torch.full((), 1 / inputs.num_tokens, device=hidden.device),
+        ).loss
 
     return total
 

@@ -99,6 +99,8 @@ def one_step(contender: Contender, inputs: Logits | Linear, device: torch.device
 def release(inputs: Logits | Linear) -> None:
     for leaf in inputs.leaves:
         leaf.grad = None
+        if hasattr(leaf, "main_grad"):
+            leaf.main_grad.zero_()
 
 
 def measure_memory(row: Row, inputs: Logits | Linear, device: torch.device) -> None:
@@ -127,8 +129,16 @@ class Reference:
             self.loss = mean.item()
             (self.gradient_NV,) = torch.autograd.grad(mean, self.logits.leaves)
             self.kind = contender.kind
+        release(self.inputs)
         mean = contender.total(self.inputs) / tokens
-        gradients = torch.autograd.grad(mean, self.inputs.leaves)
+        gradients = tuple(
+            leaf.main_grad if gradient is None else gradient
+            for leaf, gradient in zip(
+                self.inputs.leaves,
+                torch.autograd.grad(mean, self.inputs.leaves, allow_unused=True),
+                strict=True,
+            )
+        )
         found = self.inputs.differences(gradients, self.gradient_NV)
         loss = abs(mean.item() - self.loss)
         return {
