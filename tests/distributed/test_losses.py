@@ -11,7 +11,8 @@ from nemo_paced.losses import divergence as divergence_module
 from nemo_paced.losses import linear_divergence as linear_module
 from nemo_paced.losses.divergence import divergence
 from nemo_paced.losses.kinds import Divergence, DivergenceKind
-from nemo_paced.losses.linear_divergence import linear_divergence
+from nemo_paced.losses.linear_divergence import HiddenTeacher, linear_divergence, linear_loss
+from nemo_paced.losses.options import Options
 from nemo_paced.losses.topk import TopKTeacher, topk_divergence
 from nemo_paced.losses.vocab_parallel import LOG_ZERO, target_log_probs, valid_columns
 from tests.dense import KINDS, dense_divergence, make_logits
@@ -77,6 +78,26 @@ def split_linear(columns, group, kind):
     return loss.detach(), per_token, hidden.grad, head.grad
 
 
+def split_linear_targets(columns, group, temperature):
+    """Log-probabilities of targets that the fused loss reports."""
+    hidden, head, teacher_hidden, teacher_head = heads()
+    widths = (len(head[columns]),) * 2
+    return linear_loss(
+        hidden,
+        head[columns],
+        HiddenTeacher(teacher_hidden, teacher_head[columns]),
+        WEIGHTS,
+        Options.of(
+            Divergence("forward_kl", temperature=temperature),
+            widths,
+            tp_group=group,
+            vocab_size=VOCAB,
+        ),
+        chunk_size=4,
+        targets_N=torch.arange(TOKENS) * 3,
+    ).target_log_probs_N
+
+
 def split_topk(columns, group, kind):
     student, teacher = make_logits("random", TOKENS, WIDTH)
     top = TopKTeacher.from_logits(teacher[:, columns], K, tp_group=group, **OPTIONS)
@@ -102,6 +123,7 @@ def _split_losses(rank, world_size):
         "linear": {kind: split_linear(columns, group, kind) for kind in KINDS},
         "topk": {kind: split_topk(columns, group, kind) for kind in KINDS},
         "target": target_log_probs(student[:, columns], targets, valid, group),
+        "linear target": {t: split_linear_targets(columns, group, t) for t in (1.0, TEMPERATURE)},
     }
 
 
@@ -180,6 +202,16 @@ def test_split_target_log_probs_match_dense(ranks):
     expected = torch.log_softmax(student[:, :VOCAB].double(), -1).gather(1, targets[:, None])[:, 0]
     for result in ranks:
         torch.testing.assert_close(result["target"].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
+def test_the_fused_loss_reports_log_probs_of_targets_at_temperature_1(ranks, temperature):
+    hidden, head, _, _ = (x.double() for x in heads())
+    targets = torch.arange(TOKENS) * 3
+    expected = (hidden @ head.t())[:, :VOCAB].log_softmax(1).gather(1, targets[:, None])[:, 0]
+    for result in ranks:
+        found = result["linear target"][temperature]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-6)
 
 
 class Sent(TorchDispatchMode):
