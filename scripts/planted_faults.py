@@ -43,6 +43,7 @@ class Fault:
 
 TRAINING = "tests/distributed/test_training.py"
 RESTORED = "test_master_weights_and_moments_of_a_bf16_run_survive_a_resume"
+TRITON = "tests/unit/losses/test_triton_kernels.py"
 FAULTS = {
     # losses
     "kl_gradient": Fault(
@@ -68,6 +69,18 @@ FAULTS = {
         "scale_N = token_weights_N if gradient_scale is None else token_weights_N * gradient_scale",
         "scale_N = token_weights_N",
         "tests/distributed/test_main_grad.py::test_the_buffer_holds_the_gradient_that_autograd_would_bring",
+    ),
+    "thread_maximum": Fault(
+        "in the Triton kernel a thread's sum is not moved from its own maximum to the row's",
+        "tl.store(packed_ptr + rows, tl.sum(sum_t * shrink_t, 0))",
+        "tl.store(packed_ptr + rows, tl.sum(sum_t, 0))",
+        f"{TRITON}::test_value_and_gradient_match_the_pytorch_kernels",
+    ),
+    "masked_rest": Fault(
+        "padding in the last tile of the Triton kernels counts as logits",
+        "return tl.where(cols < valid, z, _PADDING) if MASKED else z",
+        "return z",
+        f"{TRITON}::test_value_and_gradient_match_the_pytorch_kernels",
     ),
     "normaliser": Fault(
         "a loss is divided by each micro-batch's own tokens",

@@ -13,6 +13,7 @@ pytestmark = [
 ]
 
 VOCAB = 151936
+INF = float("inf")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -36,6 +37,45 @@ def test_value_and_gradient_match_dense_float64(kind, dtype, temperature):
         rtol=2**-8 if dtype is torch.bfloat16 else tolerance,
         atol=tolerance * float(exact.grad.abs().max()),
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 1023, 1024, 1025, 50257])
+def test_rests_of_a_tile_and_rows_apart_match_dense_float64(kind, dtype, width):
+    made = (torch.nn.functional.pad(z, (0, 3), value=50.0) for z in make_logits("random", 4, width))
+    student, teacher = (logits.cuda().to(dtype)[:, :width] for logits in made)
+    teacher += 47.0
+    if width > 8:  # nothing in a thread's first load, and no student mass in the last column
+        student[0, :8], teacher[0, :8] = -INF, -INF
+        student[1, -1], teacher[1, -1] = -INF, -INF
+    exact = student.double().clamp_min(-1e5).requires_grad_()
+    dense = dense_divergence(exact, teacher.double().clamp_min(-1e5), kind)
+    dense.sum().backward()
+    student = student.detach().requires_grad_()
+    loss = divergence(student, teacher, kind)
+    loss.sum().backward()
+    tolerance = 1e-4 if kind == "adaptive_kl" else 1e-5
+    torch.testing.assert_close(loss.double(), dense, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        student.grad.double(),
+        exact.grad,
+        rtol=tolerance if dtype is torch.float32 else 2**-8,
+        atol=tolerance * max(1.0, float(exact.grad.abs().max())),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_offset_of_1e4_between_the_models_changes_nothing(kind):
+    # logits that float32 represents together with the offset
+    on_grid = [(logits.cuda() * 64).round() / 64 for logits in make_logits("random", 8, VOCAB)]
+    results = []
+    for offset in (0.0, 1e4):
+        student = (on_grid[0] + offset).requires_grad_()
+        loss = divergence(student, on_grid[1] - offset, kind)
+        loss.sum().backward()
+        results.append((loss.detach(), student.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
 
 
 # adaptive is left out: the search for its head goes over row blocks in PyTorch

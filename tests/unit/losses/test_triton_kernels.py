@@ -14,29 +14,7 @@ from tests.dense import KINDS, dense_divergence
 from tests.unit.losses import triton_interpreted as interpreted
 
 FINITE = [case for case in interpreted.CASES if case not in ("not_a_number", "no_rows")]
-COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from nemo_paced.losses import triton_kernels
-
-def build(kernel, **chosen):
-    types = {"student": "*bf16", "teacher": "*bf16", "out": "*bf16"}
-    types |= {name: "i32" for name in ("stride", "width", "valid")}
-    types |= {name: "fp32" for name in ("per", "share")}
-    signature = {name: types.get(name.split("_")[0], "*fp32") for name in kernel.arg_names}
-    signature |= dict.fromkeys(chosen, "constexpr")
-    source = ASTSource(kernel, signature, constexprs=chosen)
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
-    assert ".f64" not in ptx, f"{kernel} {chosen} computes in float64"
-
-build(triton_kernels._local_stats_kernel, FORWARD=True, REVERSE=True, TILE=4096)
-# a width or stride of 1 reaches the kernel as a constant
-build(triton_kernels._local_stats_kernel, FORWARD=True, REVERSE=False, TILE=1, valid=1, stride_s=1)
-for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
-    build(triton_kernels._mixture_sums_kernel, KIND=kind, TILE=4096)
-for kind in ("adaptive_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"):
-    build(triton_kernels._gradient_kernel, KIND=kind, TILE=4096)
-"""
+FINITE += interpreted.EDGES
 
 
 def run_python(*arguments, **environment):
@@ -46,7 +24,7 @@ def run_python(*arguments, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,  # the interpreter takes a core for most of a minute
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -62,15 +40,16 @@ def triton(tmp_path_factory):
 
 def dense_value_and_gradient(kind, case):
     student, teacher, options = interpreted.inputs(case)
-    teacher, width = teacher[:, : interpreted.WIDTH], student.shape[1]
-    options.pop("vocab_size", None)
+    width = student.shape[1]
+    valid = options.pop("vocab_size", width)
+    teacher = teacher[:, :valid]
     # a probability of 0 without the infinities that the naive formula cannot take
-    true = student[:, : interpreted.WIDTH].double().clamp_min(-1e5).requires_grad_()
+    true = student[:, :valid].double().clamp_min(-1e5).requires_grad_()
     dense = dense_divergence(
         true, teacher.double().clamp_min(-1e5), kind, jsd_beta=interpreted.JSD_BETA, **options
     )
     (dense * interpreted.weights()).sum().backward()
-    padded = torch.nn.functional.pad(true.grad, (0, width - interpreted.WIDTH))
+    padded = torch.nn.functional.pad(true.grad, (0, width - valid))
     return dense.detach(), padded
 
 
@@ -88,7 +67,7 @@ def assert_same(result, expected, case, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", FINITE)
+@pytest.mark.parametrize("case", FINITE, ids=str)
 def test_value_and_gradient_match_dense_float64(triton, kind, case):
     dtype = interpreted.inputs(case)[0].dtype
     assert triton[kind, case][1].dtype == dtype
@@ -96,15 +75,16 @@ def test_value_and_gradient_match_dense_float64(triton, kind, case):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", FINITE)
+@pytest.mark.parametrize("case", FINITE, ids=str)
 def test_value_and_gradient_match_the_pytorch_kernels(triton, kind, case):
     dtype = interpreted.inputs(case)[0].dtype
     assert_same(triton[kind, case], interpreted.value_and_gradient(kind, case), case, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_offset_of_1e4_changes_nothing(triton, kind):
-    for moved, unmoved in zip(triton[kind, "offset"], triton[kind, "on_grid"], strict=True):
+@pytest.mark.parametrize("case", ["offset", "apart"])
+def test_an_offset_of_1e4_changes_nothing(triton, kind, case):
+    for moved, unmoved in zip(triton[kind, case], triton[kind, "on_grid"], strict=True):
         torch.testing.assert_close(moved, unmoved, rtol=0, atol=1e-6)
 
 
@@ -146,8 +126,3 @@ def test_a_shard_without_mass_or_columns_adds_nothing(triton, kind):
     sums_2N, grad_NV = triton[kind, "no_columns"]
     assert (sums_2N == 0).all()
     assert (grad_NV == 0).all()
-
-
-def test_kernels_compile_for_an_h100_without_float64(tmp_path):
-    # an empty cache: the compiler runs
-    run_python("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")

@@ -20,23 +20,49 @@ from nemo_paced.losses.options import Options
 from tests.dense import KINDS, make_logits, of_kind
 
 ROWS, WIDTH = 2, 40
-# WIDTH is no multiple of it: the last tile is part full
-TILE = 16
+# tiles of 16 columns in float32 and of 32 else; WIDTH is no multiple: the last tile is part full
+THREADS = 4
 JSD_BETA = 0.3
 INF = float("inf")
 
+# widths around a tile, as cases (width, dtype)
+EDGES = (
+    *((width, torch.float32) for width in (1, 7, 8, 15, 16, 17, 53)),
+    *((width, dtype) for dtype in (torch.bfloat16, torch.float16) for width in (7, 32, 101)),
+)
 
-def inputs(case: str) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Student and teacher logits and the options of a named case."""
+
+def edge_inputs(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Logits in rows that lie further apart than they are wide, the teacher's far above."""
+    student, teacher = (
+        widen(z, 3, 50.0).to(dtype)[:, :-3] for z in make_logits("random", ROWS, width)
+    )
+    teacher += 47.0
+    if width > 8:  # no mass in a row's first loads, nor in its last column
+        student[0, :8], teacher[0, :8] = -INF, -INF
+        student[1, -1], teacher[1, -1] = -INF, -INF
+    return student, teacher, {"temperature": 1.3}
+
+
+def inputs(case: str | tuple) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Student and teacher logits and the options of a case: a name, or one of ``EDGES``."""
+    if isinstance(case, tuple):
+        return edge_inputs(*case)
     made = case if case in ("peaked", "equal", "tied", "bf16") else "random"
     student, teacher = make_logits(made, ROWS, WIDTH)
     options = {"temperature": 0.7} if case in ("cooler", "padded", "rising") else {}
     if case == "nearly_equal":
         teacher = student + 1e-3 * teacher
-    if case in ("on_grid", "offset"):  # logits that float32 represents together with the offset
+    if case in (
+        "on_grid",
+        "offset",
+        "apart",
+    ):  # logits that float32 represents together with the offset
         student, teacher = (student * 64).round() / 64, (teacher * 64).round() / 64
     if case == "offset":
         student, teacher = student + 1e4, teacher + 1e4
+    if case == "apart":
+        student, teacher = student + 1e4, teacher - 1e4
     if case == "rising":  # the maximum moves with every tile, the teacher's and the student's apart
         student = student + torch.linspace(0, 12, WIDTH)
         teacher = teacher + torch.linspace(0, 30, WIDTH)
@@ -44,6 +70,8 @@ def inputs(case: str) -> tuple[torch.Tensor, torch.Tensor, dict]:
         student[1, 20] = float("nan")
     if case == "no_rows":
         student, teacher = student[:0], teacher[:0]
+    if case == "mixed":
+        student = student.bfloat16()
     if case == "half":
         student, teacher = student.half(), teacher.half()
     if case == "no_mass_first":  # more than a tile of -inf before the first finite logit
@@ -60,7 +88,16 @@ def inputs(case: str) -> tuple[torch.Tensor, torch.Tensor, dict]:
 
 CASES = (
     *("random", "peaked", "equal", "nearly_equal", "tied", "bf16", "half", "cooler", "rising"),
-    *("on_grid", "offset", "no_mass_first", "no_mass_last", "padded", "columns_first"),
+    *(
+        "on_grid",
+        "offset",
+        "apart",
+        "mixed",
+        "no_mass_first",
+        "no_mass_last",
+        "padded",
+        "columns_first",
+    ),
     *("not_a_number", "no_rows"),
 )
 
@@ -78,9 +115,9 @@ def options_of(kind: str) -> Options:
     return Options.of(divergence, (WIDTH, WIDTH), tp_group=None, vocab_size=None)
 
 
-def value_and_gradient(kind: str, case: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def value_and_gradient(kind: str, case: str | tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
     student, teacher, options = inputs(case)
-    student = student.requires_grad_()
+    student = student.detach().requires_grad_()
     divergence, others = of_kind(kind, {"jsd_beta": JSD_BETA, **options})
     loss = divergence_module.divergence(student, teacher, divergence, **others)
     (loss * weights(len(loss))).sum().backward()
@@ -125,10 +162,10 @@ def shard_without_columns(kernels: ModuleType, kind: str) -> tuple[torch.Tensor,
 def main(path: str) -> None:
     from nemo_paced.losses import triton_kernels
 
-    triton_kernels.MAX_TILE = TILE
+    triton_kernels.THREADS = THREADS
     divergence_module.kernels_for = lambda logits: triton_kernels
     results: dict[tuple[str, str], Any] = {
-        (kind, case): value_and_gradient(kind, case) for kind in KINDS for case in CASES
+        (kind, case): value_and_gradient(kind, case) for kind in KINDS for case in (*CASES, *EDGES)
     }
     for kind in KINDS:
         results[kind, "in_place"] = gradient_in_place(triton_kernels, kind)
