@@ -28,7 +28,7 @@ from rich.table import Table
 from triton import compiler
 from triton.backends.compiler import GPUTarget
 
-from nemo_paced.losses import triton_kernels
+from nemo_paced.losses import triton_adaptive_kl, triton_kernels
 from nemo_paced.losses.kinds import Divergence, DivergenceKind
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -50,13 +50,15 @@ class Kernel:
     """A kernel as it is launched for one kind of divergence.
 
     Attributes:
-        writes: elements in the logits' dtype written for each column.
+        reads, writes: elements in the logits' dtype for each column.
     """
 
     name: str
     jit: Any
     constants: dict[str, Any]
+    reads: int = 2
     writes: int = 0
+    num_warps: int = triton_kernels.NUM_WARPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Count:
     Attributes:
         mufu: of the pipe for exponentials, logarithms and reciprocal roots.
         tb_per_s: of global memory, as the pipes allow.
-        spilled_bytes: of registers, to local memory.
+        spills: instructions that move a register to local memory or back, in the whole kernel.
         barriers, shuffles: in which a thread waits for others.
         wide_loads: the share of loads that take 16 bytes.
         float64: whether the kernel computes in float64 anywhere.
@@ -78,7 +80,7 @@ class Count:
     mufu: float
     tb_per_s: float
     registers: int
-    spilled_bytes: int
+    spills: int
     barriers: int
     shuffles: int
     wide_loads: float
@@ -100,7 +102,11 @@ def kernels() -> Iterator[Kernel]:
                 f"mixture sums, {kind.kind.value}", triton_kernels._mixture_sums_kernel, constants
             )
         constants |= {"FORWARD": kind.needs_forward_kl, "REVERSE": kind.needs_reverse_kl}
-        yield Kernel(f"gradient, {kind.kind.value}", triton_kernels._gradient_kernel, constants, 1)
+        yield Kernel(
+            f"gradient, {kind.kind.value}", triton_kernels._gradient_kernel, constants, writes=1
+        )
+    yield Kernel("border of the head", triton_adaptive_kl._mass_kernel, {"COUNT": False}, reads=1)
+    yield Kernel("gaps of head and tail", triton_adaptive_kl._gaps_kernel, {}, num_warps=1)
 
 
 def count(chosen: Iterable[Kernel], dtype: str) -> list[Count]:
@@ -118,24 +124,21 @@ def count_one(kernel: Kernel, built: Any, dtype: str) -> Count:
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     loop = hot_loop(dump)
     opcodes = Counter(name.partition(".")[0] for name in loop)
-    bytes_read = 2 * BYTES[dtype]
+    bytes_read = kernel.reads * BYTES[dtype]
     columns = bytes_loaded(loop) / bytes_read
     loads = [name for name in loop if name.startswith("LDG")]
     alu = sum(opcodes[name] for name in ALU)
     taken = {LANES: len(loop), ALU_LANES: alu, MUFU_LANES: opcodes["MUFU"]}
     clocks = max(slots / columns / lanes for lanes, slots in taken.items())
     moved = bytes_read + kernel.writes * BYTES[dtype]
-    registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", dump)[1]) for name in ("REG", "STACK", "LOCAL")
-    )
     return Count(
         name=kernel.name,
         instructions=round(len(loop) / columns, 1),
         alu=round(alu / columns, 1),
         mufu=round(opcodes["MUFU"] / columns, 2),
         tb_per_s=round(USED * CLOCKS_PER_S / clocks * moved / 1e12, 1),
-        registers=registers,
-        spilled_bytes=stack + local,
+        registers=int(re.search(r"\bREG:(\d+)", dump)[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", dump)),
         barriers=opcodes["BAR"],
         shuffles=opcodes["SHFL"],
         wide_loads=sum(".128" in name for name in loads) / len(loads),
@@ -153,13 +156,13 @@ def build(kernel: Kernel, dtype: str, **given: int) -> Any:
         kernel.constants
         | given
         | {
-            "THREADS": triton_kernels.THREADS,
+            "THREADS": triton_kernels.WARP * kernel.num_warps,
             "EACH": triton_kernels.LOAD_BYTES // BYTES[dtype],
         }
     )
     logits = dict.fromkeys(("student", "teacher", "out"), f"*{dtype}")
     types = logits | dict.fromkeys(("stride", "width", "valid"), "i32")
-    types |= dict.fromkeys(("per", "share"), "fp32")
+    types |= dict.fromkeys(("per", "share"), "fp32") | {"taken": "*i32"}
     names = kernel.jit.arg_names
     signature = {name: types.get(name.partition("_")[0], "*fp32") for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -171,7 +174,7 @@ def build(kernel: Kernel, dtype: str, **given: int) -> Any:
         or (signature[name] == "i32" and name.startswith(("stride", "width")))
     }
     source = compiler.ASTSource(kernel.jit, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": triton_kernels.NUM_WARPS, "enable_fp_fusion": True}
+    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": True}
     return compiler.compile(source, target=SM_90, options=options)
 
 
@@ -199,11 +202,11 @@ def bytes_loaded(loop: list[str]) -> int:
 def table_of(counts: list[Count], dtype: str) -> Table:
     table = Table(title=f"Triton {triton.__version__}, {dtype}: a column's instructions on sm_90")
     columns = ("kernel", "all", "ALU", "MUFU", "TB/s", "registers")
-    for name in (*columns, "spilled", "barriers", "shuffles", "16-byte loads"):
+    for name in (*columns, "spills", "barriers", "shuffles", "16-byte loads"):
         table.add_column(name, justify="left" if name == "kernel" else "right")
     for one in counts:
         figures = (one.instructions, one.alu, one.mufu, one.tb_per_s, one.registers)
-        waits = (one.spilled_bytes, one.barriers, one.shuffles, f"{one.wide_loads:.0%}")
+        waits = (one.spills, one.barriers, one.shuffles, f"{one.wide_loads:.0%}")
         table.add_row(one.name, *map(str, (*figures, *waits)))
     return table
 

@@ -6,7 +6,7 @@ would need the whole vocabulary on one rank. Positive floats order like their bi
 border is found by radix selection instead: three histograms of mass over 10, 11 and 10 bits, each
 summed over the ranks, then one exchange to break ties by id. These make five collectives with the
 sum of the gaps, whatever the data; a flat teacher's head may hold half of the vocabulary at no
-further cost.
+further cost. On a GPU ``triton_adaptive_kl.py`` takes its place.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def head_tail_gaps(
     count_N = torch.zeros_like(above_N)
     for rows in blocks():
         count_N[rows] = (teacher(rows).view(torch.int32) == border_N[rows, None]).sum(1).float()
-    taken_N = _ties_taken(count_N, border_N, above_N, head_mass, tp_group)
+    value_N = border_N.view(torch.float32)
+    taken_N = ties_taken(count_N, value_N, above_N, head_mass, tp_group)
 
     gaps_2N = above_N.new_zeros((2, num_rows))
     for rows in blocks():
@@ -105,17 +106,21 @@ def _descend(
     return border_N | ((last - position_N).int() << shift), above_N
 
 
-def _ties_taken(
+def ties_taken(
     count_N: torch.Tensor,
-    border_N: torch.Tensor,
+    value_N: torch.Tensor,
     above_N: torch.Tensor,
     head_mass: float,
     tp_group: ProcessGroup | None,
 ) -> torch.Tensor:
-    """How many of this rank's ``count_N`` tokens at the border are in the head: lower ids first."""
+    """How many of this rank's ``count_N`` tokens at the border are in the head: lower ids first.
+
+    Args:
+        value_N: probability of each of them.
+        above_N: mass of the tokens above the border.
+    """
     count_RN = all_gather(count_N[None], tp_group)[:, 0]
     rank = 0 if tp_group is None else tp_group.rank()
-    value_N = border_N.view(torch.float32)
     room_N = ((head_mass - above_N) / value_N.clamp_min(1e-38)).floor().clamp_min(0)
     # the first token is in the head even if it alone holds more than head_mass
     room_N = torch.where(above_N == 0, room_N.clamp_min(1), room_N)

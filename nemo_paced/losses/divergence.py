@@ -13,7 +13,8 @@ Which numbers, and why one collective
     multiplied by e^(m'-m), and its dot product D becomes
     e^(mT'-mT) {D + sumT [(mT'-mT) - (mS'-mS)]}. The mixtures (JSD, skew) need both log-sum-exps
     before they can form M, and two sums after: one all-reduce of two numbers more. Adaptive KL
-    finds the teacher's head by radix selection (``adaptive_kl.py``). Dot products are taken on
+    finds the teacher's head by radix selection (``adaptive_kl.py``; on a GPU by thresholds,
+    ``triton_adaptive_kl.py``, with more collectives). Dot products are taken on
     shifted logits: unshifted, a KL of 5e-5 comes out 1e-3 wrong at a logit offset of 1e4 in
     float32; shifted, 6e-7.
 
@@ -34,8 +35,8 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import ProcessGroup
 
+from nemo_paced.losses import adaptive_kl as torch_adaptive_kl
 from nemo_paced.losses import kernels as torch_kernels
-from nemo_paced.losses.adaptive_kl import head_tail_gaps
 from nemo_paced.losses.kernels import TINY, RowNumbers
 from nemo_paced.losses.kinds import KL_SHARES, Divergence, DivergenceKind
 from nemo_paced.losses.options import Options
@@ -129,6 +130,15 @@ def kernels_for(logits: torch.Tensor) -> ModuleType:
     return torch_kernels
 
 
+def adaptive_kl_for(logits: torch.Tensor) -> ModuleType:
+    """The module that finds adaptive KL's head: as :func:`kernels_for`."""
+    if logits.device.type == "cuda":
+        from nemo_paced.losses import triton_adaptive_kl
+
+        return triton_adaptive_kl
+    return torch_adaptive_kl
+
+
 def solve(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor, options: Options
 ) -> Generator[None, None, Solved]:
@@ -156,6 +166,7 @@ def solve(
         return Solved(value_N, numbers)
     c_3N[2] = reverse_N
     if chosen.kind is DivergenceKind.adaptive_kl:
+        head_tail_gaps = adaptive_kl_for(student_NV).head_tail_gaps
         gaps_2N = head_tail_gaps(student_NV, teacher_NV, numbers, options)
         c_3N[:2] = gaps_2N / gaps_2N.sum(0).clamp_min(TINY)
     else:

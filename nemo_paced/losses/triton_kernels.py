@@ -43,7 +43,7 @@ from nemo_paced.losses.vocab_parallel import LOG_ZERO
 
 # few: the programs of a chunk of 900 rows all run at once, evenly over the SMs
 NUM_WARPS = 4
-THREADS = 32 * NUM_WARPS
+WARP = 32
 # of one load: a thread's columns of a tile
 LOAD_BYTES = 16
 LOG2_E = 1 / math.log(2)
@@ -330,7 +330,7 @@ def local_stats(
         (4 + forward + reverse, student_NV.shape[0]), dtype=torch.float32
     )
     constants = {"FORWARD": forward, "REVERSE": reverse}
-    _launch(_local_stats_kernel, student_NV, teacher_NV, options, packed_KN, **constants)
+    launch(_local_stats_kernel, student_NV, teacher_NV, options, packed_KN, **constants)
     return packed_KN
 
 
@@ -342,7 +342,7 @@ def mixture_sums(
     As :func:`nemo_paced.losses.kernels.mixture_sums`.
     """
     sums_2N = student_NV.new_empty((2, student_NV.shape[0]), dtype=torch.float32)
-    _launch(
+    launch(
         _mixture_sums_kernel,
         student_NV,
         teacher_NV,
@@ -368,7 +368,7 @@ def gradient(
     As :func:`nemo_paced.losses.kernels.gradient`.
     """
     rows_NV, chosen = _by_rows(out_NV), options.divergence
-    _launch(
+    launch(
         _gradient_kernel,
         student_NV,
         teacher_NV,
@@ -386,15 +386,17 @@ def gradient(
         out_NV.copy_(rows_NV)
 
 
-def _launch(
+def launch(
     kernel: Any,
     student_NV: torch.Tensor,
     teacher_NV: torch.Tensor,
     options: Options,
     *arguments: torch.Tensor | float,
+    num_warps: int | None = None,
     **constants: bool | str,
 ) -> None:
     """Launch one program for each row; ``arguments`` follow those that all kernels have."""
+    num_warps = num_warps or NUM_WARPS
     student_NV, teacher_NV = _by_rows(student_NV), _by_rows(teacher_NV)
     num_rows, width = student_NV.shape
     if not num_rows:  # CUDA has no empty grid
@@ -411,9 +413,9 @@ def _launch(
         LOG2_E / options.divergence.temperature,
         *arguments,
         **constants,
-        THREADS=THREADS,
+        THREADS=WARP * num_warps,
         EACH=LOAD_BYTES // max(student_NV.element_size(), teacher_NV.element_size()),
-        num_warps=NUM_WARPS,
+        num_warps=num_warps,
         # products and sums in one instruction, which Triton 3.10 no longer does unasked
         enable_fp_fusion=True,
     )

@@ -25,8 +25,8 @@ _all_gather_single = getattr(
 LOG_ZERO = -1e30
 # float32 elements of a row block, for each thread, that with a few temporaries stay in cache
 CACHE_ELEMENTS = 2**18
-# float32 elements of a row block on a GPU, where adaptive KL, top-k and target log-probabilities
-# alone go over row blocks
+# float32 elements of a row block on a GPU, where top-k and target log-probabilities alone go over
+# row blocks
 GPU_ELEMENTS = 2**24
 
 

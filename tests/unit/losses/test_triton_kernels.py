@@ -126,3 +126,12 @@ def test_a_shard_without_mass_or_columns_adds_nothing(triton, kind):
     sums_2N, grad_NV = triton[kind, "no_columns"]
     assert (sums_2N == 0).all()
     assert (grad_NV == 0).all()
+
+
+@pytest.mark.parametrize("case", interpreted.SPLIT_CASES)
+def test_the_head_is_found_over_two_ranks(triton, case):
+    ranks = [results[case] for results in triton["two_ranks"]]
+    loss, grad = interpreted.value_and_gradient("adaptive_kl", case)
+    whole = ranks[0][0], torch.cat([own for _, own in ranks], 1)
+    assert_same(whole, (loss, grad), case, grad.dtype)
+    torch.testing.assert_close(ranks[1][0], ranks[0][0], rtol=0, atol=0)

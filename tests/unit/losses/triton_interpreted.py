@@ -7,7 +7,9 @@ named on the command line.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
+import tempfile
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -21,7 +23,7 @@ from tests.dense import KINDS, make_logits, of_kind
 
 ROWS, WIDTH = 2, 40
 # tiles of 16 columns in float32 and of 32 else; WIDTH is no multiple: the last tile is part full
-THREADS = 4
+WARP, NUM_WARPS = 2, 2
 JSD_BETA = 0.3
 INF = float("inf")
 
@@ -101,6 +103,9 @@ CASES = (
     *("not_a_number", "no_rows"),
 )
 
+# whose border has ties on both ranks, and has none
+SPLIT_CASES = ("tied", "equal", "random", "bf16")
+
 
 def widen(logits_NV: torch.Tensor, columns: int, padding: float) -> torch.Tensor:
     return torch.cat([logits_NV, torch.full((len(logits_NV), columns), padding)], 1)
@@ -159,18 +164,51 @@ def shard_without_columns(kernels: ModuleType, kind: str) -> tuple[torch.Tensor,
     return sums, grad
 
 
-def main(path: str) -> None:
-    from nemo_paced.losses import triton_kernels
+def split_adaptive_kl(rank: int, folder: str) -> None:
+    """Loss and gradient of this rank's half of the columns, to a file of its own."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    columns = slice(rank * WIDTH // 2, (rank + 1) * WIDTH // 2)
+    results = {}
+    for case in SPLIT_CASES:
+        student, teacher = (logits_NV[:, columns] for logits_NV in inputs(case)[:2])
+        student = student.clone().requires_grad_()
+        group = torch.distributed.group.WORLD
+        loss = divergence_module.divergence(student, teacher, "adaptive_kl", tp_group=group)
+        (loss * weights()).sum().backward()
+        results[case] = loss.detach(), student.grad
+    torch.save(results, f"{folder}/{rank}")
 
-    triton_kernels.THREADS = THREADS
+
+def on_two_ranks() -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """What :func:`split_adaptive_kl` gives on each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            multiprocessing.get_context("fork").Process(target=split_adaptive_kl, args=(r, folder))
+            for r in range(2)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        return [torch.load(f"{folder}/{rank}") for rank in range(2)]
+
+
+def main(path: str) -> None:
+    from nemo_paced.losses import triton_adaptive_kl, triton_kernels
+
+    triton_kernels.WARP, triton_kernels.NUM_WARPS = WARP, NUM_WARPS
     divergence_module.kernels_for = lambda logits: triton_kernels
-    results: dict[tuple[str, str], Any] = {
+    divergence_module.adaptive_kl_for = lambda logits: triton_adaptive_kl
+    results: dict[Any, Any] = {
         (kind, case): value_and_gradient(kind, case) for kind in KINDS for case in (*CASES, *EDGES)
     }
     for kind in KINDS:
         results[kind, "in_place"] = gradient_in_place(triton_kernels, kind)
         results[kind, "shards"] = shard_statistics(triton_kernels, kind)
         results[kind, "no_columns"] = shard_without_columns(triton_kernels, kind)
+    results["two_ranks"] = on_two_ranks()
     torch.save(results, path)
 
 
