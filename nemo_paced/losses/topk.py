@@ -299,8 +299,8 @@ def _global_top(
         values_NK[:, :local] = top.values.float().clamp_min(LOG_ZERO)
         ids_NK[:, :local] = (top.indices + first).double()
     gathered_R2NK = all_gather(torch.stack([values_NK.double(), ids_NK]), tp_group)
-    values_NRK = gathered_R2NK[:, 0].movedim(0, 1).reshape(num_rows, -1)
-    ids_NRK = gathered_R2NK[:, 1].movedim(0, 1).reshape(num_rows, -1)
+    values_NRK = gathered_R2NK[:, 0].movedim(0, 1).flatten(1)
+    ids_NRK = gathered_R2NK[:, 1].movedim(0, 1).flatten(1)
     best = values_NRK.topk(k, dim=1)
     return best.values.float(), ids_NRK.gather(1, best.indices).long()
 

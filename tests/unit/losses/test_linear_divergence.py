@@ -66,7 +66,7 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize("kind", KINDS)
 # peaked: GEMMs in float32 round logits of hundreds by 2e-5
-@pytest.mark.parametrize(("scale", "tolerance"), [(1.0, 2e-6), (12.0, 6e-5)])
+@pytest.mark.parametrize(("scale", "tolerance"), [(1.0, 4e-6), (12.0, 6e-5)])
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "vocab_size": VALID}])
 def test_value_and_gradients_match_dense_float64(kind, scale, tolerance, options):
     inputs = make_inputs(13, scale=scale)

@@ -114,6 +114,13 @@ def test_bytes_per_token_are_those_of_the_tensors():
     assert Precision.fp32.itemsize == torch.float32.itemsize
 
 
+def test_the_signal_of_no_token_is_empty():
+    """As of a micro-batch that fills up a data-parallel rank's share."""
+    top = TopKTeacher.from_hidden(torch.zeros(0, 8), torch.ones(V, 8), K, chunk_size=4)
+    assert top.log_probs.shape == top.ids.shape == (0, K)
+    assert top.tail_log_prob.shape == (0,)
+
+
 @pytest.mark.parametrize("k", [0, 56])
 def test_an_impossible_k_is_named(k):
     with pytest.raises(ValueError, match=f"k is {k}"):

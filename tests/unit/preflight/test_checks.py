@@ -265,10 +265,12 @@ def test_a_gpu_that_is_too_small_is_a_warning(config, tmp_path, monkeypatch):
     config.trainer.accelerator = "auto"
     monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 80 * 2**30)
     assert found(config, tmp_path) == []
-    monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 2**21)
+    monkeypatch.setattr(model_checks, "_gpu_bytes", lambda: 2**22)
     assert found(config, tmp_path) == [], "the server has a GPU of its own"
-    beside = replace(config.rollout, placement=RolloutPlacement.colocated)
-    for small, rollout in ((2**21, beside), (2**16, config.rollout)):
+    beside = replace(
+        config.rollout, placement=RolloutPlacement.colocated, gpu_memory_utilization=0.9
+    )
+    for small, rollout in ((2**22, beside), (2**16, config.rollout)):
         monkeypatch.setattr(model_checks, "_gpu_bytes", lambda small=small: small)
         (finding,) = found(replace(config, rollout=rollout), tmp_path)
         assert finding.where == "memory" and "nemo-paced plan" in finding.remedy
