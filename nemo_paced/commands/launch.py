@@ -12,6 +12,8 @@ from pathlib import Path
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import ConfigError, Interrupted, PacedError, Stopped
+from nemo_paced.parallel.gpu_environment import set_for_trainer
+from nemo_paced.serving.backends import may_share_memory
 from nemo_paced.training import stop
 
 # task -> module:function, which every rank calls with the configuration and paths
@@ -54,6 +56,8 @@ def launch(task: str, config: PacedConfig, config_file: Path, *paths: Path) -> N
 
 def run_task(task: str, config: PacedConfig, *paths: Path) -> None:
     """Run this rank's part of a task; ``train`` begins with the checks that ranks make together."""
+    if config.trainer.accelerator != "cpu":
+        set_for_trainer(shares_memory=may_share_memory(config.rollout))
     if task == "train":
         run_task("preflight", config)
     module, _, function = TASKS[task].partition(":")

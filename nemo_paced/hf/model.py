@@ -122,11 +122,16 @@ def build_chunks(
         expert=model.expert_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
     )
-    config = replace(_transformer_config(architecture, model, precision), **overrides or {})
+    on_gpu = parallel.device.type == "cuda"
     if transformer_engine is None:
-        transformer_engine = parallel.device.type == "cuda" and has_transformer_engine()
-        if parallel.rank == 0 and parallel.device.type == "cuda":
+        transformer_engine = on_gpu and has_transformer_engine()
+        if parallel.rank == 0 and on_gpu:
             _tell_layers(transformer_engine)
+    config = replace(
+        _transformer_config(architecture, model, precision),
+        **fusions(on_gpu=on_gpu, transformer_engine=transformer_engine),
+        **overrides or {},
+    )
     rows = max(architecture.vocab_size, vocab_size_hint or 0)
     count = model.virtual_pipeline_model_parallel_size
     chunks = []
@@ -220,14 +225,25 @@ def _transformer_config(
         **_recompute(model),
         use_cpu_initialization=True,
         perform_initialization=False,  # every value is loaded
-        bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # Megatron asks for Apex; see student/model.py
         persist_layer_norm=False,
         **experts_config(architecture, model),
     )
+
+
+def fusions(*, on_gpu: bool, transformer_engine: bool) -> dict[str, bool]:
+    """Fields of Megatron's ``TransformerConfig`` for operations that run as one kernel.
+
+    SwiGLU and the residual additions are compiled by torch. The rotary embedding's kernel is
+    Transformer Engine's; without it Megatron asks the GPU for the lengths of packed sequences, four
+    times a layer.
+    """
+    return {
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": transformer_engine,
+    }
 
 
 def _interleaving(model: ModelConfig) -> dict[str, Any]:

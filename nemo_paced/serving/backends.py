@@ -44,6 +44,13 @@ def choose_backend(config: RolloutConfig, gpus: int, hosts: Sequence[str]) -> Re
     return backend
 
 
+def may_share_memory(config: RolloutConfig) -> bool:
+    """Whether the choice may be CUDA IPC, without looking for GPUs or packages."""
+    if config.refit is RefitBackend.auto:
+        return config.placement is RolloutPlacement.colocated
+    return config.refit is RefitBackend.ipc
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host is ``localhost`` or a loopback IP address; other names are not looked up."""
     if host == "localhost":

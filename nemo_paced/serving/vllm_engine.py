@@ -13,9 +13,11 @@ import json
 import os
 import pickle
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_paced.config import RefitBackend
+from nemo_paced.parallel.gpu_environment import without_trainers
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.serving.completions import Completion, Route, SampleRequest
 from nemo_paced.serving.engine import SERVED_NAME, Call, ModelCard, Served
@@ -219,7 +221,7 @@ class Vllm:
             threads = str(max(1, len(os.sched_getaffinity(0)) - 1))
             special["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
         return {
-            **_without_ranks(os.environ),
+            **_without_ranks(without_trainers(os.environ)),
             **special,
             API_KEY_VARIABLE: served.api_key,
             "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes, which our key guards
@@ -240,7 +242,7 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def _without_ranks(environment: os._Environ[str]) -> dict[str, str]:
+def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()

@@ -4,8 +4,8 @@ Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer
 count 34 s b h + 5 a s^2 b bytes for a layer of GPT in 16 bits. Here the layers differ (grouped
 queries, SwiGLU, RMSNorm, no dropout, no biases), no score matrix is kept, and layers run on one of:
 
-    gpu   Transformer Engine: norms fused with the linear layer behind them, flash attention;
-          SwiGLU and rotary embedding unfused. Not measured.
+    gpu   Transformer Engine: norms fused with the linear layer behind them, flash attention,
+          fused SwiGLU. Not measured.
     cpu   Megatron's local spec: RMSNorm in float32, PyTorch's scaled_dot_product_attention.
           Checked against a tracker of tensors (tests/distributed/test_sizing.py).
 
@@ -106,8 +106,12 @@ def _scales(shape: Architecture, layout: Layout) -> float:
 
 
 def _mlp(shape: Architecture, layout: Layout, work: Work) -> float:
-    """Bytes of gate and up, silu(gate), up + 0 (Megatron adds an offset) and their product."""
-    kept = 5 * work.precision_bytes * _mlp_width(shape, layout)
+    """Bytes of gate and up and of what the projection behind them reads.
+
+    Unfused: of silu(gate) and up + 0 (Megatron adds an offset) too.
+    """
+    tensors = 3 if work.accelerator is Accelerator.gpu else 5
+    kept = tensors * work.precision_bytes * _mlp_width(shape, layout)
     if shape.experts:  # the permuted input and output of the experts, router probabilities
         e, rows = work.precision_bytes, shape.experts.per_token
         kept += (2 * rows * e * shape.hidden_size + 8 * shape.experts.count) / layout.tensor

@@ -107,6 +107,7 @@ def build_student(
         overlap_grad_reduce=optim.overlap_grad_reduce,
         overlap_param_gather=optim.overlap_param_gather,
     )
+    _accumulate_weight_gradients(chunks)
     bf16 = config.trainer.compute_precision is Precision.bf16
     model_config = chunks[0].config  # the chunks share it
     ddp_chunks = [
@@ -153,3 +154,15 @@ def build_student(
     for ddp in ddp_chunks:
         ddp.broadcast_params()
     return Student(chunks, ddp_chunks, optimizer, config.trainer.gradient_clip_val)
+
+
+def _accumulate_weight_gradients(chunks: Sequence[PacedGPTModel]) -> None:
+    """Let Transformer Engine's layers add weight gradients to Megatron's buffer in their GEMMs.
+
+    This is ``gradient_accumulation_fusion`` for them alone: set for the model, Megatron's other
+    layers would ask for Apex.
+    """
+    for gpt in chunks:
+        for module in gpt.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True

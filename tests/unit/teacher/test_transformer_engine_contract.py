@@ -134,3 +134,12 @@ def test_the_fused_adam_keeps_its_state_where_checkpoints_look(sources):
     assert named == ["exp_avg", "exp_avg_sq", "master_param"]
     (condition,) = (node for node in initialize.body if isinstance(node, ast.If))
     assert ast.unparse(condition.test) == "self.master_weights", "the last one only there"
+
+
+@pytest.mark.parametrize("layer", ["linear.Linear", "layernorm_linear.LayerNormLinear"])
+def test_layers_that_are_told_after_they_are_made_add_gradients_to_the_buffer(sources, layer):
+    """Forward reads the attribute that the student's layers are given."""
+    definition = sources.definition(f"transformer_engine.pytorch.module.{layer}")
+    methods = {n.name: ast.unparse(n) for n in definition.body if isinstance(n, ast.FunctionDef)}
+    assert "self.fuse_wgrad_accumulation = fuse_wgrad_accumulation" in methods["__init__"]
+    assert "self.fuse_wgrad_accumulation" in methods["forward"]
