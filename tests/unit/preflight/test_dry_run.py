@@ -106,7 +106,7 @@ PACKED_CP2 = {
 
 def _run(rank, world_size, config, folder, break_it=False):
     if break_it:  # a sequence that the ranks of a group cannot share
-        packing._round_up = lambda value, multiple: value
+        packing.round_up = lambda value, multiple: value
         dry_run_module.RESPONSE = 7
     return dry_run_module.dry_run(config, Path(folder))
 
