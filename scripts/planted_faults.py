@@ -187,13 +187,13 @@ FAULTS = {
         "a checkpoint holds zeros in place of the master weights",
         "            is_loading=loading,",
         "            is_loading=True,",
-        f"{TRAINING}::{RESTORED}[dp2-adams4-True]",
+        f"{TRAINING}::{RESTORED}[fused dp2]",
     ),
     "steps_beside_a_fused_adam": Fault(
         "torch's Adam beside an installed fused one counts from 0 after a resume",
         'group["step"] = max(steps, default=0)',
         'group["step"] = 0 if torchs else max(steps, default=0)',
-        f"{TRAINING}::{RESTORED}[dp2-adams3-True]",
+        f"{TRAINING}::{RESTORED}[torch beside fused]",
     ),
     "kept_checkpoints": Fault(
         "the oldest checkpoints are kept",
