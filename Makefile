@@ -2,10 +2,8 @@
 VENV ?= .venv
 QUICKSTART_ARGS ?=
 WORKERS ?= 2
-# a slow test waits for servers to start, and for its ranks to end, a quarter of its time
-SLOW_WORKERS ?= 3
-PYTEST = $(VENV)/bin/python -m pytest -q --dist loadfile
-FAST = $(PYTEST) -n $(WORKERS) -m "not slow and not slurm"
+PYTEST = $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+FAST = $(PYTEST) -m "not slow and not slurm"
 
 .PHONY: docs lock setup quickstart test test-fast slurm-test gpu-test lint real
 
@@ -21,7 +19,7 @@ quickstart: setup
 
 test: setup
 	$(FAST) --durations=40
-	$(PYTEST) -n $(SLOW_WORKERS) -m slow --durations=40
+	$(PYTEST) -m slow --durations=40
 
 test-fast: setup
 	$(FAST)

@@ -51,7 +51,7 @@ def test_a_signal_ends_a_command_with_one_line(which, file, end, status, tmp_pat
     if which == "train":
         arguments = train_arguments(tmp_path, "run", "trainer.max_steps=4000")
     process = command(*arguments)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not (tmp_path / file).exists() or not (tmp_path / file).read_text():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
