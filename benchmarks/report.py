@@ -35,7 +35,8 @@ def make_report(
     }
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        # where the file lies says nothing of what is measured
+        "settings": {name: value for name, value in vars(args).items() if name != "out"},
         "hardware": hardware(args.device, load_before),
         "versions": versions(),
         "floors": floors,

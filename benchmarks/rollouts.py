@@ -99,7 +99,7 @@ def main() -> None:
                 for seed in range(args.repeats)
             ]
     report = {
-        "settings": {k: str(v) for k, v in vars(args).items()},
+        "settings": {name: str(value) for name, value in vars(args).items() if name != "out"},
         "load_average_before_and_after": [load_before, os.getloadavg()[0]],
         "cores": os.cpu_count(),
         **{name: summary([turn[name] for turn in turns]) for name in clients},

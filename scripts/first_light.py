@@ -1,6 +1,6 @@
 """What one GPU without a network and without vLLM can show of this project, part by part.
 
-    python scripts/first_light.py --out DIR                     # all parts, six minutes on an H100
+    python scripts/first_light.py --out DIR                     # all parts, ten minutes at most
     python scripts/first_light.py --out DIR --parts step fp8    # some of them
     python scripts/first_light.py --out DIR --device cpu        # tiny shapes: any mistakes left?
 

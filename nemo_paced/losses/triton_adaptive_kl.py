@@ -27,7 +27,7 @@ import triton.language as tl
 from nemo_paced.losses.adaptive_kl import ties_taken
 from nemo_paced.losses.kernels import RowNumbers
 from nemo_paced.losses.options import Options
-from nemo_paced.losses.triton_kernels import _LOG2_E, _lanes, _logits, launch
+from nemo_paced.losses.triton_kernels import _LOG2_E, _lanes, _load_numbers, _logits, launch
 from nemo_paced.losses.vocab_parallel import all_reduce
 
 # the lowest bit that a logit can have as float32: digits below it need no pass
@@ -104,11 +104,7 @@ def _gaps_kernel(
     student_ptr += row * stride_s
     lanes = _lanes(THREADS, EACH)
     whole = valid // (THREADS * EACH) * (THREADS * EACH)
-    numbers_ptr += row
-    max_t = tl.load(numbers_ptr)
-    log2_sum_t = tl.load(numbers_ptr + rows) * _LOG2_E
-    max_s = tl.load(numbers_ptr + 3 * rows)
-    log2_sum_s = tl.load(numbers_ptr + 4 * rows) * _LOG2_E
+    max_t, log2_sum_t, max_s, log2_sum_s = _load_numbers(numbers_ptr + row, rows)
     border = tl.load(border_ptr + row)
     # ties of the columns to come that are in the head
     left = tl.load(taken_ptr + row)

@@ -65,6 +65,15 @@ def _lanes(THREADS: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
+def _load_numbers(numbers_ptr, rows):
+    """(max, log2 of the sum) of a row's teacher, then of its student."""
+    max_t, max_s = tl.load(numbers_ptr), tl.load(numbers_ptr + 3 * rows)
+    log2_sum_t = tl.load(numbers_ptr + rows) * _LOG2_E
+    log2_sum_s = tl.load(numbers_ptr + 4 * rows) * _LOG2_E
+    return max_t, log2_sum_t, max_s, log2_sum_s
+
+
+@triton.jit
 def _logits(row_ptr, cols, width, valid, MASKED: tl.constexpr):
     """Float32 logits of one tile, -inf made finite.
 
@@ -208,11 +217,7 @@ def _mixture_sums_kernel(
     student_ptr += row * stride_s
     lanes = _lanes(THREADS, EACH)
     whole = valid // (THREADS * EACH) * (THREADS * EACH)
-    numbers_ptr += row
-    max_t = tl.load(numbers_ptr)
-    log2_sum_t = tl.load(numbers_ptr + rows) * _LOG2_E
-    max_s = tl.load(numbers_ptr + 3 * rows)
-    log2_sum_s = tl.load(numbers_ptr + 4 * rows) * _LOG2_E
+    max_t, log2_sum_t, max_s, log2_sum_s = _load_numbers(numbers_ptr + row, rows)
     first = tl.zeros((THREADS, EACH), tl.float32)
     second = tl.zeros((THREADS, EACH), tl.float32)
     for MASKED in tl.static_range(2):  # whole tiles, then the rest

@@ -189,7 +189,7 @@ def single(models):
     }
 
 
-def reference_steps(folder, kind, dtype=torch.float32):
+def reference_steps(folder, kind, dtype=torch.float32, eps=1e-8):
     """The same steps with transformers and torch's AdamW, one sequence at a time."""
     import transformers
 
@@ -200,7 +200,10 @@ def reference_steps(folder, kind, dtype=torch.float32):
     norms = [p for p in student.parameters() if p.ndim == 1]
     matrices = [p for p in student.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": norms, "weight_decay": 0.0}], lr=LR, weight_decay=0.01
+        [{"params": matrices}, {"params": norms, "weight_decay": 0.0}],
+        lr=LR,
+        weight_decay=0.01,
+        eps=eps,
     )
     results = []
     for step in range(STEPS):
@@ -225,13 +228,16 @@ def reference_steps(folder, kind, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_steps_equal_plain_pytorch(models, single, kind):
-    losses, weights = single[kind]
-    expected, expected_weights = reference_steps(models, kind)
+def test_steps_equal_plain_pytorch(models, kind):
+    # Adam divides a gradient by its own size: where it is all but zero, a small epsilon lets
+    # rounding decide, which differs between processors
+    model = {"optim": OptimConfig(lr=LR, eps=1e-6)}
+    train = partial(train_steps, model=model)
+    losses, weights = run_ranks(1, train, str(models), LAYOUTS["tp1"], kind)[0]
+    expected, expected_weights = reference_steps(models, kind, eps=1e-6)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     for name, value in weights.items():
-        # Adam divides a gradient by its own size: where it is all but zero, rounding decides
-        torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=LR / 3, msg=name)
+        torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=2e-4, msg=name)
         # a decay of norms would be 9e-5 of them by now
         assert (value - expected_weights[name]).square().mean().sqrt() < 3e-5, name
 
