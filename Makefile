@@ -41,7 +41,7 @@ docs: setup
 	$(VENV)/bin/python scripts/metrics_table.py
 
 lint: setup
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy nemo_paced
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 real: setup
 	$(VENV)/bin/python -m nemo_paced.quickstart.smollm2 --out runs/smollm2

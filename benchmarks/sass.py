@@ -113,7 +113,7 @@ def count(chosen: Iterable[Kernel], dtype: str) -> list[Count]:
     """Hot loops of kernels compiled for both models' logits in ``dtype``."""
     built = [(kernel, build(kernel, dtype)) for kernel in chosen]
     with ThreadPoolExecutor() as pool:  # cuobjdump takes as long as the compiler
-        return list(pool.map(lambda pair: count_one(*pair, dtype), built))
+        return list(pool.map(lambda pair: count_one(pair[0], pair[1], dtype), built))
 
 
 def count_one(kernel: Kernel, built: Any, dtype: str) -> Count:

@@ -388,10 +388,10 @@ def _plan(config: Any, items: Sequence[Any]) -> dict[str, float]:
     from nemo_paced.sizing.memory import stage_memory
     from nemo_paced.sizing.shapes import Accelerator, student_layout, teacher_plan, work_of
 
-    shapes = [
+    shapes = (
         Architecture.read(config.student.hf_path, "student.hf_path"),
         Architecture.read(config.teacher.hf_path, "teacher.hf_path"),
-    ]
+    )
     prompts = sum(len(item.student_prompt_ids) for item in items) / len(items)
     responses = sum(len(item.response_ids) for item in items) / len(items)
     work = work_of(

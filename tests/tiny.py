@@ -46,7 +46,7 @@ def make_hf_model(family: str, folder: Path, *, seed: int = 0, **changes: object
     tied = family.endswith("_tied")
     if family.startswith("qwen3_moe"):
         config = transformers.Qwen3MoeConfig(
-            **{**MOE_SHAPE, **shape}, head_dim=32, tie_word_embeddings=tied
+            **{**MOE_SHAPE, **shape, "head_dim": 32, "tie_word_embeddings": tied}
         )
     elif family.startswith("qwen3"):
         config = transformers.Qwen3Config(**shape, head_dim=32, tie_word_embeddings=tied)

@@ -190,7 +190,7 @@ def test_a_server_that_dies_mid_run_is_started_again_with_the_current_weights(un
     while not path.exists() or len(path.read_text().splitlines()) < 9:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    kill_a_server(process)
+    kill_a_server(process, in_an_update=False)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out[-4000:]
     assert "starting it again" in out

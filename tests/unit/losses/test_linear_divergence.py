@@ -138,7 +138,8 @@ def test_only_what_asks_for_a_gradient_gets_one():
 
 def test_a_second_backward_raises_instead_of_scaling_twice():
     hidden, *rest, weights = make_inputs(5)
-    loss = linear_divergence(hidden.requires_grad_(), *rest, "forward_kl", weights)
+    inputs = (hidden.requires_grad_(), *rest)
+    loss = linear_divergence(*inputs, kind="forward_kl", token_weights=weights)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="handed over by a first backward"):
         loss.backward()

@@ -11,8 +11,8 @@ EXPONENTS = [(1.0, 1.0), (2.0, 1.0), (0.5, 3.0)]
 STATES = [(0.0, 2.0), (1.0, 2.0), (2.5, 9.0), (8.0, 8.0)]
 
 
-def as_arrays(*counts):
-    return tuple(np.array([value], dtype=np.float64) for value in counts)
+def as_arrays(right, count) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([right], dtype=np.float64), np.array([count], dtype=np.float64)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), EXPONENTS)
