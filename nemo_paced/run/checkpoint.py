@@ -1,4 +1,4 @@
-"""Checkpoints through Megatron-Core's ``dist_checkpointing``: readable at any other layout.
+"""Checkpoints through Megatron-Core's ``dist_checkpointing``: weights readable at any layout.
 
 A checkpoint directory ``checkpoints/step_00000100`` holds Megatron's sharded model, optimizer and
 RNG state under their standard keys, and beside them
@@ -10,6 +10,10 @@ RNG state under their standard keys, and beside them
 
 It is written under a temporary name and renamed when whole, so a directory with its final name is
 complete. Older ones go only after that.
+
+The optimizer's state is written in the shards of Megatron's distributed optimizer, by each rank
+its own, which other numbers of data-parallel ranks can read; or, where the settings ask for it,
+gathered into one tensor a parameter, which any layout can.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_paced.config import CheckpointCallbackParams
@@ -43,8 +48,9 @@ from nemo_paced.run.checkpoint_files import (
     record_sizes,
 )
 from nemo_paced.run.config_file import PASS_RATES_FILE
+from nemo_paced.run.fingerprint import RESHARD
 from nemo_paced.student.model import Student
-from nemo_paced.student.optimizer import complete_state, state_restored
+from nemo_paced.student.optimizer import chained, complete_state, state_restored
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +73,8 @@ def save(
 
     Args:
         hf_dir: the student's Hugging Face directory, whose configuration and tokenizer are copied.
-        keep: how many checkpoints stay, once this one is whole.
+        keep: how many checkpoints stay, once this one is whole; whether any layout can read the
+            optimizer's state.
         background: write there and return; it is whole after ``finish`` only.
 
     Raises:
@@ -75,6 +82,8 @@ def save(
     """
     final = checkpoint_dir(run_dir, state.step)
     temporary = final.with_name(f".{final.name}.tmp")
+    reshardable = keep.fully_reshardable or not _every_rank_has_shards(student, parallel)
+    state = replace(state, fully_reshardable=reshardable)
 
     def complete() -> None:
         if parallel.rank == 0:
@@ -89,7 +98,7 @@ def save(
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
         request = dist_checkpointing.save(
-            _sharded_state(student, parallel, loading=False),
+            _sharded_state(student, parallel, loading=False, fully_reshardable=reshardable),
             str(temporary),
             async_sharded_save=background is not None,
         )
@@ -132,20 +141,34 @@ def _explained(final: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def load(directory: Path, student: Student, parallel: Parallel) -> RunState:
-    """Restore model, optimizer and RNG from ``directory``, whatever layout wrote it; collective.
+    """Restore model, optimizer and RNG from ``directory``; collective.
 
     The RNG state is restored only at the layout that wrote it.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: it is damaged, of another model, or in the optimizer's shards of a layout
+            that this one's are not made of.
     """
     state = read_state(directory)
     same_layout = state.layout == (parallel.tp_size, parallel.pp_size)
-    wanted = _sharded_state(student, parallel, loading=True, with_rng=same_layout)
+    wanted = _sharded_state(
+        student,
+        parallel,
+        loading=True,
+        fully_reshardable=state.fully_reshardable,
+        with_rng=same_layout,
+    )
     loaded = _load(wanted, directory)
     _load_chunks(student.chunks, loaded["model"])
-    with state_restored(student.optimizer):
-        student.optimizer.load_state_dict(loaded["optimizer"])
+    try:
+        # fp32 weights are themselves the optimizer's: Megatron copies into them
+        with torch.no_grad(), state_restored(student.optimizer):
+            student.optimizer.load_state_dict(loaded["optimizer"])
+    except AssertionError as error:  # Megatron's, of buckets of other sizes
+        raise CheckpointError(
+            f"the optimizer's state in {directory} does not fit this layout ({_reason(error)}). "
+            f"Start with the layout that wrote it; {RESHARD}"
+        ) from error
     if same_layout:
         _set_rng_state(loaded["rng_state"])
     return state
@@ -200,7 +223,12 @@ def _write_beside(directory: Path, run_dir: Path, state: RunState, hf_dir: Path)
 
 
 def _sharded_state(
-    student: Student, parallel: Parallel, *, loading: bool, with_rng: bool = True
+    student: Student,
+    parallel: Parallel,
+    *,
+    loading: bool,
+    fully_reshardable: bool,
+    with_rng: bool = True,
 ) -> dict[str, Any]:
     student.sync_parameters()
     model = _sharded_chunks(student.chunks)
@@ -211,7 +239,11 @@ def _sharded_state(
             model,
             # while saving Megatron would put zeros in place of the master weights
             is_loading=loading,
-            metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+            metadata={
+                "distrib_optim_sharding_type": (
+                    "fully_reshardable" if fully_reshardable else "dp_reshardable"
+                )
+            },
         ),
     }
     if with_rng:
@@ -223,6 +255,25 @@ def _sharded_state(
             replica_id=parallel.groups.dp_cp.rank(),
         )
     return state
+
+
+def _every_rank_has_shards(student: Student, parallel: Parallel) -> bool:
+    """Whether Megatron can write the optimizer's state in its shards; collective.
+
+    It asks every rank for a parameter in each bucket: a bucket of few numbers, padded for many
+    data-parallel ranks, leaves some without.
+    """
+    optimizers = chained(student.optimizer)
+    has = all(isinstance(each, DistributedOptimizer) for each in optimizers) and all(
+        bucket["param_map"]
+        for each in optimizers
+        for by_dtype in each.gbuf_ranges
+        for buckets in by_dtype.values()
+        for bucket in buckets
+    )
+    lacking = torch.tensor(int(not has), device=parallel.device)
+    torch.distributed.all_reduce(lacking)
+    return not lacking.item()
 
 
 def _sharded_chunks(chunks: Sequence[GPTModel]) -> dict[str, Any]:

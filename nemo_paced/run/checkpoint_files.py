@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_paced.config import CheckpointCallbackParams, PacedConfig
 from nemo_paced.errors import CheckpointError, PacedError
-from nemo_paced.run.fingerprint import check_config
+from nemo_paced.run.fingerprint import check_config, check_shards
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class RunState:
         config: the resolved configuration, as plain data.
         layout: tensor x pipeline ranks; the RNG state is restored only at the same layout.
         accuracy: validation/accuracy after ``step``; ``None``: not validated then.
+        fully_reshardable: the optimizer's state is readable with other tensor, pipeline or expert
+            ranks than those of ``config``, and not with other data-parallel ranks alone.
     """
 
     step: int
@@ -38,6 +40,7 @@ class RunState:
     config: dict[str, Any]
     layout: tuple[int, int]
     accuracy: float | None = None
+    fully_reshardable: bool = True  # as all were before it was written down
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
@@ -147,7 +150,10 @@ def newest_checkpoint(config: PacedConfig, run_dir: Path) -> Path | None:
             f"none of the checkpoints of {run_dir} is whole: remove them to start anew, or choose "
             "another exp_manager.name"
         )
-    check_config(read_state(found).config, config, found)
+    state = read_state(found)
+    check_config(state.config, config, found)
+    if not state.fully_reshardable:
+        check_shards(state.config, config, found)
     return found
 
 

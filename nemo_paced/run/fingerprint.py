@@ -6,7 +6,7 @@ Where they are not, the error names the difference.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,21 @@ FIXED = (
     "rollout.max_staleness",
 )
 
+RESHARD = (
+    "to go on at another layout, let the run write its next checkpoint with "
+    "exp_manager.checkpoint_callback_params.fully_reshardable=true first"
+)
+# Settings that decide how Megatron divides the optimizer's state, beyond its division over
+# data-parallel ranks.
+SHARDING = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.expert_model_parallel_size",
+    "model.make_vocab_size_divisible_by",
+    "model.optim.overlap_grad_reduce",
+)
+
 
 def check_config(saved: dict[str, Any], config: PacedConfig, where: Path) -> None:
     """Refuse to go on when a setting that decides the result differs from the saved run's.
@@ -82,16 +97,25 @@ def check_config(saved: dict[str, Any], config: PacedConfig, where: Path) -> Non
     Raises:
         CheckpointError: names every such key with both values.
     """
-    before, now = leaves(saved), leaves(to_dict(config))
-    differences = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _changeable(key)
-    ]
-    if differences:
+    changed = [change for key, change in _changes(saved, config) if not _changeable(key)]
+    if changed:
         raise CheckpointError(
-            f"{where} was written with another configuration: {'; '.join(differences)}. Start with "
+            f"{where} was written with another configuration: {'; '.join(changed)}. Start with "
             "the saved values, or choose another exp_manager.name for a new run"
+        )
+
+
+def check_shards(saved: dict[str, Any], config: PacedConfig, where: Path) -> None:
+    """Refuse to read the optimizer's state, written in shards, into shards of another kind.
+
+    Raises:
+        CheckpointError: names every setting that differs, with the way to change it.
+    """
+    changed = [change for key, change in _changes(saved, config) if key in SHARDING]
+    if changed:
+        raise CheckpointError(
+            f"{where} holds the optimizer's state in the shards of the layout that wrote it: "
+            f"{'; '.join(changed)}. Start with the saved values; {RESHARD}"
         )
 
 
@@ -122,6 +146,14 @@ def check_data(run_dir: Path, problems: Sequence[Problem]) -> None:
         f"{'; '.join(parts) or 'the same problems in another order'}. Give it the same file, or "
         "choose another exp_manager.name for a new run"
     )
+
+
+def _changes(saved: dict[str, Any], config: PacedConfig) -> Iterator[tuple[str, str]]:
+    """Settings that differ, each with a line of both values."""
+    before, now = leaves(saved), leaves(to_dict(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield key, f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
 
 
 def _changeable(key: str) -> bool:

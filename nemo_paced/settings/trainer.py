@@ -51,6 +51,11 @@ class CheckpointCallbackParams:
     save_top_k: int = 3  # checkpoints kept, newest first; -1: all
     save_best_k: int = 0  # checkpoints kept beyond these, best by validation/accuracy
     async_save: bool = False  # write checkpoints in the background while training goes on
+    # Write the optimizer's state so that a resumed run may have other tensor, pipeline or expert
+    # ranks: each rank first gathers 12 bytes for each of its parameters in host memory. Without it
+    # each rank writes its own part, and only the number of data-parallel ranks may change. The
+    # model's weights are readable at any layout either way.
+    fully_reshardable: bool = False
 
     def __post_init__(self) -> None:
         where = "exp_manager.checkpoint_callback_params"

@@ -64,7 +64,7 @@ def options(models, name, **more):
     student, layout, settings = INTERLEAVED[name]
     model = {"virtual_pipeline_model_parallel_size": 2, **settings}
     places = {"resume_from": None, "save_to": None, "steps": 3, "teacher": "teacher", **more}
-    return layout[2], (str(models / student), layout, "forward_kl", *places.values(), model)
+    return layout[2], (str(models / student), layout, "forward_kl", *places.values(), model, True)
 
 
 @pytest.mark.parametrize("name", INTERLEAVED)
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_chunks_is_read_without_them_and_the_other_way_round(
         ):
             ranks, arguments = options(models, "pp2 vp2", **more)
             if not interleaved:
-                ranks, arguments = 1, (home, plain, *arguments[2:-1], {})
+                ranks, arguments = 1, (home, plain, *arguments[2:-2], {}, True)
             results = run_ranks(ranks, train_steps, *arguments)
         losses = torch.tensor(results[0][0])
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)

@@ -2,12 +2,14 @@
 
 import ast
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core import optimizer as optimizer_package
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as mixed_precision
 from megatron.core.transformer.moe import moe_utils
@@ -34,6 +36,7 @@ from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.run import checkpoint, checkpoint_files
 from nemo_paced.student import model as student_module
 from nemo_paced.student import step as step_module
+from nemo_paced.student.model import build_student
 from nemo_paced.student.optimizer import chained, use_backend
 from nemo_paced.training import setup
 from nemo_paced.training.setup import build_models
@@ -154,8 +157,10 @@ def train_steps(
     steps=STEPS,
     teacher="teacher",
     model=None,
+    fully_reshardable=False,
 ):
     config = make_config(folder, layout, teacher, model)
+    config.exp_manager.checkpoint_callback_params.fully_reshardable = fully_reshardable
     parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
     models = build_models(config, parallel)
     first = 0
@@ -357,7 +362,6 @@ def test_a_cached_top_k_is_the_computed_one_at_every_layout(models, tmp_path, la
 
 
 def _train_with_normalised_micro_batches(rank, world_size, folder, layout):
-    from dataclasses import replace
 
     cut = step_module.cut_batch
 
@@ -414,16 +418,24 @@ def test_auxiliary_losses_come_out_as_means_over_micro_batches(models, layout):
         torch.testing.assert_close(difference, torch.full_like(difference, 0.3), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("tp2", "tp2"), ("tp2", "pp2"), ("tp2", "tp2 pp2"),
-     ("dp2", "dp2"), ("dp2", "tp2"), ("dp2", "pp2 dp2"), ("tp2", "dp2")],
-)  # fmt: skip
-def test_a_resumed_run_goes_on_as_if_never_stopped(models, single, tmp_path, before, after):
+# layouts before and after, and whether the optimizer's state has to be readable at any layout
+LAYOUT_CHANGES = [
+    ("tp2", "tp2", False), ("dp2", "dp2", False), ("dp2", "dp2", True), ("dp2", "tp1", False),
+    ("tp1", "dp2", False), ("pp2", "pp2 dp2", False), ("tp2", "pp2", True),
+    ("tp2", "tp2 pp2", True), ("dp2", "pp2 dp2", True), ("tp2", "dp2", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "fully_reshardable"), LAYOUT_CHANGES)
+def test_a_resumed_run_goes_on_as_if_never_stopped(
+    models, single, tmp_path, before, after, fully_reshardable
+):
     """In its layout to the bit, in another one to rounding; moments divided over replicas too."""
-    begin = (str(models), LAYOUTS[before], "forward_kl", None, str(tmp_path), 1)
-    run_ranks(LAYOUTS[before][2], train_steps, *begin)
+    begin = partial(train_steps, fully_reshardable=fully_reshardable)
+    options = (str(models), LAYOUTS[before], "forward_kl", None, str(tmp_path), 1)
+    run_ranks(LAYOUTS[before][2], begin, *options)
     saved = str(checkpoint.checkpoint_dir(tmp_path, 1))
+    assert checkpoint_files.read_state(Path(saved)).fully_reshardable is fully_reshardable
     layout = LAYOUTS[after]
     results = run_ranks(layout[2], train_steps, str(models), layout, "forward_kl", saved)
     losses = torch.tensor(results[0][0])
@@ -435,6 +447,51 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(models, single, tmp_path, bef
     )
 
 
+def _restore_elsewhere(rank, world_size, folder, layout, saved):
+    config = make_config(folder, layout)
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(Path(saved), build_models(config, parallel).student, parallel)
+    return str(caught.value)
+
+
+def test_shards_of_the_optimizer_are_not_read_at_another_layout(models, tmp_path):
+    """Its settings are compared before a rank starts; what they do not tell, Megatron does."""
+    run_ranks(2, train_steps, str(models), LAYOUTS["dp2"], "forward_kl", None, str(tmp_path), 1)
+    saved = checkpoint.checkpoint_dir(tmp_path, 1)
+    remedy = "fully_reshardable=true first"
+    for name in ("tp2", "pp2"):
+        config = make_config(models, LAYOUTS[name])
+        key = "tensor" if name == "tp2" else "pipeline"
+        message = f"model.{key}_model_parallel_size was 1 and is 2. Start with .*{remedy}"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint_files.newest_checkpoint(config, tmp_path)
+        for said in run_ranks(2, _restore_elsewhere, str(models), LAYOUTS[name], str(saved)):
+            assert str(saved) in said and "Traceback" not in said
+
+
+def _save_where_a_rank_has_no_shard(rank, world_size, folder, out):
+    config = make_config(folder, LAYOUTS["dp2"])
+    parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
+    # each parameter is a bucket: the norms' 64 numbers are padded to 128, half of them a rank's
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        bucket_size=1,
+    )
+    setup.build_student = partial(build_student, ddp_config=ddp)
+    models = build_models(config, parallel)
+    models.step(make_items(0), STAGES["forward_kl"], LR)
+    models.save(Path(out), step=1, consumed_problems=0, skipped=0)
+    return checkpoint_files.read_state(checkpoint.checkpoint_dir(Path(out), 1)).fully_reshardable
+
+
+def test_buckets_too_small_for_all_ranks_are_written_whole(models, tmp_path):
+    """Megatron cannot write them in shards."""
+    assert run_ranks(2, _save_where_a_rank_has_no_shard, str(models), str(tmp_path)) == [True] * 2
+
+
 def _use_adam(models, name):
     """Of the models just built; another class, as where Transformer Engine is installed."""
     for one in chained(models.student.optimizer):
@@ -443,7 +500,9 @@ def _use_adam(models, name):
             one.optimizer = FusedAdam(groups_of, lr=LR, betas=BETAS, eps=1e-8, weight_decay=0.01)
 
 
-def _save_and_load_in_bf16(rank, world_size, folder, layout, distributed, adams, out):
+def _save_and_load_in_bf16(
+    rank, world_size, folder, layout, distributed, adams, out, fully_reshardable
+):
     """Master weights and moments before a save, and after loading into a new student.
 
     Saved are a run that has taken no step, one that has taken some, and one whose optimizer was
@@ -454,6 +513,7 @@ def _save_and_load_in_bf16(rank, world_size, folder, layout, distributed, adams,
     optim = OptimConfig(lr=1e-5, betas=BETAS, use_distributed_optimizer=distributed)
     config = make_config(folder, layout, model={"optim": optim})
     config.trainer.precision = "bf16"
+    config.exp_manager.checkpoint_callback_params.fully_reshardable = fully_reshardable
     parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
 
     def fused_is_there(yes):
@@ -501,14 +561,18 @@ def _save_and_load_in_bf16(rank, world_size, folder, layout, distributed, adams,
 # one can be imported
 RESUMES = {
     "torch dp2": ("dp2", True, ("torch", "torch", False)),
+    "torch dp2 reshardable": ("dp2", True, ("torch", "torch", False)),
     "torch tp2": ("tp2", True, ("torch", "torch", False)),
     "torch tp2 whole": ("tp2", False, ("torch", "torch", False)),
     "torch beside fused": ("dp2", True, ("torch", "torch", True)),
     "fused dp2": ("dp2", True, ("fused", "fused", True)),
+    "fused dp2 reshardable": ("dp2", True, ("fused", "fused", True)),
     "fused whole": ("tp1", False, ("fused", "fused", True)),
     "torch to fused": ("tp1", True, ("torch", "fused", True)),
+    "torch to fused reshardable": ("tp1", True, ("torch", "fused", True)),
     "torch to fused whole": ("tp1", False, ("torch", "fused", True)),
     "fused to torch": ("tp1", True, ("fused", "torch", False)),
+    "fused to torch reshardable": ("tp1", True, ("fused", "torch", False)),
     "fused to torch whole": ("tp1", False, ("fused", "torch", False)),
 }
 
@@ -518,7 +582,8 @@ def test_master_weights_and_moments_of_a_bf16_run_survive_a_resume(models, tmp_p
     """They hold what updates at small rates add up to, far below what bf16 can tell apart."""
     layout, distributed, adams = RESUMES[resume]
     writes, reads, _ = adams
-    options = (str(models), LAYOUTS[layout], distributed, adams, str(tmp_path))
+    reshardable = resume.endswith("reshardable")
+    options = (str(models), LAYOUTS[layout], distributed, adams, str(tmp_path), reshardable)
     for saves in run_ranks(LAYOUTS[layout][2], _save_and_load_in_bf16, *options):
         # two more after the first save, where the two go on to be compared
         for (before, after), steps in zip(saves, (0, 5 if writes == reads else 3, 0), strict=True):

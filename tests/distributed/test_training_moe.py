@@ -1,5 +1,6 @@
 """Training steps with experts in the student, the teacher or both, at every expert layout."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,9 +93,11 @@ def train_steps(
     save_to=None,
     steps=STEPS,
     teacher=None,
+    fully_reshardable=False,
     **model,
 ):
     config = make_config(folder, pair, layout, **model)
+    config.exp_manager.checkpoint_callback_params.fully_reshardable = fully_reshardable
     for key, value in (teacher or {}).items():
         setattr(config.teacher, key, value)
     parallel = groups.initialize(config.model, accelerator="cpu", timeout_s=60)
@@ -204,10 +207,15 @@ def test_the_teachers_experts_have_a_layout_of_their_own(models, single, layout,
         check_steps(losses, expected)
 
 
-@pytest.mark.parametrize("after", ["single", "ep2", "tp2 ep2", "pp2 ep2"])
-def test_a_resumed_run_goes_on_at_another_expert_layout(models, single, tmp_path, after):
-    begin = (str(models), "both", LAYOUTS["ep2"], None, str(tmp_path), 1)
-    run_ranks(2, train_steps, *begin)
+@pytest.mark.parametrize(
+    ("after", "fully_reshardable"),
+    [("ep2", False), ("single", True), ("tp2 ep2", True), ("pp2 ep2", True)],
+)
+def test_a_resumed_run_goes_on_at_another_expert_layout(
+    models, single, tmp_path, after, fully_reshardable
+):
+    begin = partial(train_steps, fully_reshardable=fully_reshardable)
+    run_ranks(2, begin, str(models), "both", LAYOUTS["ep2"], None, str(tmp_path), 1)
     saved = str(checkpoint.checkpoint_dir(tmp_path, 1))
     layout = LAYOUTS[after]
     results = run_ranks(layout[3], train_steps, str(models), "both", layout, saved)
