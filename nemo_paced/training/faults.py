@@ -9,8 +9,11 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.errors import PacedError
@@ -119,7 +122,8 @@ class Watch:
 
     A rank that hangs shows as an error of all the others, each in another collective. They tell
     through the store, which needs no collective. While it is entered as a context manager, a thread
-    of rank 0 looks.
+    of each rank tells how many collectives this one has begun in each group, and rank 0's looks
+    early enough to speak before NCCL ends the processes.
 
     Args:
         timeout_s: of a collective; a rank is behind once it has not moved for half of it.
@@ -131,10 +135,13 @@ class Watch:
         self._passed = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._groups = _groups_of(parallel)
+        self._begun: dict[str, int] = {}  # collectives by group
+        self._begun_since = time.time()
 
     def __enter__(self) -> Watch:
         self.reached(0, "start")
-        if self.parallel.rank == 0 and self.parallel.world_size > 1:
+        if self.parallel.world_size > 1:
             self._thread = threading.Thread(target=self._look, daemon=True)
             self._thread.start()
         return self
@@ -160,12 +167,24 @@ class Watch:
         warned = False
         while not self._ended.wait(self.patience_s / 5):
             try:
-                description = self._described()
+                self._tell()
+                description = self._described() if self.parallel.rank == 0 else ""
             except (RuntimeError, torch.distributed.DistError):
                 return  # the store is gone: the run ends
             if description and not warned:
                 logger.warning("%s", description)
             warned = bool(description)
+
+    def _tell(self) -> None:
+        """Publish that this rank is alive, and where it stands in each group."""
+        begun = {
+            name: group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+            for name, group in self._groups.items()
+        }
+        if begun != self._begun:
+            self._begun, self._begun_since = begun, time.time()
+        told = [time.time(), self._begun_since, begun]
+        self.parallel.messages.publish(f"collectives/{self.parallel.rank}", told)
 
     def _try_describing(self) -> str:
         try:
@@ -174,18 +193,79 @@ class Watch:
             return "the store is gone as well: rank 0's node has ended"
 
     def _described(self) -> str:
-        """Ranks that are behind the others and have not moved for a while; empty: none."""
-        ranks = range(self.parallel.world_size)
-        if not self.parallel.messages.are_there([f"reached/{rank}" for rank in ranks]):
+        """Ranks that the others wait for, and that have not moved for a while; empty: none."""
+        states = self._published("reached")
+        if states is None:
             return ""  # some are still loading
-        states = [self.parallel.messages.wait(f"reached/{rank}", 1.0) for rank in ranks]
+        now = time.time()
+        still = {rank for rank, (*_, since) in enumerate(states) if now - since > self.patience_s}
         furthest = max(passed for passed, *_ in states)
-        behind = [
-            f"rank {rank} ({host}) is at step {step}, {phase}, since {time.time() - since:.0f} s"
-            for rank, (passed, step, phase, host, since) in enumerate(states)
-            if passed < furthest and time.time() - since > self.patience_s
-        ]
-        return f"behind the others: {'; '.join(behind)}" if behind else ""
+        behind = {rank: "" for rank in still if states[rank][0] < furthest}
+        if not behind and len(still) == len(states):
+            behind = self._behind_in_a_phase(now)
+        places = []
+        for rank, more in behind.items():
+            _, step, phase, host, since = states[rank]
+            places.append(
+                f"rank {rank} ({host}) is at step {step}, {phase}, since {now - since:.0f} s{more}"
+            )
+        return f"behind the others: {'; '.join(places)}" if places else ""
+
+    def _behind_in_a_phase(self, now: float) -> dict[int, str]:
+        """Ranks that keep others waiting in collectives of one phase, each with how that shows."""
+        told = self._published("collectives")
+        if told is None:
+            return {}
+        silent = [rank for rank, (beat, *_) in enumerate(told) if now - beat > self.patience_s]
+        if silent:
+            return dict.fromkeys(silent, " and does not answer")
+        if any(now - since < self.patience_s for _, since, _ in told):
+            return {}  # a long phase
+        return waited_for([begun for *_, begun in told])
+
+    def _published(self, key: str) -> list[Any] | None:
+        """What each rank published under ``key``; ``None`` where one has not yet."""
+        keys = [f"{key}/{rank}" for rank in range(self.parallel.world_size)]
+        if not self.parallel.messages.are_there(keys):
+            return None
+        return [self.parallel.messages.wait(each, 1.0) for each in keys]
+
+
+def waited_for(begun: Sequence[Mapping[str, int]]) -> dict[int, str]:
+    """Ranks that others wait for, each with the group that it has not joined; empty: nobody waits.
+
+    In a group whose ranks have begun unequal numbers of collectives, those with fewer keep the
+    others waiting. Some of them wait themselves, in another group: they are left out, unless all
+    do, which is a deadlock.
+
+    Args:
+        begun: by rank, the number of collectives that it has begun in each of its groups. Groups
+            of different ranks have different names.
+    """
+    numbers: dict[str, dict[int, int]] = {}
+    for rank, groups in enumerate(begun):
+        for name, number in groups.items():
+            numbers.setdefault(name, {})[rank] = number
+    behind: dict[int, str] = {}
+    waiting: set[int] = set()
+    for name, by_rank in numbers.items():
+        most = max(by_rank.values())
+        late = [rank for rank, number in by_rank.items() if number < most]
+        if late:
+            waiting |= by_rank.keys() - set(late)
+        for rank in late:
+            behind.setdefault(rank, f" and has not joined the others in {name}")
+    return {rank: how for rank, how in behind.items() if rank not in waiting} or behind
+
+
+def _groups_of(parallel: Parallel) -> dict[str, ProcessGroup]:
+    """Process groups of several ranks that this rank belongs to, by a name that says which."""
+    found = {}
+    for name, group in vars(parallel.groups).items():
+        if isinstance(group, ProcessGroup) and group.size() > 1:
+            ranks = torch.distributed.get_process_group_ranks(group)
+            found[f"its {name} group {ranks}"] = group
+    return found
 
 
 def _is_lost_connection(error: BaseException) -> bool:

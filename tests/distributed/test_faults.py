@@ -1,6 +1,7 @@
 """A rank that computes NaN, hangs or dies: noticed on all ranks, and named."""
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -84,6 +85,40 @@ def test_a_rank_that_hangs_is_named_by_those_that_wait():
     for rank in (0, 2):
         assert told[rank].startswith(f"rank {rank}: a collective failed")
     assert any("rank 1 (" in each and "is at step 1, training" in each for each in told)
+
+
+def _hang_in_a_step(rank, world_size, stopped):
+    """TP 2 x DP 2: rank 0 waits for rank 1, and ranks 2 and 3 for both of them."""
+    layout = ModelConfig(tensor_model_parallel_size=2)
+    parallel = groups.initialize(layout, accelerator="cpu", timeout_s=8)
+    watch, told = Watch(parallel, 8), []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("nemo_paced.training.faults").addHandler(handler)
+    if rank == 1 and stopped:
+        watch.reached(0, "start")
+        watch._tell()  # once: its thread is stopped too
+    else:
+        watch.__enter__()
+    for step in range(2):
+        watch.reached(step, "training")
+        if rank == 1 and step == 1:
+            time.sleep(7)  # in time for the others
+        for group in (parallel.groups.tp, parallel.groups.dp):
+            torch.distributed.all_reduce(torch.ones(1), group=group)
+    watch._ended.set()
+    return told
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_rank_that_hangs_within_a_phase_is_named_before_collectives_time_out(stopped):
+    told = run_ranks(4, _hang_in_a_step, stopped)[0]
+    (line,) = (each for each in told if "behind the others" in each)
+    assert line.startswith("behind the others: rank 1 (") and "is at step 1, training" in line
+    assert (
+        "does not answer" if stopped else "not joined the others in its tp group [0, 1]"
+    ) in line
+    assert "rank 0 (" not in line and "rank 3 (" not in line
 
 
 def _die(rank, world_size):

@@ -10,7 +10,7 @@ from nemo_paced.data.packing import TrainItem
 from nemo_paced.errors import PacedError
 from nemo_paced.student.step import StepResult
 from nemo_paced.training.batches import Batch
-from nemo_paced.training.faults import Guard
+from nemo_paced.training.faults import Guard, waited_for
 from nemo_paced.training.schedule import Stage
 
 BATCH = Batch([TrainItem("r", "p7", (1,), (1,), (2,), 1.0)], {})
@@ -85,3 +85,19 @@ def test_a_server_that_samples_from_other_weights_stops_the_run():
     guard.check(0, stage, BATCH, result(1.0, gap=9.0), fresh=False)  # older weights, by setting
     with pytest.raises(PacedError, match="logprob_gap is 9"):
         guard.check(0, stage, BATCH, result(1.0, gap=9.0), fresh=True)
+
+
+def test_only_the_rank_that_all_others_wait_for_is_named():
+    tp_01, tp_23, dp_02, dp_13 = ("tp [0, 1]", "tp [2, 3]", "dp [0, 2]", "dp [1, 3]")
+    begun = [
+        {tp_01: 8, dp_02: 3},  # waits for rank 1
+        {tp_01: 7, dp_13: 3},
+        {tp_23: 8, dp_02: 4},  # waits for rank 0
+        {tp_23: 8, dp_13: 4},  # waits for rank 1
+    ]
+    assert waited_for(begun) == {1: " and has not joined the others in tp [0, 1]"}
+    assert waited_for([{tp_01: 8}, {tp_01: 8}]) == {}
+
+
+def test_ranks_that_wait_for_each_other_are_all_named():
+    assert waited_for([{"a": 2, "b": 1}, {"a": 1, "b": 2}]).keys() == {0, 1}
