@@ -277,13 +277,30 @@ def _every_rank_has_shards(student: Student, parallel: Parallel) -> bool:
 
 
 def _sharded_chunks(chunks: Sequence[GPTModel]) -> dict[str, Any]:
-    """Megatron's sharded state by chunk; on disk, keys count the whole model's layers instead."""
-    return {str(number): chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    """Megatron's sharded state by chunk; on disk, keys count the whole model's layers instead.
+
+    Transformer Engine's layers have more of it than Megatron's own, the scales of FP8 training: it
+    is left out, so that each reads what the other has written.
+    """
+    return {
+        str(number): {
+            key: value
+            for key, value in chunk.sharded_state_dict().items()
+            if not _is_extra_state(key)
+        }
+        for number, chunk in enumerate(chunks)
+    }
 
 
 def _load_chunks(chunks: Sequence[GPTModel], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[str(number)])
+        missing, unexpected = chunk.load_state_dict(loaded[str(number)], strict=False)
+        wrong = [key for key in (*missing, *unexpected) if not _is_extra_state(key)]
+        assert not wrong, f"a checkpoint is read by the names of this very model, not {wrong}"
+
+
+def _is_extra_state(key: str) -> bool:
+    return key.rpartition(".")[2].startswith("_extra_state")
 
 
 def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:

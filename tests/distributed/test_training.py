@@ -30,7 +30,9 @@ from nemo_paced.config import (
 )
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.errors import CheckpointError, ConfigError
+from nemo_paced.hf.attention import CoreAttention
 from nemo_paced.hf.export_weights import iter_hf_tensors
+from nemo_paced.hf.model import RMSNorm
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.run import checkpoint, checkpoint_files
@@ -445,6 +447,28 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
     torch.testing.assert_close(
         losses, torch.tensor(single["forward_kl"][0][1:]), rtol=1e-4, atol=1e-4
     )
+
+
+def _train_with_layers_of_more_state(rank, world_size, folder, resume_from, save_to):
+    """Norms and attention hold a state of their own, as Transformer Engine's do."""
+    for layer in (RMSNorm, CoreAttention):
+        layer.get_extra_state = lambda self: torch.zeros(3)
+        layer.set_extra_state = lambda self, state: None
+    options = ("forward_kl", resume_from, save_to, 1 if save_to else STEPS)
+    return train_steps(rank, world_size, folder, LAYOUTS["tp1"], *options)[0]
+
+
+def test_layers_of_transformer_engine_and_of_megatron_read_each_others_checkpoints(
+    models, single, tmp_path
+):
+    plain = partial(train_steps, layout=LAYOUTS["tp1"], kind="forward_kl")
+    there, here = tmp_path / "there", tmp_path / "here"
+    run_ranks(1, _train_with_layers_of_more_state, str(models), None, str(there))
+    run_ranks(1, partial(plain, save_to=str(here), steps=1), str(models))
+    there, here = (str(checkpoint.checkpoint_dir(folder, 1)) for folder in (there, here))
+    (losses, _), *_ = run_ranks(1, partial(plain, resume_from=there), str(models))
+    assert losses == single["forward_kl"][0][1:]
+    assert run_ranks(1, _train_with_layers_of_more_state, str(models), here, None) == [losses]
 
 
 def _restore_elsewhere(rank, world_size, folder, layout, saved):
