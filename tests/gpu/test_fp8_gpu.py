@@ -38,6 +38,16 @@ def test_a_product_is_that_of_the_dequantised_operands(tokens, inputs, outputs):
     assert (product.double() - exact).norm() < 2**-8 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [48, 4096, 14336])
+def test_rows_are_quantised_as_on_a_cpu(columns, dtype):
+    x = torch.randn(33, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1], x[2, 3], x[4] = 0, torch.nan, 1e-42
+    there, here = RowScaled.of(x.cuda()), RowScaled.of(x)
+    assert torch.equal(there.data_NI.view(torch.uint8).cpu(), here.data_NI.view(torch.uint8))
+    assert torch.equal(there.scale_N1.cpu().nan_to_num(-1), here.scale_N1.nan_to_num(-1))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_hf_model("qwen3", tmp_path_factory.mktemp("models") / "qwen3", hidden_size=64)
