@@ -12,6 +12,7 @@ from nemo_paced.config import OptimBackend, OptimConfig, Recompute, TeacherPlace
 from nemo_paced.parallel import groups
 from nemo_paced.quickstart.models import VOCABULARY, write_tokenizer
 from nemo_paced.teacher.build import serve_teacher
+from nemo_paced.teacher.placement import HostCopy
 from nemo_paced.training.setup import build_models
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import (
@@ -96,3 +97,23 @@ def test_steps_are_those_of_the_cpu_to_the_rounding_of_bf16(models, on_cpu, case
     results = run_ranks(gpus, train_on_gpus, str(models), case, timeout_s=300)
     for losses in [each for each in results if each is not None]:
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(on_cpu), rtol=0.05, atol=0.02)
+
+
+def test_a_model_in_host_memory_comes_back_while_it_computes():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    model = torch.nn.Sequential(torch.nn.Linear(2048, 2048, device="cuda").bfloat16(), *layers)
+    model.requires_grad_(False)
+    x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
+    expected = model(x)
+    size = sum(p.nbytes for p in model.parameters())
+    before = torch.cuda.memory_allocated()
+    host = HostCopy(model, layers)
+    assert host.nbytes == size and host._host.is_pinned()
+    for _ in range(3):
+        host.leave_device()
+        assert before - torch.cuda.memory_allocated() >= 0.99 * size
+        other = torch.full((size,), 255, dtype=torch.uint8, device="cuda")  # in the freed memory
+        del other
+        host.enter_device()
+        assert torch.equal(model(x), expected)
