@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 from nemo_paced.errors import Interrupted, PacedError, Stopped
 from nemo_paced.logs import PART_VARIABLE, launcher_rank, set_up_logging
+from nemo_paced.versions import check_versions
 
 PARENT_POLL_S = 0.5
+# Commands that need neither Megatron nor vLLM: they run where only files are.
+OFFLINE = ("plan", "weights", "report")
 
 RUN_HELP = """\
 Configuration:
@@ -340,6 +343,8 @@ def main(arguments: list[str] | None = None) -> int:
         _end_with(int(os.environ[PART_VARIABLE]))
     module, _, function = command.entry.partition(":")
     try:
+        if name not in OFFLINE:
+            check_versions()
         getattr(importlib.import_module(module), function)(rest)
     except Stopped as stopped:
         if str(stopped):

@@ -159,14 +159,17 @@ def _patch_checkpoints() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def results_queue() -> Any:
+    def results_queue(mp_mode: str = "") -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=ForkContext())
             manager.start(initializer=_part_from_parent, initargs=(_open_descriptors(),))
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
-    filesystem_async._get_write_results_queue = results_queue
+    # the second name is that of Megatron-Core 0.19
+    for name in ("_get_write_results_queue", "get_write_results_queue"):
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, results_queue)
 
 
 def _open_descriptors() -> list[int]:

@@ -18,6 +18,7 @@ gathered into one tensor a parameter, which any layout can.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import shutil
@@ -55,6 +56,12 @@ from nemo_paced.student.optimizer import chained, complete_state, state_restored
 logger = logging.getLogger(__name__)
 
 HF_FOLDER = "hf"
+# Later Megatrons write through another package unless told otherwise.
+_OWN_WRITER: dict[str, Any] = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
 # torch's CheckpointException is no Exception
 _FAILURES = (Exception, CheckpointException)
 
@@ -101,6 +108,7 @@ def save(
             _sharded_state(student, parallel, loading=False, fully_reshardable=reshardable),
             str(temporary),
             async_sharded_save=background is not None,
+            **_OWN_WRITER,
         )
         if parallel.rank == 0:
             _write_beside(temporary, run_dir, state, hf_dir)
@@ -202,7 +210,7 @@ def save_model(
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
         # into an empty folder: Megatron warns of remains otherwise
-        dist_checkpointing.save({"model": _sharded_chunks(chunks)}, str(temporary))
+        dist_checkpointing.save({"model": _sharded_chunks(chunks)}, str(temporary), **_OWN_WRITER)
         if parallel.rank == 0:
             copy_metadata(hf_dir, temporary / HF_FOLDER)
             if directory.exists():
