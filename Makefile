@@ -7,8 +7,9 @@ FAST = $(PYTEST) -m "not slow and not slurm"
 
 .PHONY: docs lock setup quickstart test test-fast slurm-test gpu-test lint real
 
+# OFFLINE=DIR: without a network, from a folder that scripts/wheels.sh filled.
 setup:
-	@VENV=$(VENV) bash scripts/setup.sh
+	@VENV=$(VENV) bash scripts/setup.sh $(if $(OFFLINE),--offline "$(OFFLINE)")
 
 # The newest versions of everything, into constraints/*.txt.
 lock:

