@@ -88,7 +88,8 @@ def faults(folder: Path) -> list[str]:
     if glibc and glibc < _numbers(manifest["glibc"]):
         found.append(
             f"{folder} has a wheel for glibc {manifest['glibc']}, and this machine has "
-            f"{_dotted(glibc)}: use a container with a newer one"
+            f"{_dotted(glibc)}: {refetch} into an empty folder on a machine, or in a container, "
+            "with a glibc no newer than this one: pip takes the newest that runs there"
         )
     if manifest["constraints"] != _digest(_constraints(stack)):
         found.append(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetches into DIR what a machine without a network is set up from: `scripts/setup.sh --offline DIR`.
-# Run it where there is a network, on a machine like the other one: the same Python and processor. It
-# needs no GPU. An interrupted one goes on from where it was.
+# Run it where there is a network, on a machine like the other one: the same Python and processor, a
+# glibc that is no newer. It needs no GPU. An interrupted one goes on from where it was.
 #
 #   bash scripts/wheels.sh DIR            # the CUDA stack, constraints/gpu.txt
 #   bash scripts/wheels.sh DIR --cpu      # the CPU stack, constraints/cpu.txt
@@ -75,7 +75,7 @@ export TMPDIR=$PARTIAL # what pip unpacks; on the disk that is asked for its fre
 
 case $stack in # GB of wheels, and of what pip unpacks beside them
 cpu) need=2 beside=2 ;;
-gpu) need=5 beside=7 ;;
+gpu) need=5 beside=8 ;;
 esac
 need=$((need * 1000000 - $(du -sk "$folder" | cut -f1)))
 need=$(((need > 0 ? need : 0) + beside * 1000000))
@@ -83,10 +83,10 @@ free=$(df -Pk "$folder" | awk 'NR == 2 {print $4}')
 [ "$free" -ge "$need" ] ||
     refuse "$folder has $((free / 1000000)) GB free, $((need / 1000000 + 1)) are needed: make room or name another folder"
 
-"$PYTHON" -m venv "$PARTIAL/venv"
 total=$(grep -c == "$PINS")
+say "$stack stack, $(missing | grep -c . || true) of $total packages to fetch, into $folder"
+"$PYTHON" -m venv "$PARTIAL/venv"
 if [ -n "$(missing)" ] || ! compgen -G "$folder/pip-*.whl" >/dev/null; then
-    say "$stack stack, $(missing | grep -c .) of $total packages to fetch, into $folder"
     fetch --retries 1 --timeout 30 pip wheel ||
         failed "no package index answers. Is there a network, and do PIP_INDEX_URL and https_proxy name what it needs?"
 fi
@@ -95,7 +95,9 @@ if [ -n "$torch" ]; then # as setup.sh takes it
     say "$torch"
     fetch "$torch" || fetch "$torch" --index-url https://download.pytorch.org/whl/cpu || failed "$torch"
 fi
-while left=$(missing) && [ -n "$left" ]; do
+while :; do
+    left=$(missing)
+    [ -n "$left" ] || break
     head -n "$BATCH" <<<"$left" >"$PARTIAL/batch.txt"
     say "$((total - $(grep -c . <<<"$left"))) of $total, $(du -sh "$folder" | cut -f1). Next: $(head -n 1 "$PARTIAL/batch.txt") and on"
     fetch -r "$PARTIAL/batch.txt" || failed "one of $(tr '\n' ' ' <"$PARTIAL/batch.txt")"
@@ -112,7 +114,7 @@ if [ "$stack" = gpu ] && ! compgen -G "$folder/transformer_engine_torch-*" >/dev
     say "$wanted: wheels, and the source of its PyTorch extension (some minutes: pip unpacks a torch for it)"
     mkdir "$PARTIAL/engine"
     cp -l "$folder"/*.whl "$PARTIAL/engine/" 2>/dev/null || cp "$folder"/*.whl "$PARTIAL/engine/"
-    PIP_CONSTRAINT=$PINS PIP_BUILD_CONSTRAINT=$PINS pip download --dest "$PARTIAL/engine" \
+    PIP_CONSTRAINT=$PWD/$PINS PIP_BUILD_CONSTRAINT=$PWD/$PINS pip download --dest "$PARTIAL/engine" \
         --find-links "$folder" "$wanted" || failed "$wanted"
     mv -n "$PARTIAL"/engine/* "$folder/"
 fi
