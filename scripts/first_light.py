@@ -305,7 +305,7 @@ def _peak(reset: bool = False) -> float:
 def checkpoint(args: argparse.Namespace, size: str) -> None:
     """A resumed run takes the steps of one that was not stopped."""
     from nemo_paced.config import OptimBackend
-    from nemo_paced.preflight.dry_run import RANDOM
+    from nemo_paced.preflight.dry_run.world import RANDOM
     from nemo_paced.run import checkpoint as checkpoints
     from nemo_paced.student.optimizer import chained
 
@@ -341,7 +341,7 @@ def checkpoint(args: argparse.Namespace, size: str) -> None:
 def step(args: argparse.Namespace, size: str) -> None:
     """Steps of two packed rows: time, memory and MFU beside what ``plan`` says."""
     from nemo_paced.config import Fp8Config
-    from nemo_paced.preflight.dry_run import RANDOM
+    from nemo_paced.preflight.dry_run.world import RANDOM
     from nemo_paced.run.throughput import Throughput
 
     teacher = _model_dir(args.out / "models", "Qwen3-8B", size)
@@ -434,7 +434,7 @@ def fp8(args: argparse.Namespace, size: str) -> None:
     from nemo_paced.config import Fp8Config, Fp8Recipe, ResponseSource
     from nemo_paced.errors import ConfigError
     from nemo_paced.losses.kinds import Divergence, DivergenceKind
-    from nemo_paced.preflight.dry_run import RANDOM
+    from nemo_paced.preflight.dry_run.world import RANDOM
     from nemo_paced.teacher.build import WeightReader
     from nemo_paced.teacher.fp8.certificate import Certificate
     from nemo_paced.training.certify import certify

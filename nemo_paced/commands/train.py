@@ -35,7 +35,7 @@ def train(arguments: list[str]) -> None:
 def dry_run(config: PacedConfig) -> None:
     """One step of the whole layout in this process, with models of few layers; writes nothing."""
     from nemo_paced.preflight.checks import OF_MODELS, check_inputs
-    from nemo_paced.preflight.dry_run import dry_run as run
+    from nemo_paced.preflight.dry_run.short import dry_run as run
     from nemo_paced.preflight.findings import refuse
 
     refuse(check_inputs(config, run_directory(config), OF_MODELS))

@@ -18,7 +18,7 @@ from nemo_paced.config import (
 )
 from nemo_paced.data import packing
 from nemo_paced.hf.architectures import Architecture
-from nemo_paced.preflight import dry_run as dry_run_module
+from nemo_paced.preflight.dry_run import short as dry_run_module
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.sizing.parameters import stage_parameters
 from nemo_paced.sizing.shapes import Accelerator, padded_vocab, student_layout, work_of
