@@ -116,7 +116,7 @@ example: nemo-paced references --config-name RECIPE references.wrong=drop refere
         "nemo_paced.commands.train:train",
         "pass-rate-weighted distillation; goes on where an earlier start stopped",
         f"""\
-usage: nemo-paced train --config-name NAME [--dry-run] [key=value ...]
+usage: nemo-paced train --config-name NAME [--dry-run [--full]] [key=value ...]
 
 Starts trainer.devices ranks on this node; under torchrun or srun it is one rank. The run directory
 holds config.yaml, metrics.jsonl, pass_rates.parquet, rollouts/ and checkpoints/.
@@ -129,12 +129,18 @@ group and, with two layers a pipeline stage and random weights, runs one step as
 first, a middle and the last stage. It writes nothing. (`preflight` asks whether the ranks reach
 each other, `plan` what they need.)
 
+--dry-run --full runs the recipe's own size: all layers, the longest sequences, as on its GPUs, on
+tensors that have a shape and no memory. It needs each model's config.json and a minute or a few a
+rank, and prints the most GiB that each phase of the step holds beside what `plan` says. An error
+is a shape that does not fit; a ratio beyond 0.9 to 1.1 is a plan not to be trusted.
+
 examples:
   nemo-paced train --config-name quickstart
   nemo-paced train --config-name quickstart model.tensor_model_parallel_size=1 \\
       model.pipeline_model_parallel_size=2
   nemo-paced train --config-name quickstart weights.scheme=unweighted exp_manager.name=unweighted
   nemo-paced train --config-name RECIPE --dry-run
+  nemo-paced train --config-name RECIPE --dry-run --full
 
 {RUN_HELP}""",
     ),

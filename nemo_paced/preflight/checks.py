@@ -12,15 +12,15 @@ from nemo_paced.preflight.inputs import Inputs
 
 Check = Callable[[Inputs], Iterator[Finding]]
 
-# all that `train --dry-run` checks
-OF_MODELS: tuple[Check, ...] = (
+# all that `train --dry-run --full` checks: config.json is enough
+OF_SHAPES: tuple[Check, ...] = (
     models.layouts,
-    models.vocabularies,
     models.sequence_limits,
     models.batch,
     models.recompute,
-    models.gpu_memory,
 )
+# all that `train --dry-run` checks
+OF_MODELS: tuple[Check, ...] = (*OF_SHAPES, models.vocabularies, models.gpu_memory)
 CHECKS: tuple[Check, ...] = (
     *OF_MODELS,
     tokens.token_ids,

@@ -24,6 +24,7 @@ from megatron.core.transformer.moe import token_dispatcher
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from nemo_paced.data import packing
 from nemo_paced.hf import model
 from nemo_paced.hf.directory import load_hf_config
 from nemo_paced.losses import divergence, linear_divergence, topk
@@ -46,11 +47,12 @@ def like_a_gpu() -> Iterator[None]:
     """Context in which all tensors are fake and layers and losses keep what they do on a GPU."""
     routing, aten = _EvenRouting(), torch.ops.aten
     with ExitStack() as stack:
-        for owner, name, value in (*_gpu_kernels(), *_megatron(routing), *_torch()):
+        for owner, name, value in (*_gpu_kernels(), *_megatron_and_ours(routing), *_torch()):
             stack.enter_context(replaced(owner, name, value))
         # operators whose results depend on values
         stack.enter_context(_answered(aten._local_scalar_dense.default, _scalar))
         stack.enter_context(_answered(aten.masked_select.default, routing.select))
+        stack.enter_context(torch.random.fork_rng(devices=()))
         # what is left to be compiled (residual additions) has no temporaries anyway
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -80,7 +82,7 @@ def _tokens_of_chunk(width: int, *, on_gpu: bool) -> int:
     return tokens_of_chunk(width, on_gpu=True)
 
 
-def _megatron(routing: _EvenRouting) -> Iterator[tuple[Any, str, Any]]:
+def _megatron_and_ours(routing: _EvenRouting) -> Iterator[tuple[Any, str, Any]]:
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
     yield dispatcher, "__init__", _outside(dispatcher.__init__)  # orders of experts, as numbers
     yield dispatcher, "preprocess", routing.counting(dispatcher.preprocess)
@@ -91,6 +93,8 @@ def _megatron(routing: _EvenRouting) -> Iterator[tuple[Any, str, Any]]:
     yield param_and_grad_buffer, "_coalescing_manager", _one_by_one
     yield clip_grads, "l2_norm_impl", gpu_kernels.norm_of_all
     yield clip_grads, "multi_tensor_scale_impl", gpu_kernels.in_place
+    # context parallelism looks for the tokens that a rank holds
+    yield packing, "_micro_batch", _outside(packing._micro_batch)
     yield setup, "tokenizer_vocab_size", lambda hf_dir: load_hf_config(hf_dir)["vocab_size"]
 
 

@@ -17,6 +17,7 @@ allocator's holes, keys and values that pass between context-parallel ranks, tim
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,14 @@ from typing import Any
 
 import torch
 
-from nemo_paced.config import Fp8Backend, Fp8Recipe, OptimBackend, PacedConfig, TeacherPlacement
+from nemo_paced.config import (
+    Fp8Backend,
+    Fp8Recipe,
+    OptimBackend,
+    PacedConfig,
+    ResponseSource,
+    TeacherPlacement,
+)
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.parallel.groups import Parallel
@@ -49,9 +57,13 @@ from nemo_paced.sizing.shapes import (
 )
 from nemo_paced.student.model import Student
 from nemo_paced.student.optimizer import chained, complete_state
+from nemo_paced.student.step import Step
 from nemo_paced.teacher.source import TeacherSource
 from nemo_paced.training.setup import Models, build_models
 
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 0.1  # of what plan says
 HELD = "held before the step"
 TEACHER = "teacher's forward"
 STUDENT = "student's forward and backward"
@@ -72,6 +84,10 @@ class Phase:
     def ratio(self) -> float:
         return self.counted / self.planned
 
+    @property
+    def agrees(self) -> bool:
+        return abs(self.ratio - 1) <= TOLERANCE
+
 
 @dataclass(frozen=True, slots=True)
 class FullRank:
@@ -84,7 +100,9 @@ class FullRank:
         problems: in the global batch that was run.
         operations: operators of the steps, one of each training stage.
         seconds: wall time.
-        phases: in the order of the step, the whole step's peak last.
+        phases: in the order of the step.
+        more_signal: bytes of the teacher's signal that the recipe's whole batch has beyond this
+            one's, as planned.
     """
 
     rank: int
@@ -94,6 +112,7 @@ class FullRank:
     operations: int
     seconds: float
     phases: tuple[Phase, ...]
+    more_signal: float
 
 
 def full_run(config: PacedConfig) -> Iterator[FullRank]:
@@ -105,13 +124,13 @@ def full_run(config: PacedConfig) -> Iterator[FullRank]:
     """
     refuse_separate_teacher(config)
     for rank in chosen_ranks(config):
-        yield _run_rank(_on_fakes(config), rank)
+        yield _run_rank(config, rank)
 
 
 def _on_fakes(config: PacedConfig) -> PacedConfig:
     """The configuration with what a CPU has: PyTorch's Adam and FP8, no cache on disk.
 
-    A teacher that comes for its phase alone is made to come and go by the run itself.
+    A teacher that comes for its phase alone is made to come and go by :func:`_trained_before`.
     """
     teacher = replace(config.teacher, cache_dir=None, placement=TeacherPlacement.colocated)
     if teacher.fp8.enabled:
@@ -123,6 +142,7 @@ def _on_fakes(config: PacedConfig) -> PacedConfig:
 def _run_rank(config: PacedConfig, rank: int) -> FullRank:
     began, stage = time.monotonic(), stage_of(config, rank)
     items, storages = _items(config), Storages()
+    logger.info("rank %d of %d (stage %d) on fake tensors ...", rank, config.world_size, stage)
     with (
         failures_named(rank, stage),
         as_rank(config, rank) as parallel,
@@ -130,14 +150,15 @@ def _run_rank(config: PacedConfig, rank: int) -> FullRank:
         storages,
         _phases_of(storages),
     ):
-        models = _trained_before(config, replace(parallel, device=GPU))
+        models, step = _trained_before(config, replace(parallel, device=GPU))
         gc.collect()
         storages.enter_phase(HELD)
         storages.operations = 0
         for each in config.stages:  # their divergences and responses differ
-            assert models.step(items, each, config.model.optim.lr).finite, "the optimizer has run"
+            batch = _sampled(items) if each.responses is ResponseSource.rollouts else items
+            assert step(batch, each, config.model.optim.lr).finite, "the optimizer has run"
         layers = sum(len(gpt.decoder.layers) for gpt in models.student.chunks)
-    planned = _planned(config, items, stage)
+    planned = _memory(config, items, stage)
     return FullRank(
         rank=rank,
         stage=stage,
@@ -145,19 +166,29 @@ def _run_rank(config: PacedConfig, rank: int) -> FullRank:
         problems=len(items),
         operations=storages.operations,
         seconds=time.monotonic() - began,
-        phases=tuple(Phase(name, storages.peaks[name], planned[name]) for name in planned),
+        phases=tuple(
+            Phase(name, storages.peaks[name], size) for name, size in _by_phase(planned).items()
+        ),
+        more_signal=max(0.0, _memory(config, None, stage).signal - planned.signal),
     )
 
 
-def _trained_before(config: PacedConfig, parallel: Parallel) -> Models:
-    """Both models as after a first step: Adam has its moments, and one kernel for all of them."""
-    models = build_models(config, parallel, weights=RANDOM)
+def _trained_before(config: PacedConfig, parallel: Parallel) -> tuple[Models, Step]:
+    """Both models as after a first step: Adam has its moments, and one kernel for all of them.
+
+    A teacher that is on its devices for its phase alone is loaded in it and freed behind it.
+    """
+    models = build_models(_on_fakes(config), parallel, weights=RANDOM)
     complete_state(models.student.optimizer)
     for each in chained(models.student.optimizer):
         if each.optimizer is not None:
             for group in each.optimizer.param_groups:
                 group["fused"] = True
-    return models
+    step = models.step
+    if config.teacher.placement is not TeacherPlacement.colocated:
+        step.teacher.release()
+        step = replace(step, teacher=replace(step.teacher, keep_loaded=False))
+    return models, step
 
 
 @contextmanager
@@ -213,9 +244,13 @@ def _item(config: PacedConfig, number: int, prompt: int, response: int) -> Train
     )
 
 
-def _planned(config: PacedConfig, items: list[TrainItem], stage: int) -> dict[str, float]:
-    """Bytes of each phase as ``plan`` counts them, for the items that were run."""
-    memory = _memory(config, items, stage)
+def _sampled(items: list[TrainItem]) -> list[TrainItem]:
+    """The items as a rollout server gives them, with log-probabilities."""
+    return [replace(item, server_logprobs=(0.0,) * len(item.response_ids)) for item in items]
+
+
+def _by_phase(memory: Memory) -> dict[str, float]:
+    """Bytes of each phase as ``plan`` counts them."""
     resident = memory.student_phase - memory.activations - memory.loss
     return {
         HELD: resident - memory.signal,
@@ -225,7 +260,8 @@ def _planned(config: PacedConfig, items: list[TrainItem], stage: int) -> dict[st
     }
 
 
-def _memory(config: PacedConfig, items: list[TrainItem], stage: int) -> Memory:
+def _memory(config: PacedConfig, items: list[TrainItem] | None, stage: int) -> Memory:
+    """What ``plan`` says of a rank of this stage, for these items or the recipe's whole batch."""
     data, layout = config.data, student_layout(config)
     student = Architecture.read(config.student.hf_path, "student.hf_path")
     teacher = Architecture.read(config.teacher_hf_path, "teacher.hf_path")
@@ -235,6 +271,8 @@ def _memory(config: PacedConfig, items: list[TrainItem], stage: int) -> Memory:
         mean_response=data.max_response_length,
         accelerator=Accelerator.gpu,
     )
+    if items is None:
+        return stage_memory(student, teacher, layout, teacher_plan(config), work, stage)
     work = replace(work, global_batch_size=len(items))
     memory = stage_memory(student, teacher, layout, teacher_plan(config), work, stage)
     longest = work.share(layout) * layout.data * work.response
