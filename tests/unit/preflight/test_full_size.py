@@ -18,6 +18,7 @@ from nemo_paced.config import (
     TeacherConfig,
     TrainerConfig,
 )
+from nemo_paced.parallel import cpu_megatron
 from nemo_paced.preflight.dry_run import fake_tensors, full_size, short
 from nemo_paced.quickstart.models import write_tokenizer
 from nemo_paced.sizing import activations
@@ -110,6 +111,7 @@ def test_a_wrong_plan_is_noticed(dense):
 
 def _twice(rank, world_size, config, folder):
     """Everything that the run replaces, before and after it, and a short dry run behind it."""
+    cpu_megatron.enable()  # for good
     before = _replaceable()
     list(full_size.full_run(config))
     assert _replaceable() == before
@@ -136,11 +138,11 @@ def test_all_that_it_replaces_is_as_before(dense, tmp_path):
     assert ranks == 1
 
 
-def test_the_command_needs_no_tokenizer_and_shows_the_plan_beside(experts, tmp_path):
+def test_the_command_needs_no_tokenizer_and_shows_the_plan_beside(dense, tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "nemo_paced.cli", "train", "--dry-run", "--full",
-            f"student.hf_path={experts}/student", f"teacher.hf_path={experts}/teacher",
+            f"student.hf_path={dense}/student", f"teacher.hf_path={dense}/teacher",
             "trainer.devices=2", "trainer.accelerator=gpu", "model.micro_batch_size=1",
             "teacher.fp8.enabled=true", "data.max_prompt_length=128",
             "data.max_teacher_prompt_length=256", "data.max_response_length=384",
