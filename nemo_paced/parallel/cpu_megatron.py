@@ -3,7 +3,7 @@
 Megatron-Core names ``device="cuda"`` and ``torch.cuda.current_device()`` in many places. A torch
 function mode turns such device arguments into the CPU; streams, events and synchronisation become
 no-ops, the RNG tracker keeps the CPU generator's state, and kernels for GPUs that are installed are
-left out. (A dry run at full size patches more, for its time: ``preflight/dry_run/fake_tensors.py``.)
+left out. (A dry run at full size patches more for its time: ``preflight/dry_run/fake_tensors.py``.)
 Nothing of this runs in a process that uses a GPU: ``parallel.groups.initialize`` calls
 :func:`enable` for ``accelerator=cpu``, and for ``auto`` where torch sees no GPU. One name that
 Megatron-Core leaves undefined is defined everywhere: :func:`define_missing_names`.
