@@ -13,7 +13,6 @@ import pytest
 from nemo_paced.run.environment import read_starts
 from nemo_paced.run.metric_names import METRICS
 from tests.jobs import STEPS, command, left_of, left_running, metrics, run, train_arguments
-from tests.refit_jobs import kill_a_server
 
 pytestmark = pytest.mark.slow
 
@@ -178,26 +177,6 @@ def test_a_changed_setting_is_refused(uninterrupted):
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 2
     assert "model.optim.lr was" in out and "is 1.0" in out
-
-
-def test_a_server_that_dies_mid_run_is_started_again_with_the_current_weights(uninterrupted):
-    name = "server-died"
-    process = command(
-        *train_arguments(uninterrupted, name, "trainer.max_steps=16"),
-    )
-    path = uninterrupted / name / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not path.exists() or len(path.read_text().splitlines()) < 9:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    kill_a_server(process, in_an_update=False)
-    out, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, out[-4000:]
-    assert "starting it again" in out
-    lines = metrics(uninterrupted, name)
-    assert [line["step"] for line in lines] == list(range(1, 17))
-    # the new server began with the weights on disk; the gap shows that it got the current ones
-    assert all(line["rollout/logprob_gap"] < 1e-4 for line in lines[8:])
 
 
 def test_a_finished_run_started_again_changes_nothing(uninterrupted):

@@ -1,4 +1,4 @@
-"""New weights over the network from two ranks, and a server that dies with them in the run's midst.
+"""New weights from two ranks, and a server that dies with them in the midst of a run.
 
 The gloo transport has the shape of vLLM's NCCL one: what is tested of the loop here holds for both.
 The jobs of tests/refit_jobs.py are started on GPUs too, by tests/gpu/test_refit_gpu.py.
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("replicas", "in_an_update"),
-    [(1, True), (2, False)],  # of two the other one goes on meanwhile
+    ("refit", "replicas", "in_an_update"),
+    [("gloo", 1, True), ("file", 2, False)],  # of two the other one goes on meanwhile
 )
 def test_a_server_that_lost_its_weights_is_sent_them_by_all_ranks_again(
-    tmp_path, replicas, in_an_update
+    tmp_path, refit, replicas, in_an_update
 ):
     arguments = train_arguments(
-        tmp_path, "run", "rollout.refit=gloo", "trainer.devices=2",
+        tmp_path, "run", f"rollout.refit={refit}", "trainer.devices=2",
         f"rollout.num_replicas={replicas}",
         "model.tensor_model_parallel_size=2", "trainer.max_steps=12",
     )  # fmt: skip
