@@ -59,6 +59,14 @@ def problems() -> list[str]:
                 found.append(f"{name} is {version(name)}, {wanted} is needed")
         except PackageNotFoundError:
             found.append(f"package {name} is missing")
+    if not found:  # what is no single release, by the metadata of the package itself
+        from nemo_paced.errors import ConfigError
+        from nemo_paced.versions import check_versions
+
+        try:
+            check_versions()
+        except ConfigError as error:
+            found.append(str(error))
     if find_spec("torchvision") is not None and _is_cpu_torch():
         found.append("torchvision of another torch build is installed: it breaks transformers")
     for group in ("vllm.general_plugins", "vllm.platform_plugins"):

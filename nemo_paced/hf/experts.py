@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+from megatron.core.transformer.moe.router import TopKRouter
 
 from nemo_paced.config import ModelConfig
 from nemo_paced.hf.architectures import Architecture
@@ -30,13 +33,21 @@ def experts_config(architecture: Architecture, model: ModelConfig) -> dict[str, 
         # ranked, and Hugging Face ranks them in the model's dtype.
         "moe_router_dtype": None if experts.normalize else "fp32",
         "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
-        # Megatron has each rank add its tokens' share of the loss, times its own number of tokens
-        # and not the micro-batch's: the sum is too small by the number of ranks that a sequence is
-        # cut over.
-        "moe_aux_loss_coeff": model.moe_aux_loss_coeff
-        * model.tensor_model_parallel_size
-        * model.context_parallel_size,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff * _ranks_left_out(model),
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": model.expert_model_parallel_size,
         "expert_tensor_parallel_size": EXPERT_TENSOR_PARALLEL_SIZE,
     }
+
+
+def _ranks_left_out(model: ModelConfig) -> int:
+    """What Megatron's loss for balancing experts has to be multiplied by.
+
+    Each rank adds its tokens' share of it, and Megatron-Core 0.16 multiplies that by the rank's own
+    number of tokens and not by the micro-batch's: the sum is too small by the number of ranks that
+    a sequence is cut over. Later releases multiply by that number themselves.
+    """
+    attach = inspect.getsource(TopKRouter.attach_and_log_load_balancing_loss)
+    if "tp_cp_group.size()" in attach:
+        return 1
+    return model.tensor_model_parallel_size * model.context_parallel_size

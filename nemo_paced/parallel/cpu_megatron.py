@@ -132,6 +132,8 @@ def _patch_optimizers() -> None:
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    # Megatron-Core 0.19 keeps the norm on the GPU where it has this one
+    clip_grads.multi_tensor_scale_tensor_impl = None  # type: ignore[attr-defined]
     optimizer.USING_PYTORCH_OPTIMIZER = True
     distrib_optimizer.Adam = torch.optim.Adam  # what its constructor accepts beside AdamW
     distrib_optimizer.HAVE_APEX_OR_TE = False

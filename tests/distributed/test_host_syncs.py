@@ -92,7 +92,7 @@ def test_a_step_reads_a_few_numbers_at_its_end_and_none_a_micro_batch(models, ki
     assert one == many
     # on a GPU that is a fused one, or steps of torch's that lie on the CPU
     many.pop("optimizer/optimizer.py:step_with_ready_grads")
-    assert many.keys() == AT_THE_END and sum(many.values()) <= 7
+    assert many.keys() <= AT_THE_END and 3 <= sum(many.values()) <= 7
 
 
 def test_every_way_to_read_is_counted():
