@@ -47,8 +47,10 @@ def write(folder: Path, stack: str) -> None:
 
 
 def read(folder: Path) -> dict:
-    """Raises:
-    ValueError: there is none that can be read.
+    """The manifest of a folder.
+
+    Raises:
+        ValueError: there is none that can be read.
     """
     again = "copy the folder again, or run scripts/wheels.sh on it again where there is a network"
     if not folder.is_dir():

@@ -123,7 +123,8 @@ class Watch:
     A rank that hangs shows as an error of all the others, each in another collective. They tell
     through the store, which needs no collective. While it is entered as a context manager, a thread
     of each rank tells how many collectives this one has begun in each group, and rank 0's looks
-    early enough to speak before NCCL ends the processes.
+    at half the time after which NCCL ends the processes. Messages between pipeline stages are among
+    gloo's numbers; NCCL numbers collectives alone.
 
     Args:
         timeout_s: of a collective; a rank is behind once it has not moved for half of it.

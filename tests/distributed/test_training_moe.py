@@ -209,7 +209,7 @@ def test_the_teachers_experts_have_a_layout_of_their_own(models, single, layout,
 
 @pytest.mark.parametrize(
     ("after", "fully_reshardable"),
-    [("ep2", False), ("single", True), ("tp2 ep2", True), ("pp2 ep2", True)],
+    [("ep2", False), ("ep2 dp4", False), ("single", True), ("tp2 ep2", True), ("pp2 ep2", True)],
 )
 def test_a_resumed_run_goes_on_at_another_expert_layout(
     models, single, tmp_path, after, fully_reshardable
