@@ -71,7 +71,9 @@ def test_rows_are_those_of_pytorch(cases):
         sound = [row for row in range(len(x)) if len(x) != 7 or row not in (BROKEN, INFINITE)]
         got, wanted = data[sound].float(), expected.data_NI[sound].float()
         # Triton's interpreter loses the carry of a rounding up to the next power of two
-        carried = torch.frexp(wanted).exponent > torch.frexp((x / scale)[sound].float()).exponent
+        exact = (x / scale)[sound].float()
+        carried = torch.frexp(wanted).exponent > torch.frexp(exact).exponent
+        carried &= wanted != 0  # what is rounded to zero has no exponent
         assert torch.equal(got[~carried], wanted[~carried])
         assert carried.sum() <= 0.1 * carried.numel()
 
