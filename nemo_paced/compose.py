@@ -11,12 +11,14 @@ YAML files hold only differences: ``conf/default.yaml`` names the schema (the da
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,9 +97,34 @@ def _flags_first(arguments: list[str]) -> list[str]:
     overrides: list[str] = []
     takes_value = False
     for argument in arguments:
-        (flags if takes_value or argument.startswith("-") else overrides).append(argument)
+        if takes_value or argument.startswith("-"):
+            flags.append(argument)
+        else:
+            overrides.append(_opened(argument))
         takes_value = argument in VALUE_FLAGS
     return flags + overrides
+
+
+def _opened(override: str) -> str:
+    """The same override, free to add a key to a setting that is a dictionary of the user's keys."""
+    key = override.lstrip("+").partition("=")[0]
+    blocks = {key, *(key[:end] for end, letter in enumerate(key) if letter == ".")}
+    return f"++{override.lstrip('+')}" if blocks & dictionaries() else override
+
+
+@cache
+def dictionaries() -> frozenset[str]:
+    """Dotted keys of the settings whose keys are the user's."""
+
+    def search(block: Any, prefix: str) -> Iterator[str]:
+        for f in dataclasses.fields(block):
+            value = getattr(block, f.name)
+            if isinstance(value, dict):
+                yield prefix + f.name
+            elif dataclasses.is_dataclass(value):
+                yield from search(value, f"{prefix}{f.name}.")
+
+    return frozenset(search(PacedConfig(), ""))
 
 
 def to_config(cfg: Any) -> PacedConfig:
@@ -178,6 +205,8 @@ def _explain(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     lines = [line for line in lines if line and not line.startswith((*skip, "object_type="))]
     text = "; ".join(lines) or "the configuration could not be read"
+    if "override_grammar" in text:
+        text += """. A value with braces, commas or = needs quotes within quotes: 'KEY="VALUE"'"""
     if "ExpManagerSettings" in text:
         text += ". NeMo's other exp_manager keys drive Lightning callbacks that are never run here"
     keys = dotted_keys(to_dict(PacedConfig()))

@@ -15,6 +15,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from nemo_paced.losses.kinds import DivergenceKind as DivergenceKind
+from nemo_paced.settings import template
 from nemo_paced.settings.checks import require
 from nemo_paced.settings.checks import to_dict as to_dict
 from nemo_paced.settings.choices import Estimator as Estimator
@@ -37,6 +38,7 @@ from nemo_paced.settings.choices import WrongReferences as WrongReferences
 from nemo_paced.settings.data import DataConfig as DataConfig
 from nemo_paced.settings.data import GradingConfig as GradingConfig
 from nemo_paced.settings.data import ReferencesConfig as ReferencesConfig
+from nemo_paced.settings.data import check_chat
 from nemo_paced.settings.evaluation import EvaluationConfig as EvaluationConfig
 from nemo_paced.settings.evaluation import LmEvalConfig as LmEvalConfig
 from nemo_paced.settings.model import ModelConfig as ModelConfig
@@ -163,12 +165,19 @@ class PacedConfig:
             "measured where both models are; certify once with placement=colocated, then set "
             "teacher.fp8.certificate=false",
         )
-        self_teacher = self.teacher.hf_path == ""
         require(
-            not self_teacher or self.teacher.privileged_context is not PrivilegedContext.none,
+            self.teacher.hf_path != "" or self._teacher_knows_more,
             "teacher.hf_path is empty (self-distillation) and teacher.privileged_context is none: "
             "teacher and student would be identical and every loss 0; set "
             "teacher.privileged_context to answer or expert_solution",
+        )
+        shown = template.fields(self.data.teacher_prompt_template)
+        require(
+            self.teacher.privileged_context is PrivilegedContext.none
+            or not shown.isdisjoint({"context", "answer", "solution"}),
+            f"teacher.privileged_context is {self.teacher.privileged_context.value} and "
+            "data.teacher_prompt_template holds none of {context}, {answer}, {solution}: the "
+            "teacher would not see it; add one, or set teacher.privileged_context=none",
         )
 
     def _check_validation(self) -> None:
@@ -189,6 +198,12 @@ class PacedConfig:
             not self.trainer.val_check_interval or bool(self.data.validation_problems),
             f"trainer.val_check_interval is {self.trainer.val_check_interval} and "
             "data.validation_problems is not set: give a file, or set the interval to 0",
+        )
+        check_chat(
+            "evaluation",
+            self.data.use_chat_template,
+            system_prompt=self.evaluation.system_prompt,
+            chat_template_kwargs=self.evaluation.chat_template_kwargs,
         )
 
     def _check_free_reestimation(self) -> None:
@@ -212,6 +227,17 @@ class PacedConfig:
             skips or weights.exploration == 0,
             f"weights.exploration is {weights.exploration} and every problem of a batch is sampled "
             "anyway: it would be ignored; leave it out",
+        )
+
+    @property
+    def _teacher_knows_more(self) -> bool:
+        """Whether the teacher's prompt differs from the student's, by context or by its chat."""
+        data = self.data
+        system, variables = data.teacher_system_prompt, data.teacher_chat_template_kwargs
+        return (
+            self.teacher.privileged_context is not PrivilegedContext.none
+            or (system is not None and system != (data.system_prompt or ""))
+            or {**data.chat_template_kwargs, **variables} != data.chat_template_kwargs
         )
 
     @property

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from nemo_paced.cli import COMMANDS
-from nemo_paced.compose import CONF, dotted_keys
+from nemo_paced.compose import CONF, dictionaries, dotted_keys
 from nemo_paced.config import PacedConfig, to_dict
 from scripts.make_docs import anchor, blocks
 
@@ -72,7 +72,12 @@ def unknown_settings(text: str) -> list[str]:
     blocks_of_code = [body for language, body in _FENCED.findall(text) if language != "python"]
     code = [*_SPAN.findall(_FENCED.sub("", text)), *blocks_of_code]
     keys = [key for part in code for key in named.findall(part) if not _FILE.search(key)]
-    return [key for key in keys if key not in known]
+    return [key for key in keys if key not in known and not is_users(key)]
+
+
+def is_users(key: str) -> bool:
+    """Whether a key lies in a setting whose keys are the user's."""
+    return key.rpartition(".")[0] in dictionaries()
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -97,7 +102,7 @@ def wrong_in(arguments: list[str], recipes: set[str]) -> list[str]:
         if word == "--config-name" and following not in recipes | PLACEHOLDERS:
             wrong.append(following)
         key, equals, _ = word.partition("=")
-        if equals and "." in key and key not in known:
+        if equals and "." in key and key not in known and not is_users(key):
             wrong.append(key)
     return wrong
 

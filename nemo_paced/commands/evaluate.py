@@ -14,7 +14,6 @@ from rich.console import Console
 from nemo_paced.compose import Parser, recipe_arguments, with_config
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
-from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import load_suites
@@ -25,7 +24,7 @@ from nemo_paced.evaluation.results import (
     check_alike,
     evaluation_versions,
 )
-from nemo_paced.evaluation.run import Job
+from nemo_paced.evaluation.run import Job, longest_prompt
 from nemo_paced.evaluation.tables import show
 from nemo_paced.records import Problem
 from nemo_paced.run.config_file import CONFIG_FILE, run_of
@@ -132,7 +131,7 @@ def _evaluate(config: PacedConfig, arguments: argparse.Namespace, problems: Prob
     given = _given_models(config, arguments)
     with progress_bar() as bar, tempfile.TemporaryDirectory(prefix="nemo-paced-") as scratch:
         models = {label: _as_hf(path, Path(scratch) / label) for label, path in given.items()}
-        longest = _longest_prompt(config, models, problems)
+        longest = longest_prompt(config, models, problems)
         limits = Limits.of(config, models, longest_prompt=longest, lm_eval=bool(tasks))
         job = Job(config, problems, tasks, limits)
         earlier = _earlier(arguments.baseline, job)
@@ -174,21 +173,6 @@ def _as_hf(path: Path, scratch: Path) -> Path:
 
     export_hf(PacedConfig(), path, scratch)
     return scratch
-
-
-def _longest_prompt(config: PacedConfig, models: dict[str, Path], problems: Problems) -> int:
-    """Tokens of the longest prompt; 0 without problems.
-
-    Raises:
-        ConfigError: a prompt is longer than ``data.max_prompt_length``.
-    """
-    if not problems:
-        return 0
-    prompts = [
-        Prompts(folder, config.data, config.teacher.privileged_context)
-        for folder in models.values()
-    ]
-    return max(len(p.student(q)) for p in prompts for suite in problems.values() for q in suite)
 
 
 def _earlier(baseline: Path | None, job: Job) -> ResultsFile:

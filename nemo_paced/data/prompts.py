@@ -6,58 +6,215 @@ ids end with a stop token unless the response was cut at its limit.
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from datetime import date
+from enum import StrEnum
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from nemo_paced.config import DataConfig, PrivilegedContext
+from nemo_paced.config import DataConfig, EvaluationConfig, PrivilegedContext
+from nemo_paced.data.chat import ChatTemplate, Thoughts, opens_thought
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import load_tokenizer, stop_token_ids
 from nemo_paced.records import Problem
+from nemo_paced.settings import template
+from nemo_paced.settings.data import DATE
+
+REMEMBERED = 1024  # prompts: a step asks for each more than once
+
+
+class PromptKind(StrEnum):
+    """Whose prompt of a problem."""
+
+    student = "student"  # sampled and trained with
+    teacher = "teacher"  # with the privileged context
+    evaluation = "evaluation"  # the student's, in the chat of the ``evaluation`` block
+
+
+class ChatSettings(NamedTuple):
+    """What a kind of prompts asks of the chat template, and the settings that say so."""
+
+    system_key: str
+    system: str
+    variables_key: str
+    variables: dict[str, Any]
+
+
+def chat_settings(kind: PromptKind, data: DataConfig, evaluation: EvaluationConfig) -> ChatSettings:
+    """The chat settings of a kind: its own where it has them, else the student's."""
+    system: tuple[str, str | None] = "data.system_prompt", data.system_prompt
+    variables_key = "data.chat_template_kwargs"
+    own_system, own_variables = {
+        PromptKind.student: (None, {}),
+        PromptKind.teacher: (data.teacher_system_prompt, data.teacher_chat_template_kwargs),
+        PromptKind.evaluation: (evaluation.system_prompt, evaluation.chat_template_kwargs),
+    }[kind]
+    prefix = "evaluation." if kind is PromptKind.evaluation else f"data.{kind.value}_"
+    if own_system is not None:
+        system = f"{prefix}system_prompt", own_system
+    if own_variables:
+        variables_key = f"{prefix}chat_template_kwargs"
+    variables = {**data.chat_template_kwargs, **own_variables}
+    given = {name: value for name, value in variables.items() if value is not None}
+    return ChatSettings(system[0], system[1] or "", variables_key, given)
 
 
 class Prompts:
-    """Student and teacher prompts of problems, as token ids.
+    """Prompts of problems as token ids, by kind.
 
     Args:
         student_dir: Hugging Face directory whose tokenizer, chat template and stop tokens are used.
-        data: prompt templates and length limits.
+        data: prompt templates, chat and length limits.
         privileged_context: what the teacher's prompt holds beyond the student's.
+        evaluation: the chat of evaluated problems; ``None``: the student's.
+
+    Raises:
+        ConfigError: there is no tokenizer.
     """
 
     def __init__(
-        self, student_dir: str | Path, data: DataConfig, privileged_context: PrivilegedContext
+        self,
+        student_dir: str | Path,
+        data: DataConfig,
+        privileged_context: PrivilegedContext,
+        evaluation: EvaluationConfig | None = None,
     ) -> None:
         self.student_dir = Path(student_dir)
         self.data = data
         self.privileged_context = privileged_context
+        self.evaluation = evaluation or EvaluationConfig()
         self.tokenizer = load_tokenizer(student_dir)
-        self._cache: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self._frames: dict[PromptKind, Callable[[str], str]] = {}
+        # by the text itself: an id names a row of its own file, and nothing beyond
+        self._encode = lru_cache(REMEMBERED)(self._encode_anew)
 
     def student(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids that the student is sampled and trained with.
 
         Raises:
-            ConfigError: the prompt is longer than ``data.max_prompt_length``.
+            ConfigError: see :meth:`of`.
         """
-        return self._ids(problem, teacher=False)
+        return self.of(problem, PromptKind.student)
 
     def teacher(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids of the teacher, with its privileged context.
 
         Raises:
-            ConfigError: the prompt is longer than ``data.max_teacher_prompt_length``, or the
-                problem lacks the context.
+            ConfigError: see :meth:`of`.
         """
-        return self._ids(problem, teacher=True)
+        return self.of(problem, PromptKind.teacher)
+
+    def of(self, problem: Problem, kind: PromptKind) -> tuple[int, ...]:
+        """Prompt ids of one kind.
+
+        Raises:
+            ConfigError: the chat template cannot do what is asked of it, the problem lacks the
+                teacher's context, or the prompt is longer than trained ones may be.
+        """
+        ids = self._encode(self.text(problem, kind))
+        key, limit = self._limit(kind)
+        if kind is not PromptKind.evaluation and len(ids) > limit:
+            raise ConfigError(
+                f"the {kind.value} prompt of problem {problem.id!r} has {len(ids)} tokens, above "
+                f"{key} {limit}: raise it or remove the problem"
+            )
+        return ids
+
+    def text(self, problem: Problem, kind: PromptKind) -> str:
+        """The whole prompt as text, with the chat template's special tokens.
+
+        Raises:
+            ConfigError: the chat template cannot do what is asked of it, or the problem lacks the
+                teacher's context.
+        """
+        return self._frame(kind)(self._filled(problem, kind))
+
+    def chat(self, kind: PromptKind) -> ChatTemplate:
+        """The chat template with the settings of a kind.
+
+        Raises:
+            ConfigError: the tokenizer has none, or it cannot do what is asked of it.
+        """
+        if not self.tokenizer.chat_template:
+            raise ConfigError(f"the tokenizer of {self.student_dir} has no chat template")
+        settings = chat_settings(kind, self.data, self.evaluation)
+        return ChatTemplate(
+            self.tokenizer,
+            system=settings.system,
+            variables=settings.variables,
+            today=date.fromisoformat(self.data.chat_template_date or DATE),
+            keys=(settings.system_key, settings.variables_key),
+        )
+
+    def with_chats(self) -> Prompts:
+        """The same prompts, after checking the chat of every kind.
+
+        Raises:
+            ConfigError: the chat template cannot do what is asked of it.
+        """
+        for kind in PromptKind:
+            self._frame(kind)
+        return self
+
+    def check(self, problems: Sequence[Problem], kind: PromptKind) -> None:
+        """Refuse problems whose prompts are longer than a server beside the trainer takes.
+
+        Raises:
+            ConfigError: counts them and names the longest; or see :meth:`text`.
+        """
+        key, limit = self._limit(kind)
+        lengths = {p.id: len(self._encode_anew(self.text(p, kind))) for p in problems}
+        above = sorted((i for i in lengths if lengths[i] > limit), key=lambda i: -lengths[i])
+        if above:
+            named = ", ".join(f"{i!r} has {lengths[i]} tokens" for i in above[:3])
+            raise ConfigError(
+                f"{len(above)} of {len(problems)} {kind.value} prompts are above {key} {limit}: "
+                f"problem {named}{', ...' if len(above) > 3 else ''}; raise it to "
+                f"{lengths[above[0]]}, or remove the problems"
+            )
+
+    @cached_property
+    def thoughts(self) -> Thoughts:
+        """What finds the thoughts of the student's responses."""
+        return Thoughts(self.tokenizer, opened=self.opens_thought)
+
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the student's chat template begins a response inside a thought."""
+        return self.has_chat and opens_thought(self._frame(PromptKind.student)("?"))
+
+    @property
+    def needs_solution(self) -> bool:
+        """Whether the teacher's prompt shows the problem's expert solution."""
+        if self.privileged_context is PrivilegedContext.none:
+            return False
+        used = template.fields(self.data.teacher_prompt_template)
+        context = self.privileged_context is PrivilegedContext.expert_solution
+        return "solution" in used or (context and "context" in used)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether prompts go through a chat template."""
+        return self.data.use_chat_template and bool(self.tokenizer.chat_template)
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids of tokens that end a response, see :func:`nemo_paced.hf.tokenizer.stop_token_ids`."""
-        return stop_token_ids(self.tokenizer, self.student_dir)
+        """Ids of tokens that end a response.
+
+        The chat template's end of turn and those of :func:`nemo_paced.hf.tokenizer.stop_token_ids`:
+        a base model's own differs from its chat template's, and it may sample either.
+        """
+        return stop_token_ids(self.tokenizer, self.student_dir, end_of_turn=self._end_of_turn)
 
     @property
     def eos_id(self) -> int:
-        """Id of the token that ends a response given as text, such as an expert solution."""
+        """Id of the token that ends a response given as text, such as an expert solution.
+
+        The one that the chat template ends turns with, where there is one.
+        """
+        if self._end_of_turn is not None:
+            return self._end_of_turn
         eos = self.tokenizer.eos_token_id
         return int(eos) if eos is not None else self.stop_token_ids[0]
 
@@ -73,46 +230,68 @@ class Prompts:
         """Text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def _ids(self, problem: Problem, *, teacher: bool) -> tuple[int, ...]:
-        key = (problem.id, teacher)
-        if key not in self._cache:
-            ids = self._encode(self._text(problem, teacher=teacher))
-            limit_key = "max_teacher_prompt_length" if teacher else "max_prompt_length"
-            limit = getattr(self.data, limit_key)
-            if len(ids) > limit:
-                raise ConfigError(
-                    f"the {'teacher' if teacher else 'student'} prompt of problem {problem.id!r} "
-                    f"has {len(ids)} tokens, above data.{limit_key} {limit}: raise it or remove "
-                    "the problem"
-                )
-            self._cache[key] = ids
-        return self._cache[key]
+    def _limit(self, kind: PromptKind) -> tuple[str, int]:
+        """Setting that limits a kind of prompts, and its value."""
+        name = "max_teacher_prompt_length" if kind is PromptKind.teacher else "max_prompt_length"
+        return f"data.{name}", getattr(self.data, name)
 
-    def _text(self, problem: Problem, *, teacher: bool) -> str:
-        fields = {"problem": problem.problem}
-        student_prompt = self.data.prompt_template.format(**fields)
-        if not teacher or self.privileged_context is PrivilegedContext.none:
+    def _filled(self, problem: Problem, kind: PromptKind) -> str:
+        data, context = self.data, self.privileged_context
+        student_prompt = template.fill(data.prompt_template, {"problem": problem.problem})
+        if kind is not PromptKind.teacher or context is PrivilegedContext.none:
             return student_prompt
-        return self.data.teacher_prompt_template.format(
-            **fields, context=self._context(problem), student_prompt=student_prompt
-        )
+        values = {
+            "problem": problem.problem,
+            "answer": problem.answer,
+            "student_prompt": student_prompt,
+        }
+        if self.needs_solution:
+            values["solution"] = self._solution(problem)
+        values["context"] = values.get("solution", problem.answer)
+        if context is PrivilegedContext.answer:
+            values["context"] = problem.answer
+        return template.fill(data.teacher_prompt_template, values)
 
-    def _context(self, problem: Problem) -> str:
-        if self.privileged_context is PrivilegedContext.answer:
-            return problem.answer
+    def _solution(self, problem: Problem) -> str:
         if problem.solution is None:
             raise ConfigError(
-                f"problem {problem.id!r} has no solution, and teacher.privileged_context is "
-                "expert_solution: add the field `solution`, or set teacher.privileged_context to "
-                "answer or none"
+                f"problem {problem.id!r} has no solution, and the teacher's prompt shows it "
+                "(teacher.privileged_context expert_solution, or {solution} in "
+                "data.teacher_prompt_template): add the field `solution`, or set "
+                "teacher.privileged_context to answer or none"
             )
         return problem.solution
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        if self.data.use_chat_template and self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            # the template has written the special tokens already
-            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-        return tuple(self.tokenizer.encode(text))
+    def _frame(self, kind: PromptKind) -> Callable[[str], str]:
+        """What makes a prompt of a filled template: the chat template, checked once."""
+        if kind not in self._frames:
+            self._frames[kind] = self._new_frame(kind)
+        return self._frames[kind]
+
+    def _new_frame(self, kind: PromptKind) -> Callable[[str], str]:
+        if self.has_chat:
+            return self.chat(kind)
+        chat = chat_settings(kind, self.data, self.evaluation)
+        for key, value in (
+            (chat.system_key, chat.system),
+            (chat.variables_key, chat.variables),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{key} is {value!r} and the tokenizer of {self.student_dir} has no chat "
+                    "template: it would be ignored; leave it out, or give the tokenizer one"
+                )
+        return str
+
+    @cached_property
+    def _end_of_turn(self) -> int | None:
+        """Id of the token by which the chat template ends a response, if it does."""
+        frame = self._frame(PromptKind.student)
+        if not isinstance(frame, ChatTemplate):
+            return None
+        ids = self.tokenizer.encode(frame.after_response(), add_special_tokens=False)
+        return next((i for i in ids if i in self.tokenizer.added_tokens_decoder), None)
+
+    def _encode_anew(self, text: str) -> tuple[int, ...]:
+        # a chat template has written the special tokens already
+        return tuple(self.tokenizer.encode(text, add_special_tokens=not self.has_chat))

@@ -16,7 +16,7 @@ import aiohttp
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import postprocess_generated_text
 
-from nemo_paced.hf.tokenizer import stop_token_ids
+from nemo_paced.data.chat import ChatTemplate
 from nemo_paced.serving.engine import SERVED_NAME
 from nemo_paced.serving.vllm_engine import COMPLETIONS
 
@@ -31,11 +31,13 @@ class ServedModel(LocalCompletionsAPI):
     here.
 
     Args:
-        hf_dir: for its tokenizer and stop tokens.
+        hf_dir: for its tokenizer.
+        stop_token_ids: tokens that end an answer.
         max_length: of prompt and answer, tokens; longer prompts lose their beginning.
         num_concurrent: requests in flight.
         timeout_s: of a request, seconds.
-        chat: prompts are chats, whose template has written the special tokens already.
+        chat: what makes a prompt of a chat, special tokens included; ``None``: prompts are no
+            chats.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class ServedModel(LocalCompletionsAPI):
         max_length: int,
         num_concurrent: int,
         timeout_s: float,
-        chat: bool,
+        stop_token_ids: Sequence[int],
+        chat: ChatTemplate | None,
     ) -> None:
         super().__init__(
             model=SERVED_NAME,
@@ -61,8 +64,9 @@ class ServedModel(LocalCompletionsAPI):
             timeout=round(timeout_s),
         )
         # BOS as the model was trained with; lm-eval's own transformers model does so too
-        self.add_bos_token = not chat and self.tokenizer("").input_ids != []
-        self._stop_token_ids = list(stop_token_ids(self.tokenizer, hf_dir))
+        self.add_bos_token = chat is None and self.tokenizer("").input_ids != []
+        self._stop_token_ids = list(stop_token_ids)
+        self._chat = chat
         self._until: list[str] = []
 
     @property
@@ -73,6 +77,13 @@ class ServedModel(LocalCompletionsAPI):
     @base_url.setter
     def base_url(self, urls: Sequence[str]) -> None:
         self._urls = itertools.cycle(urls)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Text of a chat, with the system turn and the variables of the run's template."""
+        assert self._chat is not None, "asked for by evaluation.lm_eval.apply_chat_template alone"
+        return self._chat.of_turns(chat_history, add_generation_prompt=add_generation_prompt)
 
     def _create_payload(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         payload = super()._create_payload(*args, **kwargs)

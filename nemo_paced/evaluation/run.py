@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import Progress
 
 from nemo_paced.config import PacedConfig, to_dict
-from nemo_paced.data.prompts import Prompts
+from nemo_paced.data.prompts import PromptKind, Prompts, chat_settings
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import Suite, run_suite
 from nemo_paced.evaluation.results import IN_WORDS
@@ -62,12 +62,15 @@ class Job:
     def asked(self) -> dict[str, str]:
         """A digest of each suite's questions: the same for models that can be compared."""
         data = self.config.data
+        chat = chat_settings(PromptKind.evaluation, data, self.config.evaluation)
+        framed = [data.use_chat_template, chat.system, chat.variables, data.chat_template_date]
         sampled = {
-            suite: [data.prompt_template, data.use_chat_template, *map(asdict, problems)]
+            suite: [data.prompt_template, *framed, *map(asdict, problems)]
             for suite, problems in self.problems.items()
         }
+        chats = self.config.evaluation.lm_eval.apply_chat_template
         chosen = {
-            name: [suite.questions, suite.metrics, suite.contents]
+            name: [suite.questions, suite.metrics, suite.contents, *(framed if chats else [])]
             for name, suite in self.tasks.items()
         }
         return {name: digest([content], DIGITS) for name, content in (sampled | chosen).items()}
@@ -82,7 +85,7 @@ class Job:
             label: the model's, for the progress bar and the log.
         """
         config = replace(self.config, student=replace(self.config.student, hf_path=str(hf_dir)))
-        prompts = Prompts(hf_dir, config.data, config.teacher.privileged_context)
+        prompts = _prompts(hf_dir, config)
         sampler = Sampler(
             hf_dir,
             config.rollout,
@@ -108,7 +111,7 @@ class Job:
                 )
                 for suite, problems in self.problems.items()
             }
-            return found | self._ask_lm_eval(sampler, work_dir, label, bar)
+            return found | self._ask_lm_eval(sampler, prompts, work_dir, label, bar)
 
     def _purpose(self, suite: str, prompts: Prompts) -> str:
         """The name of a suite's samples in the store, by what they depend on besides the model.
@@ -116,14 +119,15 @@ class Job:
         A store that was filled with other settings, prompts or answers holds none of them. The
         number of samples may grow.
         """
-        asked = [(p.id, p.answer, prompts.student(p)) for p in self.problems[suite]]
+        kind = PromptKind.evaluation
+        asked = [(p.id, p.answer, prompts.of(p, kind)) for p in self.problems[suite]]
         settings = {k: v for k, v in self.settings.items() if k not in (*IN_WORDS, "lm_eval")}
         grading = to_dict(self.config.grading)
         content = [settings, grading, prompts.stop_token_ids, asked]
         return f"evaluation {suite} {digest(content, DIGITS)}"
 
     def _ask_lm_eval(
-        self, sampler: Sampler, work_dir: Path, label: str, bar: Progress
+        self, sampler: Sampler, prompts: Prompts, work_dir: Path, label: str, bar: Progress
     ) -> dict[str, Accuracy]:
         if not self.tasks:
             return {}
@@ -137,7 +141,8 @@ class Job:
             max_length=self.limits.lm_eval,
             num_concurrent=rollout.max_in_flight * len(sampler.client.endpoints),
             timeout_s=rollout.request_timeout_s,
-            chat=settings.apply_chat_template,
+            stop_token_ids=prompts.stop_token_ids,
+            chat=prompts.chat(PromptKind.evaluation) if settings.apply_chat_template else None,
         )
         # lm-eval itself keys answers by prompt alone
         asked = digest([self.settings["dtype"], self.limits.lm_eval], DIGITS)
@@ -149,6 +154,22 @@ class Job:
             found[name] = run_suite(suite, model, settings, cache)
         bar.start()
         return found
+
+
+def longest_prompt(
+    config: PacedConfig, models: Mapping[str, Path], problems: Mapping[str, Sequence[Problem]]
+) -> int:
+    """Tokens of the longest prompt to any of the models; 0 without problems.
+
+    Args:
+        models: Hugging Face directory by label.
+        problems: by suite.
+    """
+    asked = [problem for suite in problems.values() for problem in suite]
+    if not asked:
+        return 0
+    prompts = [_prompts(folder, config) for folder in models.values()]
+    return max(len(p.of(problem, PromptKind.evaluation)) for p in prompts for problem in asked)
 
 
 def evaluate(
@@ -176,6 +197,10 @@ def evaluate(
             progress=advance,
         )
     return Accuracy.of(rollouts, problems)
+
+
+def _prompts(hf_dir: Path, config: PacedConfig) -> Prompts:
+    return Prompts(hf_dir, config.data, config.teacher.privileged_context, config.evaluation)
 
 
 def sampling_settings(config: PacedConfig, max_tokens: int | None = None) -> dict[str, Any]:

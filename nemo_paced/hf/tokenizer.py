@@ -49,22 +49,34 @@ def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path) -> None:
             )
 
 
-def stop_token_ids(tokenizer: Any, hf_dir: Path) -> tuple[int, ...]:
+def stop_token_ids(
+    tokenizer: Any, hf_dir: Path, *, end_of_turn: int | None = None
+) -> tuple[int, ...]:
     """Tokens that end a response: the tokenizer's EOS and those of generation_config.json.
 
     Base and instruct models of one family often differ here; the union serves both.
 
+    Args:
+        end_of_turn: another one, with which the chat template ends a turn.
+
     Raises:
-        ConfigError: neither names an EOS token.
+        ConfigError: there is none, or generation_config.json is no JSON.
     """
     ids = named_stop_ids(tokenizer, hf_dir)
+    if end_of_turn is not None:
+        ids |= {end_of_turn}
     if not ids:
-        raise ConfigError(f"{hf_dir} names no EOS token: responses would never end")
+        raise ConfigError(
+            f"{hf_dir} names no EOS token: responses would never end; set eos_token_id in its "
+            "generation_config.json"
+        )
     return tuple(sorted(ids))
 
 
 def named_stop_ids(tokenizer: Any, hf_dir: Path) -> set[int]:
-    """Ids of :func:`stop_token_ids`, of which there may be none.
+    """Ids of :func:`stop_token_ids` in a directory's files, of which there may be none.
+
+    An id above the vocabulary is none: no model samples it.
 
     Raises:
         ConfigError: generation_config.json is no JSON.
@@ -77,4 +89,5 @@ def named_stop_ids(tokenizer: Any, hf_dir: Path) -> set[int]:
         except ValueError as error:
             raise ConfigError(f"{path} is no JSON: {error}") from error
         ids |= set(eos if isinstance(eos, list) else [eos])
-    return ids - {None}
+    known = (i for i in ids - {None} if i >= 0)
+    return {i for i in known if tokenizer.convert_ids_to_tokens(i) is not None}

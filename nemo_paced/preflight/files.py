@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_paced.config import Precision, PrivilegedContext, ReferenceSource, TeacherPlacement
+from nemo_paced.config import Precision, ReferenceSource, TeacherPlacement
+from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.preflight.findings import Finding, error, warning
@@ -28,40 +28,37 @@ def problem_prompts(inputs: Inputs) -> Iterator[Finding]:
     if inputs.prompts is None:
         return
     for key, problems in inputs.problems.items():
-        trained = key == "data.problems"
-        if trained:
-            yield from _missing_solutions(inputs)
-        too_long: dict[str, list[str]] = defaultdict(list)
-        for problem in problems:
-            for who, build in (("student", inputs.prompts.student), *(
-                [("teacher", inputs.prompts.teacher)] if trained else []
-            )):  # fmt: skip
-                if who == "teacher" and _lacks_context(inputs, problem.solution):
-                    continue
-                try:
-                    build(problem)
-                except ConfigError as refusal:
-                    too_long[who].append(str(refusal))
-        for who, told_of in too_long.items():
-            yield error(key, f"{len(told_of)} {who} prompts are too long; {told_of[0]}")
+        if key == "data.problems":
+            yield from _missing_solutions(inputs, inputs.prompts)
+        for kind in _kinds_of_prompts(inputs, key):
+            asked = problems
+            if kind is PromptKind.teacher and inputs.prompts.needs_solution:
+                asked = [problem for problem in problems if problem.solution is not None]
+            try:
+                inputs.prompts.check(asked, kind)
+            except ConfigError as refusal:
+                yield error(key, str(refusal))
 
 
-def _lacks_context(inputs: Inputs, solution: str | None) -> bool:
-    wanted = inputs.config.teacher.privileged_context is PrivilegedContext.expert_solution
-    return wanted and solution is None
+def _kinds_of_prompts(inputs: Inputs, key: str) -> list[PromptKind]:
+    """Kinds of prompts that the problems of a file are asked with, where lengths are limited."""
+    if key == "data.problems":
+        return [PromptKind.student, PromptKind.teacher]
+    beside_trainer = key == "data.validation_problems" and inputs.config.trainer.val_check_interval
+    return [PromptKind.evaluation] if beside_trainer else []
 
 
-def _missing_solutions(inputs: Inputs) -> Iterator[Finding]:
+def _missing_solutions(inputs: Inputs, prompts: Prompts) -> Iterator[Finding]:
     problems = inputs.problems["data.problems"]
-    by_context = [p.id for p in problems if _lacks_context(inputs, p.solution)]
-    if by_context:
+    without = [p.id for p in problems if p.solution is None]
+    if prompts.needs_solution and without:
         yield error(
             "teacher.privileged_context",
-            f"is expert_solution and {len(by_context)} of {len(problems)} problems have no "
-            f"solution ({', '.join(by_context[:3])})",
+            f"is {inputs.config.teacher.privileged_context.value}, the teacher's prompt shows the "
+            f"solution, and {len(without)} of {len(problems)} problems have no solution "
+            f"({', '.join(without[:3])})",
             "add the field `solution`, or set it to answer or none",
         )
-    without = [p.id for p in problems if p.solution is None]
     if inputs.config.references.source is ReferenceSource.solution and without:
         yield error(
             "references.source",

@@ -66,10 +66,12 @@ class Inputs:
 
     @cached_property
     def prompts(self) -> Prompts | None:
+        """Prompts of the run; ``None`` where its chat template cannot do what is asked of it."""
         if self.tokenizer is None:
             return None
-        config = self.config
-        return Prompts(config.student.hf_path, config.data, config.teacher.privileged_context)
+        config, context = self.config, self.config.teacher.privileged_context
+        prompts = Prompts(config.student.hf_path, config.data, context, config.evaluation)
+        return self._read("student.hf_path", prompts.with_chats)
 
     @cached_property
     def problems(self) -> dict[str, list[Problem]]:

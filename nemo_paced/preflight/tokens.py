@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_paced.config import PacedConfig, ReferenceSource
+from nemo_paced.data.chat import SWITCHES, variables_of
+from nemo_paced.data.prompts import Prompts
+from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import named_stop_ids
 from nemo_paced.preflight.findings import Finding, error, warning
 from nemo_paced.preflight.inputs import Inputs
@@ -47,26 +51,20 @@ def end_of_text(inputs: Inputs) -> Iterator[Finding]:
     """
     if inputs.prompts is None or inputs.teacher_tokenizer is None:
         return
-    folders = Path(inputs.config.student.hf_path), Path(inputs.config.teacher_hf_path)
-    ours, theirs = (
-        named_stop_ids(tokenizer, folder)
-        for tokenizer, folder in zip(
-            (inputs.tokenizer, inputs.teacher_tokenizer), folders, strict=True
-        )
-    )
-    if not ours:
-        yield error(
-            "student.hf_path",
-            "names no EOS token: responses would never end",
-            f"set eos_token_id in {folders[0] / 'generation_config.json'}",
-        )
-    elif extra := theirs - ours:
+    generation_config = Path(inputs.config.student.hf_path) / "generation_config.json"
+    try:
+        ours = set(inputs.prompts.stop_token_ids)
+        theirs = named_stop_ids(inputs.teacher_tokenizer, Path(inputs.config.teacher_hf_path))
+    except ConfigError as refusal:
+        yield error("student.hf_path", str(refusal))
+        return
+    if extra := theirs - ours:
         names = [inputs.teacher_tokenizer.convert_ids_to_tokens(i) for i in sorted(extra)]
         yield warning(
             "tokenizers",
             f"the teacher also ends with {', '.join(map(repr, names))}, which is no stop token of "
             "the student: its responses would run on past it",
-            f"add {sorted(extra)} to eos_token_id in {folders[0] / 'generation_config.json'}",
+            f"add {sorted(extra)} to eos_token_id in {generation_config}",
         )
 
 
@@ -87,4 +85,26 @@ def chat_templates(inputs: Inputs) -> Iterator[Finding]:
             "student and teacher have different chat templates; both prompts are framed by the "
             "student's",
             "compare the two, or copy the teacher's chat_template to the student",
+        )
+    if inputs.prompts is not None and inputs.prompts.has_chat:
+        yield from _thinking(inputs.config, inputs.prompts)
+
+
+def _thinking(config: PacedConfig, prompts: Prompts) -> Iterator[Finding]:
+    """Check that a template that can think is told whether to, and solutions stand outside."""
+    switches = SWITCHES & variables_of(prompts.tokenizer)
+    if open_ones := sorted(switches - config.data.chat_template_kwargs.keys()):
+        yield warning(
+            "data.chat_template_kwargs",
+            f"does not say {open_ones[0]}, which the chat template reads: whether the student "
+            "thinks is left to the template",
+            f"set data.chat_template_kwargs.{open_ones[0]}",
+        )
+    solutions = config.needs_references and config.references.source is ReferenceSource.solution
+    if solutions and prompts.opens_thought:
+        yield warning(
+            "references.source",
+            "is solution and the chat template begins responses inside a thought: solutions would "
+            "be learnt as thoughts that never end",
+            "set data.chat_template_kwargs so that it does not, or references.source=teacher",
         )

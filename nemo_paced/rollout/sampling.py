@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from nemo_paced.data.prompts import Prompts
+from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.grading.grader import Grader
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.store import RolloutStore
@@ -25,14 +25,14 @@ class SamplingSettings:
     Attributes:
         num_samples: responses to each problem.
         max_tokens: longest response, tokens.
-        teacher_prompt: whether the teacher's prompt is asked with (for references).
+        prompt: whose prompt is asked with (the teacher's, for references).
     """
 
     num_samples: int
     temperature: float
     top_p: float
     max_tokens: int
-    teacher_prompt: bool = False
+    prompt: PromptKind = PromptKind.student
 
 
 def sampling_seed(run_seed: int, purpose: str, step: int, problem_id: str, sample: int) -> int:
@@ -144,10 +144,9 @@ def _request(
     purpose: str,
     step: int,
 ) -> SampleRequest:
-    prompt_ids = prompts.teacher(problem) if settings.teacher_prompt else prompts.student(problem)
     return SampleRequest(
         key=problem.id,
-        prompt_ids=prompt_ids,
+        prompt_ids=prompts.of(problem, settings.prompt),
         n=len(missing),
         seed=sampling_seed(run_seed, purpose, step, problem.id, missing[0]),
         temperature=settings.temperature,

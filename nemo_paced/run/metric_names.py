@@ -10,6 +10,7 @@ from dataclasses import dataclass
 EVERY_STEP = "every step"
 TRAINED = "steps with a problem of weight above 0"
 ON_POLICY = "steps on rollouts"
+THINKING = "steps on rollouts of a tokenizer with `</think>` or its like"
 VALIDATION = "steps with a validation"
 
 
@@ -65,6 +66,12 @@ METRICS = {
         "share", "of this step's sampled responses cut at the token limit", ON_POLICY
     ),
     "rollout/mean_length": Metric("tokens", "of a sampled response", ON_POLICY),
+    "rollout/mean_thinking_length": Metric(
+        "tokens", "of a sampled response up to the end of its thought", THINKING
+    ),
+    "rollout/unfinished_thoughts": Metric(
+        "share", "of this step's sampled responses that never ended their thought", THINKING
+    ),
     "rollout/logprob_gap": Metric(
         "nats", "mean |trainer - server| log-probability of the sampled tokens", ON_POLICY
     ),

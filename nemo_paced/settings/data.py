@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
 
+from nemo_paced.errors import ConfigError
+from nemo_paced.settings import template
 from nemo_paced.settings.checks import positive, require
 from nemo_paced.settings.choices import ReferenceSource, WrongReferences
+
+DATE = "2024-07-26"  # see data.chat_template_date
+# Arguments of a tokenizer's apply_chat_template that decide what is rendered: ours to give.
+RESERVED = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+)
 
 
 @dataclass
 class DataConfig:
-    """Problem files (JSONL or Parquet: id, problem, answer, optional solution) and prompts.
+    r"""Problem files (JSONL or Parquet: id, problem, answer, optional solution) and prompts.
 
-    Templates are ``str.format`` strings: the student's over ``{problem}``, the teacher's also over
-    ``{student_prompt}`` (the filled student prompt) and ``{context}`` (what
-    ``teacher.privileged_context`` names).
+    Templates are texts with fields in braces. The student's has ``{problem}``; the teacher's also
+    ``{student_prompt}`` (the filled student prompt), ``{answer}``, ``{solution}`` and ``{context}``
+    (what ``teacher.privileged_context`` names). Other braces are text, as in ``\boxed{}``; a word
+    in braces is written ``{{word}}``.
     """
 
     problems: str = ""  # file of the training problems
@@ -34,6 +59,17 @@ class DataConfig:
         "your own words, not verbatim.\n\n{student_prompt}"
     )
     use_chat_template: bool = True  # wrap both prompts in the tokenizer's chat template
+    system_prompt: str | None = None  # system turn of the chat; None: what the template does itself
+    # Variables of the chat template, as `enable_thinking: false` of Qwen3's; one that the template
+    # does not read is refused.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # The teacher's, where it differs from the student's; "": no system turn.
+    teacher_system_prompt: str | None = None
+    # The teacher's own variables, over the student's; null leaves one out.
+    teacher_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # The date (YYYY-MM-DD) that is told by chat templates that tell one, so that prompts are the
+    # same tomorrow; None: 2024-07-26, which Llama 3.1's template tells by itself.
+    chat_template_date: str | None = None
     max_prompt_length: int = 1024  # most tokens of the student's prompt
     max_teacher_prompt_length: int = 3072  # most tokens of the teacher's prompt, context included
     max_response_length: int = 8192  # most tokens of a response, EOS included
@@ -43,10 +79,57 @@ class DataConfig:
         positive(
             "data", self, "max_prompt_length", "max_teacher_prompt_length", "max_response_length"
         )
-        for name in ("prompt_template", "teacher_prompt_template"):
+        self._check_templates()
+        check_chat(
+            "data",
+            self.use_chat_template,
+            system_prompt=self.system_prompt,
+            chat_template_kwargs=self.chat_template_kwargs,
+            teacher_system_prompt=self.teacher_system_prompt,
+            teacher_chat_template_kwargs=self.teacher_chat_template_kwargs,
+        )
+        try:
+            date.fromisoformat(self.chat_template_date or DATE)
+        except ValueError:
+            raise ConfigError(
+                f"data.chat_template_date is {self.chat_template_date!r}: give YYYY-MM-DD"
+            ) from None
+
+    def _check_templates(self) -> None:
+        shown = {"problem": "", "student_prompt": "", "answer": "", "solution": "", "context": ""}
+        template.check(
+            "data.prompt_template", self.prompt_template, ["problem"], hidden=["answer", "solution"]
+        )
+        template.check("data.teacher_prompt_template", self.teacher_prompt_template, shown)
+        for name, needed in (
+            ("prompt_template", {"problem"}),
+            ("teacher_prompt_template", {"problem", "student_prompt"}),
+        ):
             require(
-                "{problem}" in getattr(self, name) or "{student_prompt}" in getattr(self, name),
+                bool(needed & template.fields(getattr(self, name))),
                 f"data.{name} has no {{problem}} field: every prompt would be the same",
+            )
+
+
+def check_chat(section: str, use_chat_template: bool, **settings: Any) -> None:
+    """Refuse settings of the chat template that would be ignored, or that are not the user's.
+
+    Args:
+        settings: by name in their section; ``None`` or empty: not set.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for name, value in settings.items():
+        require(
+            use_chat_template or not value,
+            f"{section}.{name} is {value!r} and data.use_chat_template is false: it would be "
+            "ignored; leave it out, or write it into data.prompt_template",
+        )
+        for key in value if isinstance(value, dict) else ():
+            require(
+                key not in RESERVED,
+                f"{section}.{name} holds {key!r}, which is decided here; leave it out",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_paced.settings.checks import positive, require
 
@@ -41,6 +42,10 @@ class EvaluationConfig:
     # Most tokens of a response; fewer where the model's context leaves fewer. None:
     # data.max_response_length.
     max_response_length: int | None = 30_000
+    # System turn of evaluated problems, where it differs from data.system_prompt; "": none.
+    system_prompt: str | None = None
+    # Variables of the chat template for them, over data.chat_template_kwargs; null leaves one out.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
 
     def __post_init__(self) -> None:

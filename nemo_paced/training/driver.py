@@ -21,6 +21,7 @@ from nemo_paced.config import (
 from nemo_paced.data.loader import ProblemOrder
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.problems import load_problems
+from nemo_paced.data.prompts import PromptKind
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem, Response, Rollout
 from nemo_paced.rollout.sampling import SamplingSettings, sampling_seed
@@ -54,8 +55,8 @@ class Driver:
             )
         self.prompts = prepare.make_prompts(config)
         prepare.check_prompts(self.problems, self.prompts)
-        for problem in self.validation:
-            self.prompts.student(problem)
+        if config.trainer.val_check_interval:
+            self.prompts.check(self.validation, PromptKind.evaluation)
         check_data(run_dir, self.problems)
         self.order = ProblemOrder(len(self.problems), config.model.seed, config.data.shuffle)
         self.references: dict[str, Response] = {}
@@ -132,7 +133,7 @@ class Driver:
             responses = [self.references.get(problem.id) for problem in problems]
         else:
             rollouts = self._sample_batch(problems, weights, step, explore=True)
-            responses, metrics = _aligned(rollouts, problems), _rollout_metrics(rollouts)
+            responses, metrics = _aligned(rollouts, problems), self._rollout_metrics(rollouts)
             if self.config.weights.reestimate is Reestimation.free and rollouts:
                 # from the next step on: a weight never depends on the rollout it multiplies
                 self.table = self.table.updated(
@@ -271,17 +272,21 @@ class Driver:
         draw = sampling_seed(self.config.model.seed, "exploration", step, problem.id, 0)
         return draw < self.config.weights.exploration * 2**31
 
+    def _rollout_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        if not rollouts:
+            return {}
+        metrics = {
+            "rollout/accuracy": statistics.fmean(bool(r.correct) for r in rollouts),
+            "rollout/truncated": statistics.fmean(r.truncated for r in rollouts),
+            "rollout/mean_length": statistics.fmean(len(r.response_ids) for r in rollouts),
+        }
+        if self.prompts.thoughts:
+            found = [self.prompts.thoughts.length(r.response_ids) for r in rollouts]
+            metrics["rollout/mean_thinking_length"] = statistics.fmean(n for n, _ in found)
+            metrics["rollout/unfinished_thoughts"] = statistics.fmean(not ends for _, ends in found)
+        return metrics
+
 
 def _aligned(rollouts: list[Rollout], problems: list[Problem]) -> list[Response | None]:
     by_id = {rollout.problem_id: rollout for rollout in rollouts}
     return [by_id.get(problem.id) for problem in problems]
-
-
-def _rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    if not rollouts:
-        return {}
-    return {
-        "rollout/accuracy": statistics.fmean(bool(r.correct) for r in rollouts),
-        "rollout/truncated": statistics.fmean(r.truncated for r in rollouts),
-        "rollout/mean_length": statistics.fmean(len(r.response_ids) for r in rollouts),
-    }

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
-from nemo_paced.data.prompts import Prompts
+from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import check_same_tokens
 from nemo_paced.records import Problem, Rollout
@@ -39,18 +39,18 @@ def make_prompts(config: PacedConfig) -> Prompts:
         raise ConfigError("student.hf_path is empty: give the student's Hugging Face directory")
     if config.teacher.hf_path:
         check_same_tokens(config.student.hf_path, config.teacher.hf_path)
-    return Prompts(config.student.hf_path, config.data, config.teacher.privileged_context)
+    context = config.teacher.privileged_context
+    return Prompts(config.student.hf_path, config.data, context, config.evaluation)
 
 
 def check_prompts(problems: Sequence[Problem], prompts: Prompts) -> None:
-    """Build every prompt once: a problem that is too long is named before anything starts.
+    """Build every prompt once: problems that are too long are named before anything starts.
 
     Raises:
-        ConfigError: names the problem.
+        ConfigError: names problems.
     """
-    for problem in problems:
-        prompts.student(problem)
-        prompts.teacher(problem)
+    prompts.check(problems, PromptKind.student)
+    prompts.check(problems, PromptKind.teacher)
 
 
 def student_sampler(
@@ -102,6 +102,7 @@ def evaluation_settings(config: PacedConfig, max_tokens: int | None = None) -> S
         temperature=evaluation.temperature,
         top_p=evaluation.top_p,
         max_tokens=max_tokens,
+        prompt=PromptKind.evaluation,
     )
 
 

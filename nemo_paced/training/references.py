@@ -29,7 +29,7 @@ from nemo_paced.config import (
     WrongReferences,
 )
 from nemo_paced.data.problems import load_problems
-from nemo_paced.data.prompts import Prompts
+from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.data.references import Reference, made_with, read_references, write_references
 from nemo_paced.errors import ConfigError
 from nemo_paced.records import Problem, Response, Rollout
@@ -110,7 +110,7 @@ def sample_references(
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_tokens=config.data.max_response_length,
-        teacher_prompt=True,
+        prompt=PromptKind.teacher,
     )
 
     def sample(asked: Sequence[Problem], wanted: Mapping[str, int]) -> list[Rollout]:

@@ -198,6 +198,31 @@ def test_an_override_that_cannot_be_is_named(override, told):
         with_config([override], lambda config: None)
 
 
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_settings_whose_keys_are_the_users_take_new_keys(plus):
+    from nemo_paced.compose import with_config
+
+    taken = []
+    overrides = [
+        f"{plus}data.chat_template_kwargs.enable_thinking=false",
+        f"{plus}data.teacher_chat_template_kwargs={{enable_thinking:true,effort:low}}",
+    ]
+    with_config([*overrides, "teacher.hf_path=elsewhere"], taken.append)
+    data = taken[0].data
+    assert data.chat_template_kwargs == {"enable_thinking": False}
+    assert data.teacher_chat_template_kwargs == {"enable_thinking": True, "effort": "low"}
+
+
+def test_a_value_that_needs_quotes_says_so():
+    from nemo_paced.compose import with_config
+
+    with pytest.raises(ConfigError, match="needs quotes within quotes: 'KEY="):
+        with_config(["data.prompt_template={problem} x"], print)
+    taken = []
+    with_config([r'data.prompt_template="{problem} \boxed{}"'], taken.append)
+    assert taken[0].data.prompt_template == r"{problem} \boxed{}"
+
+
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x", "--exp"])
 def test_hydras_unpickling_flag_is_refused_however_it_is_written(flag):
     from nemo_paced.compose import with_config

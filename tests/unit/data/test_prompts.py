@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from nemo_paced.config import DataConfig, PrivilegedContext
-from nemo_paced.data.prompts import Prompts
+from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.tokenizer import check_same_tokens, tokenizer_vocab_size
 from nemo_paced.quickstart.models import EOS, VOCABULARY, write_tokenizer
@@ -55,6 +56,49 @@ def test_a_prompt_over_the_limit_names_problem_length_and_key(folder):
     long = Problem("long-1", "solve s1 f2 f3 =", "s3")
     with pytest.raises(ConfigError, match=r"'long-1' has 5 tokens, above data.max_prompt_length 4"):
         prompts.student(long)
+
+
+def test_prompts_belong_to_texts_and_not_to_ids(folder):
+    prompts = Prompts(folder, DATA, PrivilegedContext.answer)
+    first, second = Problem("0", "solve s1 =", "s3"), Problem("0", "solve s2 =", "s3")
+    other = Problem("0", "solve s1 =", "s4")
+    assert prompts.student(first) == words("solve", "s1", "=")
+    assert prompts.student(second) == words("solve", "s2", "=")
+    assert prompts.teacher(other) == (*words("hint", "s4", ";"), *prompts.student(first))
+
+
+def test_the_teacher_may_see_answer_and_solution_by_name(folder):
+    data = replace(DATA, teacher_prompt_template="{solution} ; {answer} ; {problem}")
+    prompts = Prompts(folder, data, PrivilegedContext.answer)
+    assert prompts.needs_solution
+    assert prompts.text(PROBLEM, PromptKind.teacher) == "s4 s3 ; s3 ; solve s1 f2 ="
+    with pytest.raises(ConfigError, match="problem 'q' has no solution"):
+        prompts.teacher(Problem("q", "solve", "s1"))
+    assert not Prompts(folder, data, PrivilegedContext.none).needs_solution
+
+
+def test_all_problems_above_the_limit_are_told_of_at_once(folder):
+    prompts = Prompts(folder, DATA, PrivilegedContext.none)
+    problems = [Problem(f"p{n}", "solve " + "s1 " * n, "s3") for n in range(7)]
+    prompts.check(problems[:4], PromptKind.student)
+    with pytest.raises(
+        ConfigError,
+        match=r"3 of 7 student prompts are above data.max_prompt_length 4: problem 'p6' has 7 "
+        r"tokens, 'p5' has 6 tokens, 'p4' has 5 tokens; raise it to 7",
+    ):
+        prompts.check(problems, PromptKind.student)
+    with pytest.raises(
+        ConfigError, match=r"3 of 7 evaluation prompts are above data.max_prompt_le"
+    ):
+        prompts.check(problems, PromptKind.evaluation)
+    assert len(prompts.of(problems[6], PromptKind.evaluation)) == 7, "`evaluate` limits none"
+
+
+def test_ids_above_the_vocabulary_end_nothing(folder, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [99999, -1, 7]}')
+    prompts = Prompts(tmp_path, DATA, PrivilegedContext.none)
+    assert prompts.stop_token_ids == (1, 7)
 
 
 def test_a_missing_solution_is_named(folder):

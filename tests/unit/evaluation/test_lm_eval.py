@@ -126,7 +126,7 @@ def test_requests_carry_token_ids_and_generated_text_is_cut_here():
 
     model = ServedModel(
         ["http://one", "http://two"], "key", hf_dir=ASSETS / "student", max_length=8,
-        num_concurrent=1, timeout_s=5.0, chat=False,
+        num_concurrent=1, timeout_s=5.0, stop_token_ids=[1], chat=None,
     )  # fmt: skip
     assert [model.base_url for _ in range(3)] == [
         f"http://{name}/v1/completions" for name in ("one", "two", "one")

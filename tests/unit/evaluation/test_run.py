@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 
 from nemo_paced.compose import ASSETS
-from nemo_paced.config import DataConfig, EvaluationConfig, GradingConfig, PacedConfig
+from nemo_paced.config import (
+    DataConfig,
+    EvaluationConfig,
+    GradingConfig,
+    LmEvalConfig,
+    PacedConfig,
+)
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import Suite
@@ -55,6 +61,21 @@ def test_more_samples_go_on_from_those_that_are_there_whatever_else_is_evaluated
     assert purpose(job(samples=16)) == purpose(job(samples=8, tasks=TASKS))
     limited = replace(job(), limits=Limits(16, "the context of the model, 64", 4096, 64))
     assert purpose(limited) == purpose(job()), "whatever the limit comes from"
+
+
+def test_questions_name_the_chat_that_they_were_asked_in():
+    def asked(data=None, **evaluation):
+        lm_eval = LmEvalConfig(apply_chat_template=True)
+        given = PacedConfig(
+            data=data or DataConfig(), evaluation=EvaluationConfig(lm_eval=lm_eval, **evaluation)
+        )
+        return Job(given, PROBLEMS, TASKS, Limits(16, "a setting", 4096, 64)).asked
+
+    plain, thinking = asked(), asked(chat_template_kwargs={"enable_thinking": True})
+    assert all(plain[suite] != thinking[suite] for suite in ("few", "mmlu"))
+    same = asked(DataConfig(chat_template_kwargs={"enable_thinking": True}))
+    assert same == thinking, "wherever it is said"
+    assert asked(system_prompt="Be brief.") != plain == asked(system_prompt="")
 
 
 def test_questions_name_what_was_asked():

@@ -34,6 +34,7 @@ from nemo_paced.preflight.findings import (
     warning,
 )
 from nemo_paced.quickstart.models import write_tokenizer
+from tests import chat_templates
 from tests.tiny import make_hf_model
 
 ROWS = 60  # of the embeddings; the tokenizer has 55 tokens
@@ -112,7 +113,7 @@ def test_everything_is_found_at_once(config, tmp_path):
         assert "is 3, which does not divide the 2 layers" in layout[1]
         limit = [line for line in told if f"128 positions of the {who}" in line]
         assert len(limit) == (1 if who == "teacher" else 0)
-    assert any("1 student prompts are too long" in line for line in told)
+    assert any("1 of 1 student prompts are above data.max_prompt_length 3" in line for line in told)
 
 
 def test_validation_that_the_context_limits_is_a_warning(config, models, tmp_path):
@@ -173,6 +174,25 @@ def test_special_tokens_ends_and_templates_that_differ_are_warnings(config, mode
                for f in found(config, tmp_path / "run"))  # fmt: skip
     config.student.hf_path, config.teacher.hf_path = str(folder), config.student.hf_path
     assert any("different chat templates" in f.what for f in found(config, tmp_path / "run"))
+
+
+def test_a_template_that_thinks_has_to_be_told_whether_to(config, models, tmp_path):
+    folder = model_copy(models, tmp_path)
+    template = (chat_templates.FOLDER / "qwen3_5_think.jinja").read_text()
+    changed(folder, "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    config.student.hf_path = config.teacher.hf_path = str(folder)
+    config.data.use_chat_template = True
+    config.data.max_prompt_length, config.data.max_teacher_prompt_length = 100, 110
+    config.data.max_response_length = 10
+    config.references = ReferencesConfig(source=ReferenceSource.solution)
+    told = [(f.where, f.what) for f in found(config, tmp_path / "run")]
+    assert [where for where, _ in told] == ["data.chat_template_kwargs", "references.source"]
+    assert "does not say enable_thinking" in told[0][1] and "never end" in told[1][1]
+    config.data.chat_template_kwargs = {"enable_thinking": False}
+    assert not found(config, tmp_path / "run")
+    config.data.chat_template_kwargs = {"think": False}
+    (finding,) = found(config, tmp_path / "run")
+    assert finding.severity is Severity.error and "holds 'think', which the chat" in finding.what
 
 
 def test_a_missing_solution_is_named_with_its_problem(config, models, tmp_path):

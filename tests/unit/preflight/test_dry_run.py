@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,8 +55,7 @@ def arguments(models, *overrides):
     ]
 
 
-def test_a_recipe_of_16_ranks_runs_dry_in_less_than_a_minute(models, tmp_path):
-    began = time.monotonic()
+def test_a_recipe_of_16_ranks_runs_dry(models, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "nemo_paced.cli", *arguments(models)],
         cwd=tmp_path,
@@ -65,7 +63,6 @@ def test_a_recipe_of_16_ranks_runs_dry_in_less_than_a_minute(models, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 60
     assert "rank 0 of 16 (stage 0): 2 layers" in done.stderr
     assert "rank 8 of 16 (stage 1): 2 layers" in done.stderr
     assert "12 problems" in done.stderr and "went through" in done.stderr

@@ -1,0 +1,206 @@
+"""The chat template of a tokenizer around one user text, checked when made.
+
+Templates are published with models and differ in more than their tokens: some refuse a system turn,
+some leave out what they do not understand, some want a turn as a list of parts, some tell today's
+date, some open a thought. What would go wrong in silence is refused here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from typing import Any
+
+from nemo_paced.errors import ConfigError
+from nemo_paced.settings.data import RESERVED
+
+# What thinking models put around a thought: a token each.
+THOUGHTS = {
+    "<think>": "</think>",
+    "<seed:think>": "</seed:think>",
+    "[THINK]": "[/THINK]",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "◁think▷": "◁/think▷",
+}
+# Variables by which templates are told whether to think, and how much.
+SWITCHES = {"enable_thinking", "thinking", "reasoning_effort", "reasoning_strength"}
+_PROBE, _ANSWER, _SYSTEM = "What is 17 + 25?", "It is 42, I think.", "Answer in a word."
+_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, not Jinja's
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with all that a run decides about it.
+
+    Args:
+        tokenizer: one that has a chat template.
+        system: text of the system turn; empty: none is given, and the template does as it likes.
+        variables: of the template, such as ``enable_thinking``.
+        today: what templates are told that ask for the date.
+        keys: names of the settings behind ``system`` and ``variables``, for messages.
+
+    Raises:
+        ConfigError: the template does not read a variable, refuses the turns or leaves a text out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        system: str,
+        variables: Mapping[str, Any],
+        today: date,
+        keys: tuple[str, str] = ("data.system_prompt", "data.chat_template_kwargs"),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._system = system
+        self._check_variables(variables, keys[1])
+        moment = datetime(today.year, today.month, today.day)
+        self._variables = {"strftime_now": moment.strftime, **variables}
+        self._in_parts = self._form_of_turns(keys[0])
+
+    def __call__(self, text: str) -> str:
+        """Text of the prompt whose one user turn is ``text``, up to where the response begins."""
+        turns = _turns(self._in_parts, system=self._system, user=text)
+        return self._render(turns, add_generation_prompt=True)
+
+    def of_turns(self, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """Text of a chat of several turns, behind the system turn unless it begins with its own.
+
+        Args:
+            turns: each with ``role`` and ``content``.
+            add_generation_prompt: whether a response follows; else the last turn is gone on with.
+        """
+        own = "" if turns[0]["role"] == "system" else self._system
+        return self._render(
+            [*_turns(self._in_parts, system=own), *(
+                _turn(turn["role"], turn["content"], self._in_parts) for turn in turns
+            )],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )  # fmt: skip
+
+    def after_response(self) -> str:
+        """What the template writes behind a response: its end of turn, where it has one."""
+        turns = _turns(self._in_parts, system=self._system, user=_PROBE, assistant=_ANSWER)
+        try:
+            rendered = self._render(turns, add_generation_prompt=False)
+        except ConfigError:  # a template for prompts alone
+            return ""
+        return rendered.rpartition(_ANSWER)[2] if _ANSWER in rendered else ""
+
+    def _render(self, turns: list[dict[str, Any]], **how: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                turns, tokenize=False, **how, **self._variables
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"the chat template fails: {error}") from error
+
+    def _form_of_turns(self, key: str) -> bool:
+        """Whether the template takes a turn as a list of parts, by what comes out.
+
+        Templates of models that also see images do, and make nothing of a text, without an error.
+
+        Raises:
+            ConfigError: neither form gives a prompt; says whether one without the system turn, or
+                with one, would.
+        """
+        problems = {in_parts: self._problem(self._system, in_parts) for in_parts in (False, True)}
+        for in_parts, problem in problems.items():
+            if not problem:
+                return in_parts
+        other = "" if self._system else _SYSTEM
+        if all(self._problem(other, in_parts) for in_parts in (False, True)):
+            raise ConfigError(problems[False])
+        if self._system:
+            raise ConfigError(
+                f"{key} is set and {problems[False]}; leave it out, and write its text into the "
+                "prompt template"
+            )
+        raise ConfigError(f"{problems[False]}; it needs a system turn: set {key}")
+
+    def _problem(self, system: str, in_parts: bool) -> str:
+        """What is wrong with a prompt of turns in this form; empty: nothing."""
+        turns = _turns(in_parts, system=system, user=_PROBE)
+        try:
+            rendered = self._render(turns, add_generation_prompt=True)
+        except ConfigError as error:
+            return str(error)
+        if _PROBE not in rendered:
+            return "the chat template leaves out the user's text"
+        if system.strip() not in rendered:
+            return "the chat template leaves out the system turn"
+        return ""
+
+    def _check_variables(self, variables: Mapping[str, Any], key: str) -> None:
+        """Refuse a variable that the template never reads: it would change nothing."""
+        if not variables:
+            return
+        read, _ = _names(self._tokenizer.get_chat_template())
+        for name in variables:
+            if name not in read:
+                told = ", ".join(sorted(variables_of(self._tokenizer)))
+                raise ConfigError(
+                    f"{key} holds {name!r}, which the chat template does not read; it reads "
+                    f"{told or 'no variable'}"
+                )
+
+
+def variables_of(tokenizer: Any) -> set[str]:
+    """Variables of a chat template that a user may set, without those that it assigns itself."""
+    read, assigned = _names(tokenizer.get_chat_template())
+    given = {*RESERVED, *tokenizer.special_tokens_map, "raise_exception", "strftime_now"}
+    return read - assigned - given
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt ends inside a thought: the response begins with the rest of it."""
+    return prompt.rstrip().endswith(tuple(THOUGHTS))
+
+
+class Thoughts:
+    """Finds the thought that a response begins with, by its tokens.
+
+    Args:
+        opened: whether prompts end inside a thought.
+    """
+
+    def __init__(self, tokenizer: Any, *, opened: bool) -> None:
+        ids = tokenizer.added_tokens_encoder
+        self._begins = {ids[begin] for begin in THOUGHTS if begin in ids}
+        self._ends = {ids[end] for end in THOUGHTS.values() if end in ids}
+        self._opened = opened
+
+    def __bool__(self) -> bool:
+        """Whether the tokenizer has tokens for the end of a thought."""
+        return bool(self._ends)
+
+    def length(self, response_ids: Sequence[int]) -> tuple[int, bool]:
+        """Tokens of a response's thought, its marks included, and whether it ends."""
+        for position, token in enumerate(response_ids):
+            if token in self._ends:
+                return position + 1, True
+        if self._opened or not self._begins.isdisjoint(response_ids):
+            return len(response_ids), False
+        return 0, True
+
+
+def _turns(in_parts: bool, **texts: str) -> list[dict[str, Any]]:
+    """Turns of a chat by their roles, without empty ones."""
+    return [_turn(role, text, in_parts) for role, text in texts.items() if text]
+
+
+def _turn(role: str, text: str, in_parts: bool) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
+
+
+def _names(source: str) -> tuple[set[str], set[str]]:
+    """Names that a Jinja template reads from outside, and those that it assigns."""
+    from jinja2 import Environment, meta, nodes
+
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_TAG.sub("", source))
+    names = tree.find_all(nodes.Name)
+    return meta.find_undeclared_variables(tree), {n.name for n in names if n.ctx == "store"}
