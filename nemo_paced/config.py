@@ -18,6 +18,7 @@ from nemo_paced.losses.kinds import DivergenceKind as DivergenceKind
 from nemo_paced.settings import template
 from nemo_paced.settings.checks import require
 from nemo_paced.settings.checks import to_dict as to_dict
+from nemo_paced.settings.choices import Duplicates as Duplicates
 from nemo_paced.settings.choices import Estimator as Estimator
 from nemo_paced.settings.choices import Fp8Backend as Fp8Backend
 from nemo_paced.settings.choices import Fp8Recipe as Fp8Recipe
@@ -32,6 +33,7 @@ from nemo_paced.settings.choices import RefitBackend as RefitBackend
 from nemo_paced.settings.choices import ResponseSource as ResponseSource
 from nemo_paced.settings.choices import RolloutPlacement as RolloutPlacement
 from nemo_paced.settings.choices import TeacherPlacement as TeacherPlacement
+from nemo_paced.settings.choices import Unanswered as Unanswered
 from nemo_paced.settings.choices import WeightScheme as WeightScheme
 from nemo_paced.settings.choices import WeightSwap as WeightSwap
 from nemo_paced.settings.choices import WrongReferences as WrongReferences

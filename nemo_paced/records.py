@@ -7,6 +7,7 @@ sampler produced (its EOS included when it stopped by itself) or that a tokenize
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Problem:
         answer: the reference answer that the verifier compares with.
         solution: the expert solution y_E, when the file has one.
         group: a label to report accuracies by (``"train"``, a skill, a difficulty); free text.
+        accepted: other answers that are right too.
     """
 
     id: str
@@ -26,6 +28,18 @@ class Problem:
     answer: str
     solution: str | None = None
     group: str = ""
+    accepted: tuple[str, ...] = ()
+
+    def content(self) -> dict[str, Any]:
+        """Plain data of the row, for digests and files; ``accepted`` where there is something."""
+        row: dict[str, Any] = {
+            "id": self.id,
+            "problem": self.problem,
+            "answer": self.answer,
+            "solution": self.solution,
+            "group": self.group,
+        }
+        return row | {"accepted": self.accepted} if self.accepted else row
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,6 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(_no_model(known.model))
     if known.baseline is not None and not known.baseline.exists():
         raise ConfigError(f"{_no_model(known.baseline)}, or the results.json of an evaluation")
-    problems = load_named(known.problems)  # a mistake here need not wait for the configuration
     named = known.config_name or known.config_path
     run_dir = None if named else run_of(known.model.absolute())
     if run_dir is not None:
@@ -61,11 +60,11 @@ def main(arguments: list[str]) -> None:
     recipe = recipe_arguments(known, run_dir, without=["rollout.endpoints"])
     with_config(
         [*recipe, *_short_overrides(known), *overrides],
-        lambda config: _evaluate(config, known, problems),
+        lambda config: _evaluate(config, known, load_named(known.problems, config)),
     )
 
 
-def load_named(named: Sequence[str]) -> Problems:
+def load_named(named: Sequence[str], config: PacedConfig) -> Problems:
     """Problems by suite, which is named by ``NAME=FILE``, else after its file.
 
     Raises:
@@ -78,7 +77,7 @@ def load_named(named: Sequence[str]) -> Problems:
             name, path = Path(text).stem, text
         if name in problems:
             raise ConfigError(f"--problems: two files are named {name!r}; say NAME=FILE")
-        problems[name] = load_problems(path, key="--problems")
+        problems[name] = load_problems(path, key="--problems", data=config.data)
     return problems
 
 
@@ -92,7 +91,7 @@ def own_problems(config: PacedConfig) -> Problems:
         "heldout": config.data.validation_problems,
         "forgetting": config.data.forgetting_problems,
     }
-    problems = load_named([f"{name}={path}" for name, path in files.items() if path])
+    problems = load_named([f"{name}={path}" for name, path in files.items() if path], config)
     if not problems:
         raise ConfigError(
             "neither --problems nor --lm-eval is given and the configuration has neither "

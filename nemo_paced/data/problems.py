@@ -1,144 +1,164 @@
-"""Reader of problem files: JSONL or Parquet, with our own columns or those of public data sets."""
+"""Reader of problem files: JSONL, JSON or Parquet, with our own columns or published ones."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import logging
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
+from nemo_paced.config import DataConfig, Duplicates, Unanswered
+from nemo_paced.data.rows import paths_of, read_rows
+from nemo_paced.data.schemas import Reading
+from nemo_paced.data.schemas import Unanswered as WithoutAnswer
 from nemo_paced.errors import ConfigError
-from nemo_paced.grading.answers import last_boxed
 from nemo_paced.records import Problem
 
-# What DAPO-Math-17k wraps around each statement; our own template says the same.
-_DAPO_BEFORE = "\n\n"
-_DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
-# Columns of a row, and what public data sets call them; the first that is there is taken.
-_COLUMNS = {
-    "id": ("id", "unique_id", "ID", "problem_idx"),
-    "problem": ("problem", "question", "Problem"),
-    "answer": ("answer", "Answer"),
-    "solution": ("solution", "Solution"),
-    "group": ("group", "subject"),
-}
-_DAPO_FIRST_LINE = "Solve the following math problem step by step."
+logger = logging.getLogger(__name__)
+
+NAMED = 3  # rows or ids that a message names
 
 
-def load_problems(path: str | Path, *, key: str = "data.problems") -> list[Problem]:
-    """Problems of a file, in its order.
+@dataclass
+class ProblemFile:
+    """What a problem file holds, and what was done to read it.
 
-    Rows hold ``id``, ``problem``, ``answer`` and optionally ``solution`` and ``group``; or
+    Attributes:
+        problems: in the file's order.
+        rows: all of them, left out ones included.
+        sources: column that each field of the first row came from.
+        notes: sentences on what was changed or left out, for a person.
+        warnings: the same on what may be a mistake in the file.
+    """
 
-    - as in DAPO-Math-17k ``prompt`` (chat messages), ``reward_model.ground_truth`` and
-      ``extra_info.index``;
-    - as in MATH-500 ``unique_id``, ``problem``, ``answer``, ``solution``, ``subject`` (the group);
-    - as in the copies of AIME ``id``, ``ID`` or ``problem_idx``, ``problem``, ``question`` or
-      ``Problem``, and ``answer`` or ``Answer``; without one, what the ``solution`` has in its last
-      ``\\boxed{}``.
+    problems: list[Problem]
+    rows: int
+    sources: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def load_problems(
+    path: str | Path, *, key: str = "data.problems", data: DataConfig | None = None
+) -> list[Problem]:
+    """Problems of a file, in its order; what :func:`read_problems` noticed is logged.
+
+    Args:
+        path, key, data: as there.
+
+    Raises:
+        ConfigError: as there.
+    """
+    file = read_problems(path, key=key, data=data)
+    for note in file.notes:
+        logger.info("%s: %s", path, note)
+    for warning in file.warnings:
+        logger.warning("%s: %s", path, warning)
+    return file.problems
+
+
+def read_problems(
+    path: str | Path, *, key: str = "data.problems", data: DataConfig | None = None
+) -> ProblemFile:
+    """Read a file, or the files of a pattern such as ``data/train-*.parquet``.
+
+    Rows have the columns of :mod:`nemo_paced.data.schemas`, or those that ``data.columns`` names.
 
     Args:
         key: the setting that named the file, for messages.
+        data: its ``columns``, ``duplicates``, ``unanswered`` and ``prompt_template``.
 
     Raises:
-        ConfigError: no file, no row, a row that is no JSON, a missing or empty field, or an id
-            that occurs twice; each with file and line.
+        ConfigError: no file, no row, a row that is no JSON, a missing or empty field, a repeated
+            problem or one without an answer (where those are refused), or an id that two problems
+            have; each with file and line.
     """
-    path = Path(path)
-    if not str(path) or not path.is_file():
-        raise ConfigError(f"{key} is {str(path)!r}: no such file; give a JSONL or Parquet file")
-    problems: list[Problem] = []
-    first_seen: dict[str, str] = {}
-    for where, row in _rows(path):
-        problem = _problem(row, where)
-        if problem.id in first_seen:
-            raise ConfigError(
-                f"{where}: id {problem.id!r} occurs before, at {first_seen[problem.id]}; ids must "
-                "differ (remove the repetition)"
-            )
-        first_seen[problem.id] = where
-        problems.append(problem)
-    if not problems:
-        raise ConfigError(f"{path} holds no problem ({key})")
-    return problems
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a problem file as (where, row); ``where`` is file:line or file, row number."""
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    with path.open(encoding="utf-8") as lines:
+    data = data or DataConfig()
+    bare = data.prompt_template.strip() == "{problem}"
+    reading = Reading(data.columns, keep_instructions=bare)
+    kept = _Kept(data.duplicates)
+    unanswered: list[str] = []
+    count = 0
+    for where, row in chain.from_iterable(map(read_rows, paths_of(path, key=key))):
         try:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ConfigError(f"{where}: not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise ConfigError(f"{where}: a JSON object is needed, not {line.strip()[:40]}")
-                yield where, row
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
+            kept.add(reading.problem(row, where, count), where)
+        except WithoutAnswer as refusal:
+            if data.unanswered is Unanswered.refuse:
+                raise ConfigError(
+                    f"{refusal}; data.unanswered=drop leaves such rows out"
+                ) from refusal
+            unanswered.append(where)
+        count += 1
+    if not kept.problems:
+        raise ConfigError(f"{path} holds no problem ({key})")
+    notes = [f"{rows} of {count} rows: {what}" for what, rows in reading.noticed.items()]
+    if reading.numbered:
+        notes.append("no column with ids: a problem's id is the number of its row, from 0")
+    if unanswered:
+        notes.append(
+            f"{len(unanswered)} of {count} rows have no answer to compare with and were left out: "
+            f"{_some(unanswered)}"
+        )
+    if kept.repeated:
+        notes.append(f"{kept.repeated} of {count} rows repeat a problem and were left out")
+    return ProblemFile(kept.problems, count, reading.sources, notes, kept.warnings())
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
+class _Kept:
+    """Problems that are kept, by id and by text."""
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path}: not a Parquet file that can be read: {error}") from error
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{path}, row {number}", row
+    def __init__(self, duplicates: Duplicates) -> None:
+        self.problems: list[Problem] = []
+        self.repeated = 0
+        self._first = duplicates is Duplicates.first
+        self._by_id: dict[str, tuple[str, str]] = {}  # where, text
+        self._by_text: dict[str, tuple[str, str]] = {}  # where, answer
+        self._contradictions: list[str] = []
 
+    def add(self, problem: Problem, where: str) -> None:
+        """Keep a problem, unless it repeats an earlier one.
 
-def _problem(row: dict[str, Any], where: str) -> Problem:
-    if "prompt" in row and "reward_model" in row:
-        row = _from_dapo(row, where)
-    found = {name: _first(row, columns) for name, columns in _COLUMNS.items()}
-    if not found["answer"] and (boxed := last_boxed(found["solution"])) is not None:
-        found["answer"] = boxed[0]
-    for name in ("id", "problem", "answer"):
-        if not found[name].strip():
-            known = _COLUMNS[name][1:]
+        Raises:
+            ConfigError: it does, and repetitions are refused; or it has another's id.
+        """
+        text = " ".join(problem.problem.split())
+        of_id, of_text = self._by_id.get(problem.id), self._by_text.get(text)
+        if of_id is not None and of_id[1] != text:
             raise ConfigError(
-                f"{where}: field {name!r} is missing or empty (so {_is_are(known)}); it has "
-                f"{', '.join(sorted(row))}"
+                f"{where}: id {problem.id!r} occurs before, at {of_id[0]}, with another problem; "
+                "ids must differ (data.columns.id=null numbers the rows instead)"
             )
-    solution = found.pop("solution") or None
-    return Problem(**found, solution=solution)
+        if of_text is not None and of_text[1] != problem.answer:
+            self._contradictions.append(
+                f"{where} answers {problem.answer!r} and {of_text[0]} {of_text[1]!r}"
+            )
+        if of_id is None and of_text is None:
+            self._by_id[problem.id] = where, text
+            self._by_text[text] = where, problem.answer
+            self.problems.append(problem)
+            return
+        if not self._first:
+            raise ConfigError(self._refusal(problem, where, of_id or of_text))
+        self.repeated += 1
+
+    def warnings(self) -> list[str]:
+        if not self._contradictions:
+            return []
+        return [
+            f"{len(self._contradictions)} repetitions of a problem have another answer; the first "
+            f"is taken: {_some(self._contradictions)}"
+        ]
+
+    def _refusal(self, problem: Problem, where: str, earlier: tuple[str, str] | None) -> str:
+        assert earlier is not None, "a repetition has an earlier one"
+        what = f"id {problem.id!r}" if problem.id in self._by_id else "the same problem"
+        other = f", with another answer ({self._contradictions[0]})" if self._contradictions else ""
+        return (
+            f"{where}: {what} occurs before, at {earlier[0]}{other}; remove the repetition, or "
+            "take the first of each with data.duplicates=first"
+        )
 
 
-def _first(row: dict[str, Any], columns: Sequence[str]) -> str:
-    present = (row[column] for column in columns if row.get(column) is not None)
-    return str(next(present, ""))
-
-
-def _is_are(names: Sequence[str]) -> str:
-    return f"{' and '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'}"
-
-
-def _from_dapo(row: dict[str, Any], where: str) -> dict[str, Any]:
-    try:
-        statement = row["prompt"][-1]["content"]
-        answer = row["reward_model"]["ground_truth"]
-        index = row["extra_info"]["index"]
-    except (KeyError, TypeError, IndexError) as error:
-        raise ConfigError(
-            f"{where}: looks like DAPO-Math-17k, but prompt[-1].content, "
-            f"reward_model.ground_truth or extra_info.index is missing ({error!r})"
-        ) from error
-    if statement.startswith(_DAPO_FIRST_LINE):
-        statement = statement.partition(_DAPO_BEFORE)[2].removesuffix(_DAPO_AFTER)
-    return {
-        "id": index,
-        "problem": statement,
-        "answer": answer,
-        "solution": row.get("solution"),
-        "group": row.get("data_source"),
-    }
+def _some(items: list[str]) -> str:
+    more = f", and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return "; ".join(items[:NAMED]) + more

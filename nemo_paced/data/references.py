@@ -14,6 +14,8 @@ from typing import Any
 
 from nemo_paced.config import ReferencesConfig, WrongReferences
 from nemo_paced.data.prompts import Prompts
+from nemo_paced.data.rows import paths_of, read_rows
+from nemo_paced.data.schemas import identity
 from nemo_paced.errors import ConfigError
 from nemo_paced.files import write_whole
 from nemo_paced.records import Problem, Response, Rollout
@@ -66,7 +68,8 @@ def read_references(
     found: dict[str, Response | None] = {}
     for where, row in _rows(path):
         try:
-            found[row["id"]] = None if row.get("dropped", False) else _response(row, prompts)
+            dropped = row.get("dropped") or False
+            found[identity(row["id"])] = None if dropped else _response(row, prompts)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(_malformed(where, error)) from error
     absent = [problem.id for problem in problems if problem.id not in found]
@@ -92,30 +95,20 @@ def made_with(path: Path, settings: ReferencesConfig) -> bool:
     """
     drop = settings.wrong is WrongReferences.drop
     for _, row in _rows(path):
-        attempts = row.get("attempts", 1)
+        attempts = row.get("attempts") or 1
         if row.get("correct"):
             alike = attempts <= settings.attempts
         else:
-            alike = attempts == settings.attempts and row.get("dropped", False) is drop
+            alike = attempts == settings.attempts and (row.get("dropped") or False) is drop
         if not alike:
             return False
     return True
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines of references.jsonl as (file:line, object)."""
-    if not path.is_file():
-        raise ConfigError(f"references.path is {str(path)!r}: no such file")
-    with path.open() as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"it is a {type(row).__name__}")
-            except ValueError as error:
-                raise ConfigError(_malformed(where, error)) from error
-            yield where, row
+    """Rows of a file of references, JSONL or Parquet, and where they stand."""
+    for file in paths_of(path, key="references.path"):
+        yield from read_rows(file)
 
 
 def _malformed(where: str, error: Exception) -> str:
@@ -126,6 +119,7 @@ def _malformed(where: str, error: Exception) -> str:
 
 
 def _response(row: dict[str, Any], prompts: Prompts) -> Response:
-    ids = tuple(row["response_ids"]) if "response_ids" in row else None
-    ids = ids or prompts.response(row["response"])
-    return Response(f"{row['id']}/reference", row["id"], ids, bool(row.get("truncated", False)))
+    # in Parquet a column that a row lacks is null
+    ids = tuple(row.get("response_ids") or ()) or prompts.response(row["response"])
+    problem_id = identity(row["id"])
+    return Response(f"{problem_id}/reference", problem_id, ids, bool(row.get("truncated")))

@@ -65,7 +65,7 @@ class Job:
         chat = chat_settings(PromptKind.evaluation, data, self.config.evaluation)
         framed = [data.use_chat_template, chat.system, chat.variables, data.chat_template_date]
         sampled = {
-            suite: [data.prompt_template, *framed, *map(asdict, problems)]
+            suite: [data.prompt_template, *framed, *(problem.content() for problem in problems)]
             for suite, problems in self.problems.items()
         }
         chats = self.config.evaluation.lm_eval.apply_chat_template
@@ -120,7 +120,7 @@ class Job:
         number of samples may grow.
         """
         kind = PromptKind.evaluation
-        asked = [(p.id, p.answer, prompts.of(p, kind)) for p in self.problems[suite]]
+        asked = [(p.id, p.answer, prompts.of(p, kind), *p.accepted) for p in self.problems[suite]]
         settings = {k: v for k, v in self.settings.items() if k not in (*IN_WORDS, "lm_eval")}
         grading = to_dict(self.config.grading)
         content = [settings, grading, prompts.stop_token_ids, asked]

@@ -11,7 +11,7 @@ reason says so. This is no sandbox: your own verifier runs with your rights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nemo_paced.config import GradingConfig
@@ -64,9 +64,20 @@ class Grader:
         if self._pool is not None:
             self._pool.close()
 
-    def grade(self, text: str, answer: str, *, truncated: bool = False) -> Verdict:
-        """Verdict on the response ``text``; a truncated one is graded as it stands."""
+    def grade(
+        self, text: str, answer: str, *, accepted: Sequence[str] = (), truncated: bool = False
+    ) -> Verdict:
+        """Verdict on the response ``text``; a truncated one is graded as it stands.
+
+        Args:
+            accepted: other answers that are right too.
+        """
         verdict = self._verify(text, answer)
+        for other in accepted:
+            if verdict.correct:
+                break
+            second = self._verify(text, other)
+            verdict = second if second.correct else verdict
         if truncated and not verdict.correct:
             return Verdict(False, verdict.extracted, f"truncated; {verdict.reason}")
         return verdict

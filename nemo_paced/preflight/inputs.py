@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.data.problems import load_problems
+from nemo_paced.data.problems import read_problems
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import PacedError
 from nemo_paced.hf.architectures import Architecture
@@ -82,10 +82,13 @@ class Inputs:
             if path is None:
                 continue
             key = f"data.{name}"
-            problems = self._read(key, partial(load_problems, path, key=key))
+            problems = self._read(key, partial(self._problems, path, key))
             if problems is not None:
                 read[key] = problems
         return read
+
+    def _problems(self, path: str, key: str) -> list[Problem]:
+        return read_problems(path, key=key, data=self.config.data).problems
 
     def _architecture(self, key: str, path: str) -> Architecture | None:
         if not path:

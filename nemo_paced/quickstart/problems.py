@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +133,7 @@ def write_problems(
             if problem.problem not in seen:
                 seen.add(problem.problem)
                 problems.append(problem)
-        lines = (json.dumps(asdict(problem)) + "\n" for problem in problems)
+        lines = (json.dumps(problem.content()) + "\n" for problem in problems)
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 

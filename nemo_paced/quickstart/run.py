@@ -82,8 +82,8 @@ class Quickstart:
     def __init__(self, config: PacedConfig, common: list[str], out: Path, arms: list[str]) -> None:
         self.config, self.common, self.out, self.arms = config, common, out, arms
         self.suites: dict[str, list[Problem]] = {
-            "heldout": load_problems(config.data.validation_problems or ""),
-            "forgetting": load_problems(config.data.forgetting_problems or ""),
+            "heldout": load_problems(config.data.validation_problems or "", data=config.data),
+            "forgetting": load_problems(config.data.forgetting_problems or "", data=config.data),
         }
         self.results: dict[str, dict[str, Accuracy]] = {}
         self.done, self.total = 0, 4 + 2 * len(arms)
@@ -92,7 +92,7 @@ class Quickstart:
     def run(self) -> None:
         """Run all parts, then write ``results.json`` and ``report.html``."""
         self.out.mkdir(parents=True, exist_ok=True)
-        problems = load_problems(self.config.data.problems)
+        problems = load_problems(self.config.data.problems, data=self.config.data)
         prompts = prepare.make_prompts(self.config)
         references = self.out / "shared" / REFERENCES_FILE
         references.parent.mkdir(exist_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,26 +51,28 @@ def write_model(folder: Path) -> None:
 
 
 def make_problems(count: int, seed: int) -> list[Problem]:
-    """Half sums, half word problems, each with its reference answer."""
+    """Half sums (as far as they differ), half word problems, each once, with its answer."""
     import reasoning_gym
 
     rng = random.Random(seed)
     sums = reasoning_gym.create_dataset(
         "chain_sum",
-        size=count // 2,
+        size=count,
         seed=seed,
         min_terms=2,
         max_terms=2,
         min_digits=1,
         max_digits=1,
     )
-    problems = [
-        Problem(f"sum-{i:03d}", f"What is {_sum(row)}?", str(row["answer"]), group="sum")
-        for i, row in enumerate(sums)
-    ]
+    answers = {f"What is {_sum(row)}?": str(row["answer"]) for row in sums}
+    problems = {
+        text: Problem(f"sum-{i:03d}", text, answer, group="sum")
+        for i, (text, answer) in enumerate(list(answers.items())[: count // 2])
+    }
     while len(problems) < count:
-        problems.append(_word_problem(f"word-{len(problems):03d}", rng))
-    return problems
+        drawn = _word_problem(f"word-{len(problems):03d}", rng)
+        problems.setdefault(drawn.problem, drawn)
+    return list(problems.values())
 
 
 def _sum(row: dict[str, Any]) -> str:
@@ -104,7 +105,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not (arguments.out / "model" / "config.json").exists():
         write_model(arguments.out / "model")
-    lines = [json.dumps(asdict(p)) + "\n" for p in make_problems(arguments.count, arguments.seed)]
+    lines = [json.dumps(p.content()) + "\n" for p in make_problems(arguments.count, arguments.seed)]
     (arguments.out / "problems.jsonl").write_text("".join(lines))
 
 

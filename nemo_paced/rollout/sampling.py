@@ -168,7 +168,7 @@ def _rollout(
 ) -> Rollout:
     truncated = completion.finish_reason == "length"
     text = prompts.decode(completion.token_ids)
-    verdict = grader.grade(text, problem.answer, truncated=truncated)
+    verdict = grader.grade(text, problem.answer, accepted=problem.accepted, truncated=truncated)
     return Rollout(
         response_id=f"{problem.id}/{step}/{sample}",
         problem_id=problem.id,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def check_data(run_dir: Path, problems: Sequence[Problem]) -> None:
         CheckpointError: counts the differences and names the first problems of each kind.
     """
     path = run_dir / DATA_FILE
-    now = {problem.id: digest(asdict(problem)) for problem in problems}
+    now = {problem.id: digest(problem.content()) for problem in problems}
     if not path.exists():
         path.write_text(json.dumps(now) + "\n")
         return

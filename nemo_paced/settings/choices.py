@@ -46,7 +46,7 @@ class ReferenceSource(Enum):
 
     teacher = "teacher"  # sampled from the teacher, which sees the privileged context
     solution = "solution"  # the data's expert solution as it stands
-    file = "file"  # references.path: JSONL with `id` and `response_ids`, or `response` as text
+    file = "file"  # references.path: JSONL or Parquet: `id`, `response_ids` (or `response`)
 
 
 class WrongReferences(Enum):
@@ -57,6 +57,20 @@ class WrongReferences(Enum):
     resample = (
         "resample"  # ask again, references.max_attempts times in all; keep what is wrong then
     )
+
+
+class Duplicates(Enum):
+    """``data.duplicates``: what becomes of a row that repeats an earlier problem."""
+
+    refuse = "refuse"  # the file is refused
+    first = "first"  # the first row of each problem is taken
+
+
+class Unanswered(Enum):
+    """``data.unanswered``: what becomes of a row whose answer is none, a proof or not found."""
+
+    refuse = "refuse"  # the file is refused
+    drop = "drop"  # the row is left out
 
 
 class PrivilegedContext(Enum):

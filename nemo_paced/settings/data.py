@@ -9,8 +9,14 @@ from typing import Any
 from nemo_paced.errors import ConfigError
 from nemo_paced.settings import template
 from nemo_paced.settings.checks import positive, require
-from nemo_paced.settings.choices import ReferenceSource, WrongReferences
+from nemo_paced.settings.choices import (
+    Duplicates,
+    ReferenceSource,
+    Unanswered,
+    WrongReferences,
+)
 
+FIELDS = ("id", "problem", "answer", "solution", "group")  # of a problem file
 DATE = "2024-07-26"  # see data.chat_template_date
 # Arguments of a tokenizer's apply_chat_template that decide what is rendered: ours to give.
 RESERVED = (
@@ -42,11 +48,17 @@ class DataConfig:
     in braces is written ``{{word}}``.
     """
 
-    problems: str = ""  # file of the training problems
+    problems: str = ""  # file of the training problems; or a pattern: data/train-*.parquet
     # File of held-out problems for trainer.val_check_interval and for `evaluate` (suite `heldout`).
     validation_problems: str | None = None
     # File of problems of older skills for `evaluate` (suite `forgetting`).
     forgetting_problems: str | None = None
+    # Columns of files whose schema is not known, by field (id, problem, answer, solution, group):
+    # {problem: query, answer: reward.gold}. An id of null numbers the rows. A file that has none of
+    # these columns is read by its own.
+    columns: dict[str, Any] = field(default_factory=dict)
+    duplicates: Duplicates = Duplicates.refuse
+    unanswered: Unanswered = Unanswered.refuse
     # The student's prompt, before the chat template; the default is DAPO's.
     prompt_template: str = (
         "Solve the following math problem step by step. The last line of your response should be "
@@ -80,6 +92,15 @@ class DataConfig:
             "data", self, "max_prompt_length", "max_teacher_prompt_length", "max_response_length"
         )
         self._check_templates()
+        for name, column in self.columns.items():
+            require(
+                name in FIELDS,
+                f"data.columns holds {name!r}, which is no field; choose of {', '.join(FIELDS)}",
+            )
+            require(
+                isinstance(column, str) or (column is None and name == "id"),
+                f"data.columns.{name} is {column!r}: give the name of a column",
+            )
         check_chat(
             "data",
             self.use_chat_template,

@@ -90,7 +90,7 @@ class SnrDriver:
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.model, self.step, self.out = model, step, out
-        problems = load_problems(config.data.problems)
+        problems = load_problems(config.data.problems, data=config.data)
         self.prompts = prepare.make_prompts(config)
         path = find_pass_rates(config, run_dir, model, step)
         table = PassRateTable.read(path, problems)

@@ -54,7 +54,7 @@ def measurement_identity(
         "references": to_dict(config.references),
         "sampling": _sampling(config) if sampled else None,
         "max_response_length": config.data.max_response_length,
-        "problems": digest([asdict(problem) for problem in problems]),
+        "problems": digest([problem.content() for problem in problems]),
         "prompts": digest([prompts.stop_token_ids, asked]),
         "pass_rates": digest(counts),
         "precision": config.trainer.compute_precision.value,

@@ -47,11 +47,11 @@ class Driver:
     def __init__(self, config: PacedConfig, run_dir: Path) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.problems = load_problems(config.data.problems)
+        self.problems = load_problems(config.data.problems, data=config.data)
         self.validation: list[Problem] = []
         if config.data.validation_problems:
             self.validation = load_problems(
-                config.data.validation_problems, key="data.validation_problems"
+                config.data.validation_problems, key="data.validation_problems", data=config.data
             )
         self.prompts = prepare.make_prompts(config)
         prepare.check_prompts(self.problems, self.prompts)

@@ -160,7 +160,7 @@ def save_table(table: PassRateTable, run_dir: Path, step: int) -> None:
 
 def pass_rates(config: PacedConfig, run_dir: Path) -> Path:
     """The command ``pass-rates``: sample, grade, weigh; returns the table's path."""
-    problems = load_problems(config.data.problems)
+    problems = load_problems(config.data.problems, data=config.data)
     prompts = make_prompts(config)
     check_prompts(problems, prompts)
     with (

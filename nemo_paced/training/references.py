@@ -149,7 +149,7 @@ def told(found: Sequence[Reference], wrong: WrongReferences) -> str:
 
 def references(config: PacedConfig, run_dir: Path) -> Path:
     """The command ``references``: teacher responses to every problem; returns the file's path."""
-    problems = load_problems(config.data.problems)
+    problems = load_problems(config.data.problems, data=config.data)
     prompts = make_prompts(config)
     check_prompts(problems, prompts)
     with progress_bar() as bar:

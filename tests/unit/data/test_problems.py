@@ -17,7 +17,8 @@ def write(path, *rows):
 
 
 def test_jsonl_and_parquet_give_the_same_problems(tmp_path):
-    rows = [ROW, {**ROW, "id": 7, "answer": 2, "solution": "two", "group": "g"}]
+    more = {"id": 7, "problem": "3 - 1", "answer": 2, "solution": "two", "group": "g"}
+    rows = [ROW, {**ROW, **more}]
     jsonl = load_problems(write(tmp_path / "p.jsonl", *rows))
     frame = pandas.DataFrame([{**row, "id": str(row["id"])} for row in rows]).astype(
         {"answer": str}
@@ -93,7 +94,7 @@ def test_a_solution_without_a_whole_box_has_no_answer(tmp_path, solution):
         ([{**ROW, "answer": " "}], "field 'answer' is missing or empty"),
         ([{**ROW, "problem": None}], "field 'problem'"),
         ([ROW, "", {**ROW}], r"p.jsonl:3: id 'a' occurs before, at .*p.jsonl:1"),
-        ([{"prompt": [], "reward_model": {}}], "looks like DAPO-Math-17k"),
+        ([{"prompt": [], "reward_model": {}}], "as in DAPO-Math-17k"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, rows, told):

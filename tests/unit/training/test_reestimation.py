@@ -44,8 +44,10 @@ ADAPTIVE = WeightsConfig(
 def make_config(tmp_path, monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, "key")
     path = tmp_path / "problems.jsonl"
-    rows = [{"id": i, "problem": "solve s7 f8 =", "answer": "s8", "solution": "s8"}
-            for i in TRUE_RATES]  # fmt: skip
+    rows = [
+        {"id": i, "problem": f"solve s{n % 8} s{n // 8} f8 =", "answer": "s8", "solution": "s8"}
+        for n, i in enumerate(TRUE_RATES)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(weights):

@@ -6,6 +6,7 @@ import json
 import logging
 
 import numpy as np
+import pandas
 import pytest
 
 from nemo_paced.compose import with_config
@@ -19,6 +20,7 @@ from nemo_paced.config import (
 )
 from nemo_paced.data.references import read_references
 from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.records import Problem
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.run.progress import RunLog, progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
@@ -39,8 +41,10 @@ KEEP, DROP, RESAMPLE = WrongReferences.keep, WrongReferences.drop, WrongReferenc
 def make_config(tmp_path, monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, "key")
     path = tmp_path / "problems.jsonl"
-    rows = [{"id": i, "problem": "solve s7 f8 =", "answer": "s8", "solution": "s8"}
-            for i in TRUE_RATES]  # fmt: skip
+    rows = [
+        {"id": i, "problem": f"solve s{n % 8} s{n // 8} f8 =", "answer": "s8", "solution": "s8"}
+        for n, i in enumerate(TRUE_RATES)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(wrong=KEEP, max_attempts=None, **others):
@@ -245,8 +249,25 @@ def test_a_file_may_lack_only_what_it_marks_as_dropped(make_config, tmp_path):
     with pytest.raises(ConfigError, match="all 24 problems are dropped"):
         read_references(path, problems, prompts)
     path.write_text("[1]\n")
-    with pytest.raises(ConfigError, match=r"given.jsonl:1: .*it is a list"):
+    with pytest.raises(ConfigError, match=r"given.jsonl:1: a JSON object is needed"):
         read_references(path, problems, prompts)
+
+
+def test_references_are_read_from_parquet_and_with_numbers_as_ids(make_config, tmp_path):
+    config = make_config()
+    prompts = prepare.make_prompts(config)
+    problems = [Problem(str(n), f"solve s{n} =", "s8") for n in (1, 2, 3)]
+    rows = [
+        {"id": 1, "response": "s8"},
+        {"id": 2, "response_ids": [11, 12, 1]},
+        {"id": 3, "dropped": True},
+    ]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "given.parquet")
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_references(tmp_path / "given.parquet", problems, prompts)
+    assert found == read_references(tmp_path / "given.jsonl", problems, prompts)
+    assert found["1"].response_ids == prompts.response("s8") and set(found) == {"1", "2"}
+    assert found["2"].response_ids == (11, 12, 1) and not found["2"].truncated
 
 
 def test_weights_of_what_is_left_keep_their_ratios_and_the_mean():

@@ -1,0 +1,417 @@
+r"""Schemas of published problem sets: which columns of a row hold statement, answer, solution, id.
+
+Read as published: our own columns; DAPO-Math-17k and other files for verl (``prompt`` as chat
+turns, ``reward_model.ground_truth``) and its processed copy (``prompt`` as text);
+Open-Reasoner-Zero (conversations); NuminaMath, OpenR1-Math, DeepScaleR, MATH and MATH-500, Minerva,
+AIME and AMC in their copies (an answer, or a solution with a last ``\boxed{}``); GSM8K (the answer
+after ``####``); OlympiadBench; SVAMP and ASDiv (``Body`` and ``Question``); MMLU, AQuA, ARC and SAT
+(choices).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_paced.errors import ConfigError
+from nemo_paced.grading.answers import last_boxed
+from nemo_paced.records import Problem
+
+Row = dict[str, Any]
+
+# Columns of a row, and what public data sets call them; the first that is there is taken.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "id": ("id", "unique_id", "uuid", "ID", "problem_id", "problem_idx", "idx"),
+    "problem": ("problem", "question", "Problem", "Question", "prompt", "query"),
+    "answer": (
+        *("answer", "Answer", "final_answer", "expected_answer", "ground_truth"),
+        *("correct", "answerKey", "gold"),
+    ),
+    "solution": ("solution", "Solution", "rationale", "generated_solution"),
+    "group": ("group", "subject", "type", "Type", "problem_type", "subfield", "data_source"),
+}
+_CHOICES = ("choices", "options")
+_BODIES = ("Body", "body", "context")
+# What data sets write where there is no answer to compare with.
+NO_ANSWERS = frozenset(("proof", "notfound", "not found", "nan", "n/a", "null"))
+
+# What prompts hold beside the statement; our own template says the like.
+_DAPO_FIRST_LINE = "Solve the following math problem step by step."
+_DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+_INSTRUCTION = re.compile(
+    r"\s*(?:Please reason step by step,? and put your final answer (?:with)?in \\boxed\{\}"
+    r"|Let's think step by step and output the final answer (?:within \\boxed\{\}|after \"####\"))"
+    r"\.?\s*$"
+)
+_AFTER_MARK = re.compile(r"^####[ \t]*(.+)$", re.MULTILINE)
+_CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K: 3*4=<<3*4=12>>12
+_WITH_UNIT = re.compile(r"(-?[\d.,/]+)\s*\(([^()]*)\)")  # ASDiv: 9 (apples)
+_LABEL = re.compile(r"\s*\(?([A-Ja-j])[).:]\s*")
+
+
+class Unanswered(ConfigError):
+    """A row without an answer that a response could be compared with."""
+
+
+@dataclass
+class Reading:
+    """How rows become problems, and what was noticed on the way.
+
+    Attributes:
+        columns: the user's column by field; a dotted name is a field of a column.
+        keep_instructions: leave instructions in statements (a bare prompt template has none).
+        numbered: whether rows are known by their number, as the file has no ids.
+        noticed: rows by what was done to them, or what they hold that is not used.
+        sources: where each field of the first row came from.
+    """
+
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    keep_instructions: bool = False
+    numbered: bool = False
+    noticed: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def problem(self, row: Row, where: str, number: int) -> Problem:
+        """The problem of a row.
+
+        Args:
+            where: file and line, for messages.
+            number: of the row, from 0; decides by the first row whether the file has ids.
+
+        Raises:
+            Unanswered: there is no answer, or none that can be compared with.
+            ConfigError: a field that is missing, empty or no text.
+        """
+        columns = sorted(row)
+        row = self._own_columns(row, where)
+        row = _turns(row, where)
+        found = {name: _first(row, names) for name, names in COLUMNS.items()}
+        if not number:
+            self.numbered = found["id"][1] is None
+            self.sources = {name: column for name, (column, _) in found.items() if column}
+        statement = self._statement(row, found["problem"][1], where, columns)
+        solution = _solution(found["solution"][1], where)
+        answers, solution = self._answers(row, found["answer"], solution, where, columns)
+        name = str(number) if self.numbered else identity(found["id"][1])
+        if not name:
+            raise ConfigError(_missing("id", where, columns))
+        return Problem(
+            id=name,
+            problem=statement,
+            answer=answers[0],
+            solution=solution,
+            group=str(found["group"][1] or ""),
+            accepted=tuple(answers[1:]),
+        )
+
+    def _own_columns(self, row: Row, where: str) -> Row:
+        """The row with the columns that the user names under the names of our fields."""
+        if not self.columns:
+            return row
+        own = {name: _at(row, column) for name, column in self.columns.items() if column}
+        if absent := [self.columns[name] for name, value in own.items() if value is _ABSENT]:
+            if len(absent) == len(own):  # another file's: each is read by its own columns
+                return row
+            raise ConfigError(
+                f"{where}: data.columns names {absent[0]!r}, which is no column of it; it has "
+                f"{', '.join(sorted(row))}"
+            )
+        others = {n: v for n, v in row.items() if not any(n in COLUMNS[name] for name in own)}
+        if "id" in self.columns and self.columns["id"] is None:
+            others = {n: v for n, v in others.items() if n not in COLUMNS["id"]}
+        return others | own
+
+    def _statement(self, row: Row, value: Any, where: str, columns: list[str]) -> str:
+        if isinstance(value, (list, dict, bool)):
+            raise ConfigError(f"{where}: the problem is a {type(value).__name__}, not a text")
+        text = "" if value is None else str(value)
+        if not text.strip():
+            raise ConfigError(_missing("problem", where, columns))
+        body = next((row[name] for name in _BODIES if isinstance(row.get(name), str)), "")
+        if body.strip() and body.strip() not in text:
+            stop = "" if body.strip()[-1] in ".!?:;," else "."
+            text = f"{body.strip()}{stop} {text.strip()}"
+            self.noticed["the body stands before the question"] += 1
+        if not self.keep_instructions:
+            bare = _without_instruction(text)
+            if bare != text:
+                self.noticed["an instruction was taken off: data.prompt_template has its own"] += 1
+            text = bare
+        if choices := _choices(row, where):
+            text += "\n\n" + "\n".join(f"{label}) {choice}" for label, choice in choices)
+            self.noticed["multiple choice: the choices stand behind the question"] += 1
+        return text
+
+    def _answers(
+        self,
+        row: Row,
+        answer: tuple[str | None, Any],
+        solution: str | None,
+        where: str,
+        columns: list[str],
+    ) -> tuple[list[str], str | None]:
+        """Accepted answers, the first the usual one, and the solution, which may hold it."""
+        column, value = answer
+        if row.get("error") and column == "final_answer":
+            self.noticed["a tolerance of the row's own (`error`) is not used"] += 1
+        if value is None:
+            value = _from_solution(solution)
+            if value is None:
+                raise Unanswered(_missing("answer", where, columns))
+            self.noticed["the answer is what the solution marks"] += 1
+            return [value], solution
+        if column in ("final_answer", "ground_truth", "correct") or "reward_model" in row:
+            value = _listed(value)
+        if choices := _choices(row, where):
+            return [_label(value, row, choices, where)], solution
+        several = value if isinstance(value, list) else [value]
+        if not several or (isinstance(value, list) and column not in _LISTS):
+            raise Unanswered(f"{where}: the answer is a list, {_shown(value)}: one text is needed")
+        answers = [_answer(each, where) for each in several]
+        if len(answers) > 1 and row.get("is_multiple_answer"):
+            answers = [", ".join(answers)]  # all of them are asked for
+        marked = [_marked(each) for each in answers]
+        answers, worked = [each for each, _ in marked], marked[0][1]
+        if worked is not None:
+            self.noticed["the answer is what a worked solution marks"] += 1
+            solution = solution or worked
+        if "reward_model" in row and solution is not None and solution.strip() in answers:
+            solution = None  # the processed copy of DAPO-Math-17k calls the answer so
+        if _BODIES[0] in row or _BODIES[1] in row:
+            answers = [_WITH_UNIT.sub(r"\1", each) for each in answers]
+        return list(dict.fromkeys(answers)), solution
+
+
+_ABSENT = object()
+_LISTS = ("final_answer", "ground_truth")  # columns whose lists are several accepted answers
+
+
+def _turns(row: Row, where: str) -> Row:
+    """A row whose problem is a chat, with statement and answer as columns."""
+    turns, answer = row.get("prompt", row.get("messages")), _ABSENT
+    reward = row.get("reward_model")
+    if {"0", "1"} <= row.keys():
+        turns, last = [row["0"]], row["1"]
+        try:
+            answer = last["ground_truth"]["value"]
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{where}: looks like Open-Reasoner-Zero, but the second turn has no "
+                f"ground_truth.value ({error!r})"
+            ) from error
+    if isinstance(reward, dict):
+        answer = reward.get("ground_truth", _ABSENT)
+    if not isinstance(turns, list):
+        if answer is not _ABSENT:
+            row = row | {"ground_truth": answer}
+        return _with_index(row)
+    user = [turn for turn in turns if _role(turn) in ("user", "human")]
+    others = {_role(turn) for turn in turns} - {"user", "human", "system"}
+    if len(user) != 1 or others or answer is _ABSENT:
+        raise ConfigError(
+            f"{where}: a chat of one user turn with reward_model.ground_truth is needed (as in "
+            f"DAPO-Math-17k); it has the turns {', '.join(map(_role, turns)) or 'none'} and the "
+            f"columns {', '.join(sorted(row))}"
+        )
+    content = user[0].get("content", user[0].get("value"))
+    kept = {name: value for name, value in row.items() if name not in ("prompt", "messages")}
+    return _with_index(kept | {"problem": content, "ground_truth": answer, "answer": None})
+
+
+def _role(turn: Any) -> str:
+    return str(turn.get("role", turn.get("from"))) if isinstance(turn, dict) else "?"
+
+
+def _with_index(row: Row) -> Row:
+    """The row with the index that verl keeps in ``extra_info``, where it has no other id."""
+    extra = row.get("extra_info")
+    if isinstance(extra, dict) and extra.get("index") is not None and "id" not in row:
+        return row | {"id": extra["index"]}
+    return row
+
+
+def _first(row: Row, names: tuple[str, ...]) -> tuple[str | None, Any]:
+    """The first column that there is and holds something, and its value."""
+    for name in names:
+        value = row.get(name)
+        empty = value.isspace() or not value if isinstance(value, str) else _is_nan(value)
+        if value is not None and not empty:
+            return name, value
+    return None, None
+
+
+def _at(row: Row, column: str) -> Any:
+    """A column, or a field of one by its dotted name; ``_ABSENT`` where there is none."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def identity(value: Any) -> str:
+    """An id as text; empty: there is none. A number of pandas, 3.0, is 3."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value).strip()
+
+
+def _solution(value: Any, where: str) -> str | None:
+    """An expert solution; of several the first."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, (dict, bool)):
+        raise ConfigError(f"{where}: the solution is a {type(value).__name__}, not a text")
+    return str(value) if value is not None and str(value).strip() else None
+
+
+def _from_solution(solution: str | None) -> str | None:
+    """The answer that a solution marks: behind ``####``, else in its last box."""
+    if solution is None:
+        return None
+    if marks := _AFTER_MARK.findall(solution):
+        return _plain_number(marks[-1])
+    boxed = last_boxed(solution)
+    return boxed[0] if boxed is not None and boxed[0] else None
+
+
+def _marked(answer: str) -> tuple[str, str | None]:
+    """A marked answer without the solution around it, and that solution, if there is one."""
+    if marks := list(_AFTER_MARK.finditer(answer)):
+        worked = _CALCULATOR.sub("", answer[: marks[-1].start()]).strip()
+        return _plain_number(marks[-1][1]), worked or None
+    boxed = last_boxed(answer)
+    if boxed is None or not boxed[0]:
+        return answer, None
+    around = re.sub(r"\\(boxed|fbox)\s*", "", answer).strip("${} .")
+    return boxed[0], answer if len(around) > len(boxed[0]) else None
+
+
+def _plain_number(text: str) -> str:
+    """A number without thousands separators; other text as it is."""
+    text = text.strip()
+    return text.replace(",", "") if re.fullmatch(r"-?\$?\d[\d,]*(\.\d+)?", text) else text
+
+
+def _answer(value: Any, where: str) -> str:
+    """An answer as text.
+
+    Raises:
+        Unanswered: it is none, or of a kind that cannot be compared with.
+    """
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise Unanswered(f"{where}: the answer is {value}")
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise Unanswered(
+            f"{where}: the answer is {_shown(value)}, a {type(value).__name__}: a text or a number "
+            "is needed"
+        )
+    text = str(value).strip()
+    if text.lower() in NO_ANSWERS or not text:
+        raise Unanswered(f"{where}: the answer is {text!r}: nothing to compare a response with")
+    return text
+
+
+def _listed(value: Any) -> Any:
+    """A list that is written as JSON in a text, as the list; everything else as it is."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        try:
+            inner = json.loads(value)
+        except ValueError:
+            return value
+        if isinstance(inner, list) and all(isinstance(each, str) for each in inner):
+            return inner
+    return value
+
+
+def _choices(row: Row, where: str) -> list[tuple[str, str]]:
+    """Choices of a row by their letter; none: it is no multiple choice."""
+    given: Any = next((row[name] for name in _CHOICES if row.get(name)), None)
+    if isinstance(given, dict) and "text" in given:  # ARC
+        given = list(given["text"])
+    if isinstance(given, str):
+        given = _split_choices(given)
+    if given is None:
+        return []
+    if not isinstance(given, list) or not 2 <= len(given) <= 10:
+        raise ConfigError(
+            f"{where}: choices are {_shown(given)}: 2 to 10 are needed, as a list or by letter"
+        )
+    texts = [str(each) for each in given]
+    labelled = [_LABEL.match(text) for text in texts]
+    if all(
+        match and match[1].upper() == letter
+        for match, letter in zip(labelled, string.ascii_uppercase, strict=False)
+    ):
+        texts = [text[match.end() :] for text, match in zip(texts, labelled, strict=True) if match]
+    return list(zip(string.ascii_uppercase, texts, strict=False))
+
+
+def _split_choices(text: str) -> list[str]:
+    """Choices of a text such as ``A) 1 B) 2``, whose letters follow each other."""
+    begins: list[re.Match[str]] = []
+    for letter in string.ascii_uppercase[:10]:
+        label = re.compile(rf"(?:^|\s)\(?{letter}[).:](?:\s|$)")
+        found = label.search(text, begins[-1].end() if begins else 0)
+        if found is None:
+            break
+        begins.append(found)
+    ends = [*(match.start() for match in begins), len(text)][1:]
+    return [text[m.end() : end].strip() for m, end in zip(begins, ends, strict=True)]
+
+
+def _label(value: Any, row: Row, choices: list[tuple[str, str]], where: str) -> str:
+    """The letter of the right choice, which a row names by index from 0, letter, label or text."""
+    letters, texts = zip(*choices, strict=True)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(letters):
+        return letters[value]
+    if isinstance(value, str):
+        named = value.strip("(). ").upper()
+        for names in (_own_labels(row), letters, texts):
+            if (name := value.strip() if names is texts else named) in names:
+                return letters[list(names).index(name)]
+    raise Unanswered(
+        f"{where}: the answer is {_shown(value)}, and the choices are {', '.join(letters)}"
+    )
+
+
+def _own_labels(row: Row) -> list[str]:
+    """ARC's labels of the choices, some of which are numbers from 1."""
+    given: Row = next((row[name] for name in _CHOICES if isinstance(row.get(name), dict)), {})
+    return [str(label).upper() for label in given.get("label", [])]
+
+
+def _without_instruction(text: str) -> str:
+    if text.startswith(_DAPO_FIRST_LINE):
+        return text.partition("\n\n")[2].removesuffix(_DAPO_AFTER)
+    return _INSTRUCTION.sub("", text)
+
+
+def _missing(name: str, where: str, columns: list[str]) -> str:
+    known = ", ".join(map(repr, COLUMNS[name][1:]))
+    return (
+        f"{where}: field {name!r} is missing or empty (so are {known}); it has "
+        f"{', '.join(columns)}; name its column with data.columns.{name}"
+    )
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
