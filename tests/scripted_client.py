@@ -14,12 +14,14 @@ class ScriptedClient:
         pass_rates: by problem id.
         ids: token ids of a right and of a wrong response.
         break_after: requests answered before the connection breaks; ``None``: it holds.
+        wrong_finish: how wrong responses end; ``length``: cut at their limit.
     """
 
-    def __init__(self, pass_rates, right_ids, wrong_ids, break_after=None):
+    def __init__(self, pass_rates, right_ids, wrong_ids, break_after=None, wrong_finish="stop"):
         self.pass_rates = pass_rates
         self.right_ids, self.wrong_ids = tuple(right_ids), tuple(wrong_ids)
         self.break_after = break_after
+        self.wrong_finish = wrong_finish
         self.samples_asked = 0
         self.requests = 0
 
@@ -34,5 +36,6 @@ class ScriptedClient:
             for _ in range(request.n):
                 right = draw.random() < self.pass_rates[request.key]
                 ids = self.right_ids if right else self.wrong_ids
-                completions.append(Completion(ids, (-0.5,) * len(ids), "stop"))
+                finish = "stop" if right else self.wrong_finish
+                completions.append(Completion(ids, (-0.5,) * len(ids), finish))
             on_result(request, completions)

@@ -42,6 +42,9 @@ class RolloutConfig:
     # |trainer - server| log-probability, mean over the sampled tokens of a step, nats; above it the
     # run stops.
     max_logprob_gap: float = 0.1
+    # Share of responses cut at their limit, in a pass-rate estimate or over five steps, above which
+    # the run stops; 1: never.
+    max_truncated_share: float = 1.0
     start_timeout_s: float = 600.0  # seconds until a server is healthy
     request_timeout_s: float = 1800.0  # seconds until a request is answered
     max_restarts: int = 2  # restarts of one server that died, before the run stops
@@ -62,6 +65,10 @@ class RolloutConfig:
             "start_timeout_s",
             "request_timeout_s",
             "tensor_parallel_size",
+        )
+        require(
+            0 <= self.max_truncated_share <= 1,
+            f"rollout.max_truncated_share is {self.max_truncated_share}: it must lie in [0, 1]",
         )
         require(self.top_p <= 1, f"rollout.top_p is {self.top_p}: it must be at most 1")
         require(

@@ -20,6 +20,7 @@ from nemo_paced.errors import PacedError
 from nemo_paced.parallel.groups import Parallel
 from nemo_paced.student.step import StepResult
 from nemo_paced.training.batches import Batch
+from nemo_paced.training.prepare import WHY_CUT
 from nemo_paced.training.schedule import Stage
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,11 @@ _ENOUGH = 10  # steps before the first loss that is compared
 # logarithm.
 SPIKE_DEVIATIONS = 5.0
 _DEVIATION_OF_MAD = 1.4826  # a normal distribution's, over its median absolute deviation
+
+
+LENGTH_WINDOW = 50  # steps within which responses may not double unnoticed
+_BEFORE, _NOW = 10, 5  # steps at the window's two ends that are compared
+_LEAST_TRUNCATED = 0.1  # below it a doubled share is left alone
 
 
 class RunStopped(PacedError):
@@ -50,6 +56,7 @@ class Guard:
         self.skipped = 0
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)  # logarithms of losses
         self._stage = ""
+        self._lengths: deque[tuple[float, float]] = deque(maxlen=LENGTH_WINDOW)
 
     def check(
         self, step: int, stage: Stage, batch: Batch, result: StepResult | None, *, fresh: bool
@@ -64,8 +71,11 @@ class Guard:
             The batch's problems where its loss is a spike or no number, else none.
 
         Raises:
-            RunStopped: too many skipped steps, or a server that does not sample from the student.
+            RunStopped: too many skipped steps, too many responses cut at their limit, or a server
+                that does not sample from the student.
         """
+        if "rollout/mean_length" in batch.metrics:
+            self._check_lengths(step, batch.metrics)
         if result is None:
             logger.info("step %d: every problem of the batch has weight 0: no-op", step)
             return []
@@ -82,6 +92,33 @@ class Guard:
                 "trainer.precision) and that the last refit reached the server"
             )
         return problems if odd else []
+
+    def _check_lengths(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn where responses grow, or more of them are cut, to the double within a window."""
+        self._lengths.append((metrics["rollout/truncated"], metrics["rollout/mean_length"]))
+        lengths = list(self._lengths)
+        truncated, length = (statistics.fmean(each) for each in zip(*lengths[-_NOW:], strict=True))
+        bound = self.config.rollout.max_truncated_share
+        if truncated > bound and len(lengths) >= _NOW:
+            raise RunStopped(
+                f"step {step}: {truncated:.0%} of the last {_NOW} steps' responses were cut at "
+                f"data.max_response_length {self.config.data.max_response_length}, above "
+                f"rollout.max_truncated_share {bound:g}. {WHY_CUT}"
+            )
+        if len(lengths) < _BEFORE + _NOW:
+            return
+        before, were = (statistics.fmean(each) for each in zip(*lengths[:_BEFORE], strict=True))
+        grown = []
+        if truncated >= max(2 * before, _LEAST_TRUNCATED):
+            grown.append(f"{truncated:.0%} of the responses are cut, {before:.0%} were")
+        if length >= 2 * were:
+            grown.append(f"responses have {length:.0f} tokens in the mean, {were:.0f} had they")
+        if grown:
+            self._lengths.clear()  # told once; what is usual begins anew
+            logger.log(
+                self._level, "step %d: within %d steps %s. %s",
+                step, len(lengths), "; ".join(grown), WHY_CUT,
+            )  # fmt: skip
 
     def _skip(self, step: int, result: StepResult, problems: str) -> None:
         self.skipped += 1

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import PromptKind, Prompts
-from nemo_paced.errors import ConfigError
+from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.hf.tokenizer import check_same_tokens
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler
@@ -27,6 +27,13 @@ from nemo_paced.weights.pass_rates import PassRateTable
 from nemo_paced.weights.rounds import sample_in_rounds
 
 logger = logging.getLogger(__name__)
+
+WHY_CUT = (
+    "Likely causes: a limit too short for a model that thinks (data.chat_template_kwargs), a token "
+    "that ends its turns and is no stop token, or a student that has come to repeat itself"
+)
+# Share of problems at 0 or at 1 above which weights say little, and of responses that explains it.
+_SETTLED, _MANY = 0.9, 0.3
 
 
 def make_prompts(config: PacedConfig) -> Prompts:
@@ -144,12 +151,51 @@ def estimate_pass_rates(
     rollouts = sample_in_rounds(problems, sample, config.weights) if adaptive else sample()
     table = PassRateTable.estimate(rollouts, problems, config.weights, student_step=step)
     save_table(table, run_dir, step)
-    rates = [row.pass_rate for row in table.rows]
-    logger.info(
-        "pass rates at step %d: mean %.3f, %d of %d problems at 0, %d at 1",
-        step, sum(rates) / len(rates), rates.count(0.0), len(rates), rates.count(1.0),
-    )  # fmt: skip
+    _tell_of_estimate(config, table, rollouts, step)
     return table
+
+
+def _tell_of_estimate(
+    config: PacedConfig, table: PassRateTable, rollouts: Sequence[Rollout], step: int
+) -> None:
+    """Log what an estimate found, and what is likely wrong where it says little.
+
+    Raises:
+        RolloutError: more responses were cut than ``rollout.max_truncated_share``.
+    """
+    rates = [row.pass_rate for row in table.rows]
+    cut = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
+    silent = sum(not r.correct and r.extracted is None for r in rollouts) / len(rollouts)
+    if ":" in config.grading.verifier:
+        silent = 0.0  # a verifier of one's own does not say what it read
+    limit = config.data.max_response_length
+    logger.info(
+        "pass rates at step %d: mean %.3f, %d of %d problems at 0, %d at 1; of %d responses "
+        "%.0f %% were cut at %d tokens, %.0f %% had no answer",
+        step, sum(rates) / len(rates), rates.count(0.0), len(rates), rates.count(1.0),
+        len(rollouts), 100 * cut, limit, 100 * silent,
+    )  # fmt: skip
+    settled = rates.count(0.0) + rates.count(1.0)
+    if settled >= _SETTLED * len(rates):
+        why = []
+        if cut >= _MANY:
+            why.append(f"{cut:.0%} of the responses were cut. {WHY_CUT}")
+        if silent >= _MANY:
+            why.append(
+                f"{silent:.0%} of the responses had no answer that grading.verifier "
+                f"{config.grading.verifier} reads: does data.prompt_template ask for one?"
+            )
+        logger.warning(
+            "%d of %d problems lie at a pass rate of 0 or 1, where weights say little: choose "
+            "problems that the student solves now and then. %s",
+            settled, len(rates), " ".join(why),
+        )  # fmt: skip
+    if cut > config.rollout.max_truncated_share:
+        raise RolloutError(
+            f"{cut:.0%} of {len(rollouts)} responses were cut at data.max_response_length {limit}, "
+            f"above rollout.max_truncated_share {config.rollout.max_truncated_share:g}. {WHY_CUT}. "
+            "The table is kept"
+        )
 
 
 def save_table(table: PassRateTable, run_dir: Path, step: int) -> None:

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from nemo_paced.config import PacedConfig, StageConfig, TrainingConfig
+from nemo_paced.config import PacedConfig, RolloutConfig, StageConfig, TrainingConfig
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.errors import PacedError
 from nemo_paced.student.step import StepResult
@@ -85,6 +85,42 @@ def test_a_server_that_samples_from_other_weights_stops_the_run():
     guard.check(0, stage, BATCH, result(1.0, gap=9.0), fresh=False)  # older weights, by setting
     with pytest.raises(PacedError, match="logprob_gap is 9"):
         guard.check(0, stage, BATCH, result(1.0, gap=9.0), fresh=True)
+
+
+def lengths(truncated, mean, config=None):
+    """The guard's check of steps with these shares of cut responses and mean lengths."""
+    guard, stage = Guard(config or PacedConfig()), Stage(StageConfig(), 0, 100)
+    for step, (share, length) in enumerate(zip(truncated, mean, strict=True)):
+        metrics = {"rollout/truncated": share, "rollout/mean_length": length}
+        guard.check(step, stage, Batch(BATCH.items, metrics), result(1.0), fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("truncated", "mean", "told"),
+    [
+        ([0.1] * 60, [100.0] * 60, []),
+        ([0.0] * 30, [100.0] * 15 + [140.0] * 15, []),
+        ([0.0] * 30, [100.0] * 15 + [210.0] * 15, ["responses have 210 tokens in the mean, 100"]),
+        ([0.05] * 15 + [0.2] * 15, [100.0] * 30, ["of the responses are cut, 5% were"]),
+        ([0.01] * 15 + [0.05] * 15, [100.0] * 30, []),  # few
+        # over more steps than the window has: no sudden change
+        ([0.0] * 400, [100.0 * 2 ** (n / 200) for n in range(400)], []),
+    ],
+)
+def test_responses_that_double_within_a_window_are_told_of_once(caplog, truncated, mean, told):
+    with caplog.at_level(logging.WARNING):
+        lengths(truncated, mean)
+    assert len(caplog.records) == len(told)
+    for record, words in zip(caplog.records, told, strict=True):
+        assert words in record.message and "no stop token" in record.message
+
+
+def test_too_many_cut_responses_stop_the_run():
+    config = PacedConfig(rollout=RolloutConfig(max_truncated_share=0.5))
+    lengths([0.9] * 4, [9.0] * 4, config)  # too few steps to say
+    lengths([0.9, 0.1] * 20, [9.0] * 40, PacedConfig())
+    with pytest.raises(PacedError, match=r"step 12: 52% of the last 5 .*max_truncated_share 0.5"):
+        lengths([0.4] * 10 + [0.6] * 5, [9.0] * 15, config)
 
 
 def test_only_the_rank_that_all_others_wait_for_is_named():

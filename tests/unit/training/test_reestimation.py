@@ -3,6 +3,7 @@ behind the client is scripted, since its verdicts have to be known."""
 
 import dataclasses
 import json
+import logging
 
 import numpy as np
 import pandas
@@ -137,6 +138,44 @@ def test_a_target_error_ends_before_the_budget(make_config, tmp_path):
     client, table = estimate(config, tmp_path)
     assert len(TRUE_RATES) * 2 <= client.samples_asked < len(TRUE_RATES) * 8
     assert sum(row.num_rollouts for row in table.rows) == client.samples_asked
+
+
+def test_an_estimate_says_how_many_responses_were_cut_and_had_no_answer(
+    make_config, tmp_path, caplog
+):
+    with caplog.at_level(logging.INFO):
+        _, table = estimate(make_config(POSTERIOR), tmp_path, wrong_finish="length")
+    wrong = 1 - np.mean([row.pass_rate for row in table.rows])
+    (line,) = [r.message for r in caplog.records if "problems at 0" in r.message]
+    assert f"of 160 responses {100 * wrong:.0f} % were cut at 16 tokens, 0 % had no answer" in line
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
+
+
+def test_pass_rates_at_the_ends_are_warned_of_with_what_is_likely_wrong(
+    make_config, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(
+        f"{__name__}.TRUE_RATES", dict.fromkeys(TRUE_RATES, 0.0) | {"p00": 0.5, "p01": 1.0}
+    )
+    with caplog.at_level(logging.WARNING):
+        estimate(make_config(POSTERIOR), tmp_path, wrong_finish="length")
+    (record,) = caplog.records
+    assert "19 of 20 problems lie at a pass rate of 0 or 1" in record.message
+    assert "of the responses were cut. Likely causes" in record.message
+
+
+def test_an_estimate_with_too_many_cut_responses_ends_the_run_and_is_kept(make_config, tmp_path):
+    config = make_config(POSTERIOR)
+    config.rollout.max_truncated_share = 0.2
+    prompts, problems = prepare.make_prompts(config), prepare.load_problems(config.data.problems)
+    with (
+        progress_bar(enabled=False) as bar,
+        prepare.student_sampler(config, tmp_path, prompts, lambda note: None) as sampler,
+    ):
+        sampler.client = client_of(prompts, wrong_finish="length")
+        with pytest.raises(RolloutError, match=r"above rollout.max_truncated_share 0.2. Likely"):
+            prepare.estimate_pass_rates(config, problems, sampler, tmp_path, step=0, bar=bar)
+    assert len(pandas.read_parquet(tmp_path / "pass_rates.parquet")) == 20
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
