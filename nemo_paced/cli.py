@@ -165,6 +165,27 @@ examples:
 
 {RUN_HELP}""",
     ),
+    "data": Command(
+        "nemo_paced.commands.preflight:data",
+        "what a problem file holds, and what student and teacher will see of it",
+        f"""\
+usage: nemo-paced data [FILE] [--evaluated] [--show 2] [--config-name NAME] [key=value ...]
+
+The first thing to run with a new file or a new model. Prints which columns were read and what was
+done to rows, kinds of answers, lengths in tokens against the limits, and some problems as the
+models see them, special tokens set off. Without FILE: the files that the configuration names.
+Without a student (student.hf_path) nothing is tokenised. --evaluated: the file is for evaluation,
+where only the model's context limits a prompt. Exit status 2 where a run would refuse the file.
+
+examples:
+  nemo-paced data train.jsonl
+  nemo-paced data gsm8k.jsonl student.hf_path=Qwen3-1.7B \\
+      data.chat_template_kwargs.enable_thinking=false
+  nemo-paced data rows.parquet 'data.columns={{problem: query, answer: meta.gold}}'
+  nemo-paced data --config-name RECIPE
+
+{RUN_HELP}""",
+    ),
     "preflight": Command(
         "nemo_paced.commands.preflight:preflight",
         "what would stop a run, all of it at once and before a weight is read",

@@ -1,4 +1,4 @@
-"""The command ``preflight``: the checks of ``train`` and nothing else."""
+"""The commands ``preflight`` and ``data``: what would stop a run, and what it is made of."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import logging
 import tempfile
 from pathlib import Path
 
-from nemo_paced.compose import run_directory, with_config
+from rich.console import Console
+
+from nemo_paced.compose import Parser, recipe_arguments, run_directory, with_config
 from nemo_paced.config import PacedConfig
+from nemo_paced.errors import ConfigError
 from nemo_paced.logs import launcher_rank
 from nemo_paced.run.config_file import save_config
 
@@ -27,6 +30,37 @@ def preflight(arguments: list[str]) -> None:
         logger.info("preflight: nothing that would stop the run was found")
 
     with_config(arguments, action)
+
+
+def data(arguments: list[str]) -> None:
+    """The command ``data``: what problem files hold, and what the models will see of them."""
+    parser = Parser("data")
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--show", type=int, default=2)
+    parser.add_argument("--evaluated", action="store_true")
+    parser.add_argument("--config-name")
+    parser.add_argument("--config-path")
+    known, overrides = parser.parse_known_args(arguments)
+    if known.file is not None and "=" in known.file and not Path(known.file).exists():
+        known.file, overrides = None, [known.file, *overrides]
+
+    def action(config: PacedConfig) -> None:
+        from nemo_paced.preflight.problem_report import files_of, report
+
+        key = "data.validation_problems" if known.evaluated else "data.problems"
+        files = {key: known.file} if known.file else files_of(config)
+        if not files:
+            raise ConfigError("no file: name one, or a recipe with data.problems")
+        refused = []
+        for key, path in files.items():
+            try:
+                report(path, config, Console(), key=key, shown=known.show)
+            except ConfigError as refusal:
+                refused.append(str(refusal))
+        if refused:
+            raise ConfigError("; ".join(refused))
+
+    with_config([*recipe_arguments(known, None), *overrides], action)
 
 
 def is_first_rank(config: PacedConfig) -> bool:

@@ -29,6 +29,8 @@ class ProblemFile:
         sources: column that each field of the first row came from.
         notes: sentences on what was changed or left out, for a person.
         warnings: the same on what may be a mistake in the file.
+        repeated: rows that repeat a problem, left out.
+        unanswered: rows without an answer, left out.
     """
 
     problems: list[Problem]
@@ -36,6 +38,8 @@ class ProblemFile:
     sources: dict[str, str]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    repeated: int = 0
+    unanswered: int = 0
 
 
 def load_problems(
@@ -101,7 +105,15 @@ def read_problems(
         )
     if kept.repeated:
         notes.append(f"{kept.repeated} of {count} rows repeat a problem and were left out")
-    return ProblemFile(kept.problems, count, reading.sources, notes, kept.warnings())
+    return ProblemFile(
+        problems=kept.problems,
+        rows=count,
+        sources=reading.sources,
+        notes=notes,
+        warnings=kept.warnings(),
+        repeated=kept.repeated,
+        unanswered=len(unanswered),
+    )
 
 
 class _Kept:

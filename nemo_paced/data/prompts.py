@@ -112,14 +112,34 @@ class Prompts:
             ConfigError: the chat template cannot do what is asked of it, the problem lacks the
                 teacher's context, or the prompt is longer than trained ones may be.
         """
-        ids = self._encode(self.text(problem, kind))
-        key, limit = self._limit(kind)
+        ids = self.encoded(problem, kind)
+        key, limit = self.limit(kind)
         if kind is not PromptKind.evaluation and len(ids) > limit:
             raise ConfigError(
                 f"the {kind.value} prompt of problem {problem.id!r} has {len(ids)} tokens, above "
                 f"{key} {limit}: raise it or remove the problem"
             )
         return ids
+
+    def encoded(self, problem: Problem, kind: PromptKind) -> tuple[int, ...]:
+        """Prompt ids of one kind, whatever their number.
+
+        Raises:
+            ConfigError: see :meth:`text`.
+        """
+        return self._encode(self.text(problem, kind))
+
+    def lengths(self, problems: Sequence[Problem], kind: PromptKind) -> list[int]:
+        """Tokens of each problem's prompt.
+
+        Raises:
+            ConfigError: see :meth:`text`.
+        """
+        return [len(self._encode_anew(self.text(problem, kind))) for problem in problems]
+
+    def tokens(self, text: str) -> int:
+        """Number of tokens of a text, without special ones."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def text(self, problem: Problem, kind: PromptKind) -> str:
         """The whole prompt as text, with the chat template's special tokens.
@@ -163,8 +183,9 @@ class Prompts:
         Raises:
             ConfigError: counts them and names the longest; or see :meth:`text`.
         """
-        key, limit = self._limit(kind)
-        lengths = {p.id: len(self._encode_anew(self.text(p, kind))) for p in problems}
+        key, limit = self.limit(kind)
+        ids = [problem.id for problem in problems]
+        lengths = dict(zip(ids, self.lengths(problems, kind), strict=True))
         above = sorted((i for i in lengths if lengths[i] > limit), key=lambda i: -lengths[i])
         if above:
             named = ", ".join(f"{i!r} has {lengths[i]} tokens" for i in above[:3])
@@ -230,7 +251,7 @@ class Prompts:
         """Text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def _limit(self, kind: PromptKind) -> tuple[str, int]:
+    def limit(self, kind: PromptKind) -> tuple[str, int]:
         """Setting that limits a kind of prompts, and its value."""
         name = "max_teacher_prompt_length" if kind is PromptKind.teacher else "max_prompt_length"
         return f"data.{name}", getattr(self.data, name)

@@ -27,6 +27,7 @@ CHECKS: tuple[Check, ...] = (
     tokens.end_of_text,
     tokens.chat_templates,
     files.problem_prompts,
+    files.answers,
     files.stored_inputs,
     files.run_directory,
     files.disk,

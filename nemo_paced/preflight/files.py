@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nemo_paced.config import Precision, ReferenceSource, TeacherPlacement
+from nemo_paced.config import PacedConfig, Precision, ReferenceSource, TeacherPlacement
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError, PacedError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.preflight.findings import Finding, error, warning
 from nemo_paced.preflight.inputs import Inputs
+from nemo_paced.records import Problem
 from nemo_paced.run import checkpoint_files
 from nemo_paced.run.checkpoint_files import newest_checkpoint
 from nemo_paced.run.fingerprint import DATA_FILE, check_data
@@ -21,6 +23,7 @@ from nemo_paced.training import schedule
 from nemo_paced.weights.pass_rates import PassRateTable
 
 GIB = 2**30
+_CHOICES, _LETTERS = re.compile(r"(?m)^\s*\(?B[).]"), frozenset("ABCDEFGHIJ")
 
 
 def problem_prompts(inputs: Inputs) -> Iterator[Finding]:
@@ -38,6 +41,37 @@ def problem_prompts(inputs: Inputs) -> Iterator[Finding]:
                 inputs.prompts.check(asked, kind)
             except ConfigError as refusal:
                 yield error(key, str(refusal))
+        if key != "data.problems" and inputs.student is not None:
+            longest = max(inputs.prompts.lengths(problems, PromptKind.evaluation))
+            if longest >= inputs.student.max_positions:
+                yield error(
+                    key,
+                    f"the longest prompt has {longest} tokens and the student's context "
+                    f"{inputs.student.max_positions}: nothing is left for a response",
+                    "remove the problem",
+                )
+
+
+def answers(inputs: Inputs) -> Iterator[Finding]:
+    """Check that the verifier suits the answers."""
+    for key, problems in inputs.problems.items():
+        yield from verifier_fits(inputs.config, problems, key)
+
+
+def verifier_fits(config: PacedConfig, problems: Sequence[Problem], key: str) -> list[Finding]:
+    """A warning where most answers are letters of choices and the verifier reads no choices."""
+    verifier = config.grading.verifier
+    letters = sum(bool(_CHOICES.search(p.problem)) and p.answer in _LETTERS for p in problems)
+    if letters < len(problems) / 2 or verifier not in ("math", "exact"):
+        return []
+    return [
+        warning(
+            key,
+            f"{letters} of {len(problems)} answers are the letter of a choice and "
+            f"grading.verifier is {verifier}",
+            "set grading.verifier=multiple_choice",
+        )
+    ]
 
 
 def _kinds_of_prompts(inputs: Inputs, key: str) -> list[PromptKind]:

@@ -195,6 +195,18 @@ def test_a_template_that_thinks_has_to_be_told_whether_to(config, models, tmp_pa
     assert finding.severity is Severity.error and "holds 'think', which the chat" in finding.what
 
 
+@pytest.mark.parametrize("name", ["validation_problems", "forgetting_problems"])
+def test_evaluated_prompts_are_limited_by_the_context_alone(config, tmp_path, name):
+    rows = [{"id": "long", "problem": "s1 " * 60, "answer": "s3"}]
+    path = tmp_path / "evaluated.jsonl"
+    path.write_text(json.dumps(rows[0]) + "\n")
+    setattr(config.data, name, str(path))
+    assert not found(config, tmp_path / "run"), "longer than data.max_prompt_length"
+    path.write_text(json.dumps(rows[0] | {"problem": "s1 " * 128}) + "\n")
+    (finding,) = found(config, tmp_path / "run")
+    assert finding.where == f"data.{name}" and "has 128 tokens" in finding.what
+
+
 def test_a_missing_solution_is_named_with_its_problem(config, models, tmp_path):
     config.data.problems = str(models / "unsolved.jsonl")
     (finding,) = found(config, tmp_path)

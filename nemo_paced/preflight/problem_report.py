@@ -1,0 +1,250 @@
+"""What a problem file holds and what the models will see of it: the command ``data``."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from nemo_paced.config import DataConfig, Duplicates, PacedConfig, Unanswered
+from nemo_paced.data.problems import ProblemFile, read_problems
+from nemo_paced.data.prompts import PromptKind, Prompts
+from nemo_paced.errors import ConfigError
+from nemo_paced.preflight.files import verifier_fits
+from nemo_paced.preflight.findings import Finding, Severity, error
+from nemo_paced.records import Problem
+
+# kinds of answers, the first that matches
+_KINDS = {
+    "integer": r"-?\$?\d[\d,]*",
+    "decimal": r"-?\$?\d*\.\d+",
+    "fraction": r"-?(\d+/\d+|\\[dt]?frac\{?\d+\}?\{?\d+\}?)",
+    "choice": r"\(?[A-J]\)?",
+    "words": r"[A-Za-z][A-Za-z .'-]+",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Token counts of one kind of text, and their limit, if there is one."""
+
+    what: str
+    tokens: Sequence[int]
+    limit: int | None
+
+
+def report(path: str, config: PacedConfig, console: Console, *, key: str, shown: int) -> None:
+    """Print what a file holds, and some of its problems as the models will see them.
+
+    Args:
+        key: the setting that names the file, for messages; decides which prompts are made.
+        shown: number of problems to print whole.
+
+    Raises:
+        ConfigError: a row that cannot be read, or what a run would refuse; the rest is printed.
+    """
+    data = config.data
+    lenient = replace(data, duplicates=Duplicates.first, unanswered=Unanswered.drop)
+    file = read_problems(path, key=key, data=lenient)
+    console.rule(f"[bold]{path}", align="left")
+    _print_contents(file, console)
+    prompts = _prompts(config)
+    findings = list(_refused(file, data, key))
+    findings += verifier_fits(config, file.problems, key)
+    if prompts is None:
+        console.print("No student.hf_path: name a recipe, or a model, for prompts and lengths.")
+    else:
+        _print_lengths(list(_lengths(file.problems, prompts, key)), console)
+        findings += _too_long(file.problems, prompts, key)
+        for problem in _some(file.problems, shown):
+            _print_problem(problem, prompts, console, key)
+        _print_ends(prompts, console)
+    for finding in findings:
+        console.print(str(finding), soft_wrap=True, markup=False, highlight=False)
+    if any(finding.severity is Severity.error for finding in findings):
+        raise ConfigError(f"{path}: a run would refuse it, for what is said above")
+
+
+def _prompts(config: PacedConfig) -> Prompts | None:
+    if not config.student.hf_path:
+        return None
+    context = config.teacher.privileged_context
+    return Prompts(config.student.hf_path, config.data, context, config.evaluation).with_chats()
+
+
+def _refused(file: ProblemFile, data: DataConfig, key: str) -> Iterator[Finding]:
+    if file.repeated and data.duplicates is Duplicates.refuse:
+        yield error(
+            key,
+            f"{file.repeated} of {file.rows} rows repeat a problem",
+            "set data.duplicates=first",
+        )
+    if file.unanswered and data.unanswered is Unanswered.refuse:
+        yield error(
+            key,
+            f"{file.unanswered} of {file.rows} rows have no answer to compare with",
+            "set data.unanswered=drop",
+        )
+
+
+def _too_long(problems: Sequence[Problem], prompts: Prompts, key: str) -> Iterator[Finding]:
+    for kind in _kinds(key):
+        if kind is PromptKind.evaluation:
+            continue  # limited by the model's context alone
+        asked = problems
+        if kind is PromptKind.teacher and prompts.needs_solution:
+            asked = [problem for problem in problems if problem.solution is not None]
+            if missing := len(problems) - len(asked):
+                yield error(
+                    "teacher.privileged_context",
+                    f"{missing} of {len(problems)} problems have no solution for the teacher",
+                    "set it to answer or none",
+                )
+        try:
+            prompts.check(asked, kind)
+        except ConfigError as refusal:
+            yield error(key, str(refusal))
+
+
+def _kinds(key: str) -> list[PromptKind]:
+    trained = key == "data.problems"
+    return [PromptKind.student, PromptKind.teacher] if trained else [PromptKind.evaluation]
+
+
+def _print_contents(file: ProblemFile, console: Console) -> None:
+    problems = file.problems
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_row("problems", f"{len(problems)} of {file.rows} rows")
+    fields = [f"{name} from `{column}`" for name, column in file.sources.items()]
+    table.add_row("columns", ", ".join(fields))
+    kinds = Counter(_kind(problem.answer) for problem in problems)
+    table.add_row("answers", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+    several = sum(bool(problem.accepted) for problem in problems)
+    if several:
+        table.add_row("", f"{several} problems accept several")
+    longest = max(problems, key=lambda problem: len(problem.answer))
+    table.add_row("", f"the longest, of {longest.id!r}: {_cut(longest.answer, 80)}")
+    solved = sum(problem.solution is not None for problem in problems)
+    table.add_row("solutions", f"{solved} of {len(problems)}" if solved else "none")
+    groups = Counter(problem.group for problem in problems if problem.group)
+    if groups:
+        most = ", ".join(f"{_cut(name, 40)} {count}" for name, count in groups.most_common(6))
+        more = f", and {len(groups) - 6} more" if len(groups) > 6 else ""
+        table.add_row("groups", most + more)
+    for note in file.notes:
+        table.add_row("note", note)
+    for warning in file.warnings:
+        table.add_row("[yellow]warning", warning)
+    console.print(table)
+
+
+def _lengths(problems: Sequence[Problem], prompts: Prompts, key: str) -> Iterator[Lengths]:
+    for kind in _kinds(key):
+        asked = problems
+        if kind is PromptKind.teacher and prompts.needs_solution:
+            asked = [problem for problem in problems if problem.solution is not None]
+        limit = None if kind is PromptKind.evaluation else prompts.limit(kind)[1]
+        yield Lengths(f"{kind.value} prompt", prompts.lengths(asked, kind), limit)
+    solved = [prompts.tokens(p.solution) for p in problems if p.solution is not None]
+    yield Lengths("solution", solved, prompts.data.max_response_length)
+
+
+def _print_lengths(lengths: Sequence[Lengths], console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("tokens", "mean", "median", "99 %", "longest", "limit", "above it"):
+        table.add_column(name, justify="left" if name == "tokens" else "right")
+    for row in lengths:
+        if not row.tokens:
+            continue
+        ordered = sorted(row.tokens)
+        above = "" if row.limit is None else str(sum(n > row.limit for n in ordered))
+        table.add_row(
+            row.what,
+            f"{statistics.fmean(ordered):.0f}",
+            str(ordered[len(ordered) // 2]),
+            str(ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]),
+            str(ordered[-1]),
+            "" if row.limit is None else str(row.limit),
+            above,
+        )
+    console.print(table)
+
+
+def _print_problem(problem: Problem, prompts: Prompts, console: Console, key: str) -> None:
+    for kind in _kinds(key):
+        try:
+            ids = prompts.encoded(problem, kind)
+        except ConfigError as refusal:
+            console.print(f"{problem.id}: {refusal}", markup=False, soft_wrap=True)
+            continue
+        title = f"problem {problem.id} as the {kind.value} sees it, {len(ids)} tokens"
+        if kind is PromptKind.evaluation:
+            title = f"problem {problem.id} as it is evaluated, {len(ids)} tokens"
+        answer = f"answer: {_cut(problem.answer, 60)}"
+        console.print(
+            Panel(_visible(ids, prompts), title=Text(title), subtitle=Text(answer), expand=True)
+        )
+
+
+def _visible(ids: Sequence[int], prompts: Prompts) -> Text:
+    """A prompt with its special tokens set off."""
+    text, run = Text(), list[int]()
+    special = prompts.tokenizer.added_tokens_decoder
+
+    def flush() -> None:
+        text.append(prompts.tokenizer.decode(run, skip_special_tokens=False))
+        run.clear()
+
+    for token in ids:
+        if token in special:
+            flush()
+            text.append(str(special[token]), style="reverse cyan")
+        else:
+            run.append(token)
+    flush()
+    return text
+
+
+def _print_ends(prompts: Prompts, console: Console) -> None:
+    names = prompts.tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids))
+    line = f"Responses end with {', '.join(names)}"
+    if prompts.opens_thought:
+        line += "; they begin inside a thought that the template opens"
+    if not prompts.has_chat:
+        line += "; prompts go through no chat template"
+    console.print(line + ".", markup=False, highlight=False)
+
+
+def _some(problems: Sequence[Problem], count: int) -> list[Problem]:
+    """The first and others, evenly apart."""
+    count = min(count, len(problems))
+    return [problems[index * len(problems) // count] for index in range(count)]
+
+
+def _kind(answer: str) -> str:
+    return next((k for k, form in _KINDS.items() if re.fullmatch(form, answer)), "expression")
+
+
+def _cut(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def files_of(config: PacedConfig) -> dict[str, str]:
+    """Problem files of a configuration by their setting."""
+    data = config.data
+    files = {
+        "data.problems": data.problems,
+        "data.validation_problems": data.validation_problems,
+        "data.forgetting_problems": data.forgetting_problems,
+    }
+    return {key: str(Path(path)) for key, path in files.items() if path}
