@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 # Columns of a row, and what public data sets call them; the first that is there is taken.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": ("id", "unique_id", "uuid", "ID", "problem_id", "problem_idx", "idx"),
+    "id": ("id", "unique_id", "uuid", "ID", "problem_id", "question_id", "problem_idx", "idx"),
     "problem": ("problem", "question", "Problem", "Question", "prompt", "query"),
     "answer": (
         *("answer", "Answer", "final_answer", "expected_answer", "ground_truth"),
@@ -36,6 +36,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "solution": ("solution", "Solution", "rationale", "generated_solution"),
     "group": ("group", "subject", "type", "Type", "problem_type", "subfield", "data_source"),
 }
+_CHATS = ("prompt", "messages", "conversations")
 _CHOICES = ("choices", "options")
 _BODIES = ("Body", "body", "context")
 # What data sets write where there is no answer to compare with.
@@ -90,7 +91,7 @@ class Reading:
         """
         columns = sorted(row)
         row = self._own_columns(row, where)
-        row = _turns(row, where)
+        row = self._unpacked(row, where)
         found = {name: _first(row, names) for name, names in COLUMNS.items()}
         if not number:
             self.numbered = found["id"][1] is None
@@ -126,6 +127,26 @@ class Reading:
         if "id" in self.columns and self.columns["id"] is None:
             others = {n: v for n, v in others.items() if n not in COLUMNS["id"]}
         return others | own
+
+    def _unpacked(self, row: Row, where: str) -> Row:
+        """The row with what lies in chats and blocks (verl, Open-Reasoner-Zero) as columns."""
+        answer, extra, turns = _truth(row, where), row.get("extra_info"), _chat(row)
+        if answer is not _ABSENT:
+            row = row | {"ground_truth": answer, "answer": None}
+        if isinstance(extra, dict) and extra.get("index") is not None and "id" not in row:
+            row = row | {"id": extra["index"]}
+        if turns is None:
+            return row
+        roles = [_role(turn) for turn in turns]
+        if roles.count("user") != 1 or not {"user", "system"}.issuperset(roles):
+            raise ConfigError(
+                f"{where}: a chat of one user turn is needed (as in DAPO-Math-17k); it has the "
+                f"turns {', '.join(roles) or 'none'}"
+            )
+        if "system" in roles:
+            self.noticed["the row's system turn is left out: set data.system_prompt"] += 1
+        turn = turns[roles.index("user")]
+        return row | {"problem": turn.get("content", turn.get("value"))}
 
     def _statement(self, row: Row, value: Any, where: str, columns: list[str]) -> str:
         if isinstance(value, (list, dict, bool)):
@@ -192,48 +213,33 @@ _ABSENT = object()
 _LISTS = ("final_answer", "ground_truth")  # columns whose lists are several accepted answers
 
 
-def _turns(row: Row, where: str) -> Row:
-    """A row whose problem is a chat, with statement and answer as columns."""
-    turns, answer = row.get("prompt", row.get("messages")), _ABSENT
-    reward = row.get("reward_model")
+def _truth(row: Row, where: str) -> Any:
+    """The answer of a row that keeps it in a block; ``_ABSENT``: it is a column, if anything."""
     if {"0", "1"} <= row.keys():
-        turns, last = [row["0"]], row["1"]
         try:
-            answer = last["ground_truth"]["value"]
+            return row["1"]["ground_truth"]["value"]
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"{where}: looks like Open-Reasoner-Zero, but the second turn has no "
                 f"ground_truth.value ({error!r})"
             ) from error
-    if isinstance(reward, dict):
-        answer = reward.get("ground_truth", _ABSENT)
-    if not isinstance(turns, list):
-        if answer is not _ABSENT:
-            row = row | {"ground_truth": answer}
-        return _with_index(row)
-    user = [turn for turn in turns if _role(turn) in ("user", "human")]
-    others = {_role(turn) for turn in turns} - {"user", "human", "system"}
-    if len(user) != 1 or others or answer is _ABSENT:
-        raise ConfigError(
-            f"{where}: a chat of one user turn with reward_model.ground_truth is needed (as in "
-            f"DAPO-Math-17k); it has the turns {', '.join(map(_role, turns)) or 'none'} and the "
-            f"columns {', '.join(sorted(row))}"
-        )
-    content = user[0].get("content", user[0].get("value"))
-    kept = {name: value for name, value in row.items() if name not in ("prompt", "messages")}
-    return _with_index(kept | {"problem": content, "ground_truth": answer, "answer": None})
+    reward = row.get("reward_model")
+    return reward.get("ground_truth", _ABSENT) if isinstance(reward, dict) else _ABSENT
+
+
+def _chat(row: Row) -> list[Any] | None:
+    """Turns that hold the statement; ``None``: a column does."""
+    if any(isinstance(row.get(name), str) for name in COLUMNS["problem"]):
+        return None
+    if "0" in row and "1" in row:
+        return [row["0"]]
+    chats = (row[name] for name in _CHATS if isinstance(row.get(name), list))
+    return next(chats, None)
 
 
 def _role(turn: Any) -> str:
-    return str(turn.get("role", turn.get("from"))) if isinstance(turn, dict) else "?"
-
-
-def _with_index(row: Row) -> Row:
-    """The row with the index that verl keeps in ``extra_info``, where it has no other id."""
-    extra = row.get("extra_info")
-    if isinstance(extra, dict) and extra.get("index") is not None and "id" not in row:
-        return row | {"id": extra["index"]}
-    return row
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else "?"
+    return "user" if role == "human" else str(role)
 
 
 def _first(row: Row, names: tuple[str, ...]) -> tuple[str | None, Any]:

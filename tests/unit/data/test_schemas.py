@@ -103,7 +103,7 @@ ROWS = {
             "answer": "7",
             "uuid": "ab-1",
             "generations": ["<think>", "7"],
-            "messages": None,
+            "messages": [USER, {"role": "assistant", "content": "<think>"}],
         },
         ("ab-1", "7", "3 + 4."),
     ),
@@ -145,6 +145,10 @@ ROWS = {
         {"body": "Ann has 3 pens and buys 4.", "question": "How many has she?",
          "answer": "7 (pens)"},
         ("0", "7", None),
+    ),
+    "a chat with an answer": (
+        {"messages": [USER], "answer": "7", "question_id": 5},
+        ("5", "7", None),
     ),
     "own columns, renamed": (
         {"query": TEXT, "n": 5, "meta": {"gold": 7}, "answer": "a note"},
@@ -190,6 +194,11 @@ def test_choices_stand_behind_the_question_by_letter(tmp_path, row, answer):
     problem = only(tmp_path, row)
     assert problem.problem == "Which?\n\nA) red\nB) blue"
     assert problem.answer == answer
+
+
+def test_a_rows_system_turn_is_told_to_be_left_out(tmp_path):
+    file = read(tmp_path, verl([{"role": "system", "content": "Be brief."}, USER]))
+    assert any("the row's system turn is left out: set data.system_prompt" in n for n in file.notes)
 
 
 def test_a_choice_that_there_is_not_is_no_answer(tmp_path):
@@ -311,7 +320,7 @@ def test_columns_are_checked(tmp_path):
 def test_chats_that_are_no_problem_are_refused(tmp_path):
     assistant = {"role": "assistant", "content": "7"}
     for prompt in ([USER, assistant], [USER, USER], []):
-        with pytest.raises(ConfigError, match=r"a chat of one user turn with reward_model.ground"):
+        with pytest.raises(ConfigError, match=r"a chat of one user turn is needed"):
             only(tmp_path, verl(prompt))
     with pytest.raises(ConfigError, match=r"has no ground_truth.value"):
         only(tmp_path, {"0": {"from": "human", "value": TEXT}, "1": {"from": "assistant"}})
