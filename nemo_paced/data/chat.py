@@ -26,7 +26,7 @@ THOUGHTS = {
 # Variables by which templates are told whether to think, and how much.
 SWITCHES = {"enable_thinking", "thinking", "reasoning_effort", "reasoning_strength"}
 _PROBE, _ANSWER, _SYSTEM = "What is 17 + 25?", "It is 42, I think.", "Answer in a word."
-_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, not Jinja's
+_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transformers' own, not Jinja's
 
 
 class ChatTemplate:
@@ -89,14 +89,27 @@ class ChatTemplate:
             return ""
         return rendered.rpartition(_ANSWER)[2] if _ANSWER in rendered else ""
 
-    def _render(self, turns: list[dict[str, Any]], **how: bool) -> str:
-        from jinja2 import TemplateError
+    def written_before_response(self) -> str | None:
+        """What the template writes of a turn between the prompt and its text; ``None``: no such.
 
+        A response that is given as text lacks it: a channel's name, an empty thought.
+        """
+        turns = _turns(self._in_parts, system=self._system, user=_PROBE, assistant=_ANSWER)
+        try:
+            rendered = self._render(turns, add_generation_prompt=False)
+        except ConfigError:
+            return None
+        prompt = self(_PROBE)
+        if not rendered.startswith(prompt) or _ANSWER not in rendered:
+            return None
+        return rendered[len(prompt) :].partition(_ANSWER)[0]
+
+    def _render(self, turns: list[dict[str, Any]], **how: bool) -> str:
         try:
             return self._tokenizer.apply_chat_template(
                 turns, tokenize=False, **how, **self._variables
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:
             raise ConfigError(f"the chat template fails: {error}") from error
 
     def _form_of_turns(self, key: str) -> bool:
@@ -139,7 +152,7 @@ class ChatTemplate:
         """Refuse a variable that the template never reads: it would change nothing."""
         if not variables:
             return
-        read, _ = _names(self._tokenizer.get_chat_template())
+        read = _names(self._tokenizer)[0]
         for name in variables:
             if name not in read:
                 told = ", ".join(sorted(variables_of(self._tokenizer)))
@@ -150,10 +163,13 @@ class ChatTemplate:
 
 
 def variables_of(tokenizer: Any) -> set[str]:
-    """Variables of a chat template that a user may set, without those that it assigns itself."""
-    read, assigned = _names(tokenizer.get_chat_template())
+    """Variables of a chat template that a user may set.
+
+    They are read and not assigned, or looked for before they are given a default.
+    """
+    read, assigned, looked_for = _names(tokenizer)
     given = {*RESERVED, *tokenizer.special_tokens_map, "raise_exception", "strftime_now"}
-    return read - assigned - given
+    return (read - (assigned - looked_for)) - given
 
 
 def opens_thought(prompt: str) -> bool:
@@ -197,10 +213,26 @@ def _turn(role: str, text: str, in_parts: bool) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
 
 
-def _names(source: str) -> tuple[set[str], set[str]]:
-    """Names that a Jinja template reads from outside, and those that it assigns."""
-    from jinja2 import Environment, meta, nodes
+def _names(tokenizer: Any) -> tuple[set[str], set[str], set[str]]:
+    """Names that a chat template reads from outside, assigns, and asks whether they are given.
 
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_TAG.sub("", source))
-    names = tree.find_all(nodes.Name)
-    return meta.find_undeclared_variables(tree), {n.name for n in names if n.ctx == "store"}
+    Raises:
+        ConfigError: the template cannot be parsed, or none of several is the default.
+    """
+    from jinja2 import Environment, TemplateError, meta, nodes
+
+    try:
+        source = _TAG.sub("", tokenizer.get_chat_template())
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except (TemplateError, ValueError) as error:
+        raise ConfigError(
+            f"the chat template fails: {error}; mend the tokenizer's chat_template"
+        ) from error
+    assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    asked = ("defined", "undefined", "default", "d")
+    looked_for = {
+        each.node.name
+        for each in tree.find_all((nodes.Test, nodes.Filter))
+        if each.name in asked and isinstance(each.node, nodes.Name)
+    }
+    return meta.find_undeclared_variables(tree), assigned, looked_for

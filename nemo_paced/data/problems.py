@@ -79,7 +79,8 @@ def read_problems(
     """
     data = data or DataConfig()
     bare = data.prompt_template.strip() == "{problem}"
-    reading = Reading(data.columns, keep_instructions=bare)
+    required = key == "data.problems"
+    reading = Reading(data.columns, required=required, keep_instructions=bare)
     kept = _Kept(data.duplicates)
     unanswered: list[str] = []
     count = 0

@@ -206,6 +206,13 @@ class Prompts:
         return self.has_chat and opens_thought(self._frame(PromptKind.student)("?"))
 
     @property
+    def written_before_response(self) -> str:
+        """What the chat template would write before a response that is given as text."""
+        frame = self._frame(PromptKind.student)
+        found = frame.written_before_response() if isinstance(frame, ChatTemplate) else None
+        return found or ""
+
+    @property
     def needs_solution(self) -> bool:
         """Whether the teacher's prompt shows the problem's expert solution."""
         if self.privileged_context is PrivilegedContext.none:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import string
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from nemo_paced.errors import ConfigError
@@ -31,11 +31,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "problem": ("problem", "question", "Problem", "Question", "prompt", "query"),
     "answer": (
         *("answer", "Answer", "final_answer", "expected_answer", "ground_truth"),
-        *("correct", "answerKey", "gold"),
+        *("answerKey", "gold"),
     ),
     "solution": ("solution", "Solution", "rationale", "generated_solution"),
     "group": ("group", "subject", "type", "Type", "problem_type", "subfield", "data_source"),
 }
+_LETTERS = "ABCDEFGHIJ"
 _CHATS = ("prompt", "messages", "conversations")
 _CHOICES = ("choices", "options")
 _BODIES = ("Body", "body", "context")
@@ -43,14 +44,19 @@ _BODIES = ("Body", "body", "context")
 NO_ANSWERS = frozenset(("proof", "notfound", "not found", "nan", "n/a", "null"))
 
 # What prompts hold beside the statement; our own template says the like.
-_DAPO_FIRST_LINE = "Solve the following math problem step by step."
-_DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
-_INSTRUCTION = re.compile(
-    r"\s*(?:Please reason step by step,? and put your final answer (?:with)?in \\boxed\{\}"
-    r"|Let's think step by step and output the final answer (?:within \\boxed\{\}|after \"####\"))"
-    r"\.?\s*$"
+_DAPO_BEFORE = re.compile(
+    r"Solve the following math problem step by step\. The last line of your response should be of "
+    r"the form Answer:[^\n]*\n\n"
 )
-_AFTER_MARK = re.compile(r"^####[ \t]*(.+)$", re.MULTILINE)
+_INSTRUCTION = re.compile(
+    r"(?:Please reason step by step,? and put your final answer (?:with)?in \\boxed\{\}"
+    r"|Let's think step by step and output the final answer (?:within \\boxed\{\}|after \"####\")"
+    r"|Remember to put your answer on its own line after \"Answer:\")"
+    r"\.?\Z"
+)
+# GSM8K's last line; MetaMath's repetition may follow
+_AFTER_MARK = re.compile(r"(?m)^####[ \t]*([^#\s].*)(?:\n\s*The answer is.*)?\Z")
+_BOX = re.compile(r"\\(?:boxed|fbox)\b")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K: 3*4=<<3*4=12>>12
 _WITH_UNIT = re.compile(r"(-?[\d.,/]+)\s*\(([^()]*)\)")  # ASDiv: 9 (apples)
 _LABEL = re.compile(r"\s*\(?([A-Ja-j])[).:]\s*")
@@ -66,6 +72,7 @@ class Reading:
 
     Attributes:
         columns: the user's column by field; a dotted name is a field of a column.
+        required: refuse a file that has none of these columns; else it is read by its own.
         keep_instructions: leave instructions in statements (a bare prompt template has none).
         numbered: whether rows are known by their number, as the file has no ids.
         noticed: rows by what was done to them, or what they hold that is not used.
@@ -73,10 +80,12 @@ class Reading:
     """
 
     columns: Mapping[str, str | None] = field(default_factory=dict)
+    required: bool = True
     keep_instructions: bool = False
     numbered: bool = False
     noticed: Counter[str] = field(default_factory=Counter)
     sources: dict[str, str] = field(default_factory=dict)
+    _own: bool = False
 
     def problem(self, row: Row, where: str, number: int) -> Problem:
         """The problem of a row.
@@ -90,18 +99,28 @@ class Reading:
             ConfigError: a field that is missing, empty or no text.
         """
         columns = sorted(row)
-        row = self._own_columns(row, where)
-        row = self._unpacked(row, where)
+        if not number:
+            self._own = self._reads_own(row, where)
+        own = self._own_columns(row) if self._own else {}
+        row = self._unpacked(row, where, chat="problem" not in own)
+        if self._own:
+            ours = {column for name in self.columns for column in COLUMNS[name]}
+            row = {name: value for name, value in row.items() if name not in ours} | own
         found = {name: _first(row, names) for name, names in COLUMNS.items()}
+        if found["answer"][1] is None and any(row.get(name) for name in _CHOICES):
+            found["answer"] = _first(row, ("correct",))  # AQuA's; elsewhere it is a verdict
         if not number:
             self.numbered = found["id"][1] is None
             self.sources = {name: column for name, (column, _) in found.items() if column}
+            self.sources |= {name: column for name in own if (column := self.columns[name])}
         statement = self._statement(row, found["problem"][1], where, columns)
         solution = _solution(found["solution"][1], where)
         answers, solution = self._answers(row, found["answer"], solution, where, columns)
         name = str(number) if self.numbered else identity(found["id"][1])
         if not name:
-            raise ConfigError(_missing("id", where, columns))
+            raise ConfigError(
+                f"{_missing('id', where, columns)}, or number the rows with data.columns.id=null"
+            )
         return Problem(
             id=name,
             problem=statement,
@@ -111,26 +130,33 @@ class Reading:
             accepted=tuple(answers[1:]),
         )
 
-    def _own_columns(self, row: Row, where: str) -> Row:
-        """The row with the columns that the user names under the names of our fields."""
-        if not self.columns:
-            return row
-        own = {name: _at(row, column) for name, column in self.columns.items() if column}
-        if absent := [self.columns[name] for name, value in own.items() if value is _ABSENT]:
-            if len(absent) == len(own):  # another file's: each is read by its own columns
-                return row
+    def _reads_own(self, row: Row, where: str) -> bool:
+        """Whether a file, of which this is the first row, has the columns that the user names."""
+        named = [column for column in self.columns.values() if column]
+        absent = [column for column in named if _at(row, column) is _ABSENT]
+        if absent and len(absent) == len(named) and not self.required:
+            self.noticed["data.columns names none of its columns: it is read by its own"] += 1
+            return False
+        if absent:
             raise ConfigError(
                 f"{where}: data.columns names {absent[0]!r}, which is no column of it; it has "
                 f"{', '.join(sorted(row))}"
             )
-        others = {n: v for n, v in row.items() if not any(n in COLUMNS[name] for name in own)}
-        if "id" in self.columns and self.columns["id"] is None:
-            others = {n: v for n, v in others.items() if n not in COLUMNS["id"]}
-        return others | own
+        return bool(self.columns)
 
-    def _unpacked(self, row: Row, where: str) -> Row:
-        """The row with what lies in chats and blocks (verl, Open-Reasoner-Zero) as columns."""
-        answer, extra, turns = _truth(row, where), row.get("extra_info"), _chat(row)
+    def _own_columns(self, row: Row) -> Row:
+        """The user's columns by our names; those that a row lacks are ``None``."""
+        values = {name: _at(row, column) for name, column in self.columns.items() if column}
+        return {name: None if value is _ABSENT else value for name, value in values.items()}
+
+    def _unpacked(self, row: Row, where: str, *, chat: bool) -> Row:
+        """The row with what lies in chats and blocks (verl, Open-Reasoner-Zero) as columns.
+
+        Args:
+            chat: whether a chat may hold the statement.
+        """
+        answer, extra = _truth(row, where), row.get("extra_info")
+        turns = _chat(row) if chat else None
         if answer is not _ABSENT:
             row = row | {"ground_truth": answer, "answer": None}
         if isinstance(extra, dict) and extra.get("index") is not None and "id" not in row:
@@ -187,7 +213,7 @@ class Reading:
                 raise Unanswered(_missing("answer", where, columns))
             self.noticed["the answer is what the solution marks"] += 1
             return [value], solution
-        if column in ("final_answer", "ground_truth", "correct") or "reward_model" in row:
+        if column in _LISTS or "reward_model" in row:
             value = _listed(value)
         if choices := _choices(row, where):
             return [_label(value, row, choices, where)], solution
@@ -284,19 +310,19 @@ def _from_solution(solution: str | None) -> str | None:
     """The answer that a solution marks: behind ``####``, else in its last box."""
     if solution is None:
         return None
-    if marks := _AFTER_MARK.findall(solution):
-        return _plain_number(marks[-1])
+    if mark := _AFTER_MARK.search(solution.rstrip()):
+        return _plain_number(mark[1])
     boxed = last_boxed(solution)
     return boxed[0] if boxed is not None and boxed[0] else None
 
 
 def _marked(answer: str) -> tuple[str, str | None]:
     """A marked answer without the solution around it, and that solution, if there is one."""
-    if marks := list(_AFTER_MARK.finditer(answer)):
-        worked = _CALCULATOR.sub("", answer[: marks[-1].start()]).strip()
-        return _plain_number(marks[-1][1]), worked or None
+    if mark := _AFTER_MARK.search(answer):
+        worked = _CALCULATOR.sub("", answer[: mark.start()]).strip()
+        return _plain_number(mark[1]), worked or None
     boxed = last_boxed(answer)
-    if boxed is None or not boxed[0]:
+    if boxed is None or not boxed[0] or len(_BOX.findall(answer)) > 1:
         return answer, None
     around = re.sub(r"\\(boxed|fbox)\s*", "", answer).strip("${} .")
     return boxed[0], answer if len(around) > len(boxed[0]) else None
@@ -305,7 +331,8 @@ def _marked(answer: str) -> tuple[str, str | None]:
 def _plain_number(text: str) -> str:
     """A number without thousands separators; other text as it is."""
     text = text.strip()
-    return text.replace(",", "") if re.fullmatch(r"-?\$?\d[\d,]*(\.\d+)?", text) else text
+    grouped = re.fullmatch(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", text)
+    return text.replace(",", "") if grouped else text
 
 
 def _answer(value: Any, where: str) -> str:
@@ -344,8 +371,11 @@ def _listed(value: Any) -> Any:
 def _choices(row: Row, where: str) -> list[tuple[str, str]]:
     """Choices of a row by their letter; none: it is no multiple choice."""
     given: Any = next((row[name] for name in _CHOICES if row.get(name)), None)
-    if isinstance(given, dict) and "text" in given:  # ARC
-        given = list(given["text"])
+    if isinstance(given, dict):
+        # ARC's, or MedQA's by letter
+        given = given.get("text") or _lettered(given)
+    elif given is None:
+        given = _lettered(row)
     if isinstance(given, str):
         given = _split_choices(given)
     if given is None:
@@ -358,16 +388,22 @@ def _choices(row: Row, where: str) -> list[tuple[str, str]]:
     labelled = [_LABEL.match(text) for text in texts]
     if all(
         match and match[1].upper() == letter
-        for match, letter in zip(labelled, string.ascii_uppercase, strict=False)
+        for match, letter in zip(labelled, _LETTERS, strict=False)
     ):
         texts = [text[match.end() :] for text, match in zip(texts, labelled, strict=True) if match]
-    return list(zip(string.ascii_uppercase, texts, strict=False))
+    return list(zip(_LETTERS, texts, strict=False))
+
+
+def _lettered(fields: Row) -> list[Any] | None:
+    """Choices in fields called A, B and so on; ``None``: there are none."""
+    letters = list(takewhile(lambda letter: fields.get(letter) is not None, _LETTERS))
+    return [fields[letter] for letter in letters] if len(letters) > 1 else None
 
 
 def _split_choices(text: str) -> list[str]:
     """Choices of a text such as ``A) 1 B) 2``, whose letters follow each other."""
     begins: list[re.Match[str]] = []
-    for letter in string.ascii_uppercase[:10]:
+    for letter in _LETTERS:
         label = re.compile(rf"(?:^|\s)\(?{letter}[).:](?:\s|$)")
         found = label.search(text, begins[-1].end() if begins else 0)
         if found is None:
@@ -397,13 +433,15 @@ def _label(value: Any, row: Row, choices: list[tuple[str, str]], where: str) -> 
 def _own_labels(row: Row) -> list[str]:
     """ARC's labels of the choices, some of which are numbers from 1."""
     given: Row = next((row[name] for name in _CHOICES if isinstance(row.get(name), dict)), {})
-    return [str(label).upper() for label in given.get("label", [])]
+    return [str(label).upper() for label in given.get("label") or []]
 
 
 def _without_instruction(text: str) -> str:
-    if text.startswith(_DAPO_FIRST_LINE):
-        return text.partition("\n\n")[2].removesuffix(_DAPO_AFTER)
-    return _INSTRUCTION.sub("", text)
+    bare = _DAPO_BEFORE.sub("", text, count=1) if _DAPO_BEFORE.match(text) else text
+    whole = bare.rstrip()
+    end = _INSTRUCTION.search(whole)
+    bare = whole[: end.start()].rstrip() if end else bare
+    return bare if bare.strip() else text
 
 
 def _missing(name: str, where: str, columns: list[str]) -> str:

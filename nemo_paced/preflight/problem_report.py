@@ -54,7 +54,7 @@ def report(path: str, config: PacedConfig, console: Console, *, key: str, shown:
     data = config.data
     lenient = replace(data, duplicates=Duplicates.first, unanswered=Unanswered.drop)
     file = read_problems(path, key=key, data=lenient)
-    console.rule(f"[bold]{path}", align="left")
+    console.rule(Text(path, style="bold"), align="left")
     _print_contents(file, console)
     prompts = _prompts(config)
     findings = list(_refused(file, data, key))
@@ -121,29 +121,27 @@ def _kinds(key: str) -> list[PromptKind]:
 
 def _print_contents(file: ProblemFile, console: Console) -> None:
     problems = file.problems
+    rows = [("problems", f"{len(problems)} of {file.rows} rows")]
+    fields = [f"{name} from `{column}`" for name, column in file.sources.items()]
+    rows.append(("columns", ", ".join(fields)))
+    kinds = Counter(_kind(problem.answer) for problem in problems)
+    rows.append(("answers", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())))
+    if several := sum(bool(problem.accepted) for problem in problems):
+        rows.append(("", f"{several} problems accept several"))
+    longest = max(problems, key=lambda problem: len(problem.answer))
+    rows.append(("", f"the longest, of {longest.id!r}: {_cut(longest.answer, 80)}"))
+    solved = sum(problem.solution is not None for problem in problems)
+    rows.append(("solutions", f"{solved} of {len(problems)}" if solved else "none"))
+    if groups := Counter(problem.group for problem in problems if problem.group):
+        most = ", ".join(f"{_cut(name, 40)} {count}" for name, count in groups.most_common(6))
+        rows.append(("groups", most + (f", and {len(groups) - 6} more" if len(groups) > 6 else "")))
+    rows += [("note", note) for note in file.notes]
+    rows += [("warning", warning) for warning in file.warnings]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
-    table.add_row("problems", f"{len(problems)} of {file.rows} rows")
-    fields = [f"{name} from `{column}`" for name, column in file.sources.items()]
-    table.add_row("columns", ", ".join(fields))
-    kinds = Counter(_kind(problem.answer) for problem in problems)
-    table.add_row("answers", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
-    several = sum(bool(problem.accepted) for problem in problems)
-    if several:
-        table.add_row("", f"{several} problems accept several")
-    longest = max(problems, key=lambda problem: len(problem.answer))
-    table.add_row("", f"the longest, of {longest.id!r}: {_cut(longest.answer, 80)}")
-    solved = sum(problem.solution is not None for problem in problems)
-    table.add_row("solutions", f"{solved} of {len(problems)}" if solved else "none")
-    groups = Counter(problem.group for problem in problems if problem.group)
-    if groups:
-        most = ", ".join(f"{_cut(name, 40)} {count}" for name, count in groups.most_common(6))
-        more = f", and {len(groups) - 6} more" if len(groups) > 6 else ""
-        table.add_row("groups", most + more)
-    for note in file.notes:
-        table.add_row("note", note)
-    for warning in file.warnings:
-        table.add_row("[yellow]warning", warning)
+    for name, text in rows:
+        # as text: what files hold may look like markup
+        table.add_row(Text(name, style="yellow" if name == "warning" else ""), Text(text))
     console.print(table)
 
 

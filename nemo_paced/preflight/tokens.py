@@ -108,3 +108,10 @@ def _thinking(config: PacedConfig, prompts: Prompts) -> Iterator[Finding]:
             "be learnt as thoughts that never end",
             "set data.chat_template_kwargs so that it does not, or references.source=teacher",
         )
+    elif solutions and (missing := prompts.written_before_response.strip()):
+        yield warning(
+            "references.source",
+            f"is solution, and the chat template writes {missing!r} before a response: solutions "
+            "would be learnt without it",
+            "set data.chat_template_kwargs so that it does not, or references.source=teacher",
+        )

@@ -179,7 +179,7 @@ def _tell_of_estimate(
     if settled >= _SETTLED * len(rates):
         why = []
         if cut >= _MANY:
-            why.append(f"{cut:.0%} of the responses were cut. {WHY_CUT}")
+            why.append(f"{cut:.0%} of the responses were cut. {WHY_CUT}.")
         if silent >= _MANY:
             why.append(
                 f"{silent:.0%} of the responses had no answer that grading.verifier "

@@ -81,6 +81,22 @@ def test_what_a_run_would_refuse_is_told_at_once(shown, tmp_path, student, capsy
     shown(*arguments, "data.duplicates=first", "data.unanswered=drop")
 
 
+def test_what_files_hold_is_no_markup(shown, tmp_path, student):
+    rows = [
+        {
+            "problem": f"[b]Which [/asy] {n}?",
+            "answer": "[a,b][/x]",
+            "group": "[red]",
+            "id": f"[/{n}]",
+        }
+        for n in range(2)
+    ]
+    path = write(tmp_path / "p.jsonl", *rows)
+    out = shown(path, f"student.hf_path={student}", "teacher.privileged_context=answer")
+    for words in ("[a,b][/x]", "[red] 2", "[b]Which [/asy] 1?", "problem [/1] as the student"):
+        assert words in out
+
+
 def test_letters_of_choices_ask_for_another_verifier(shown, tmp_path):
     rows = [{"question": f"{n}?", "choices": ["red", "blue"], "answer": n % 2} for n in range(4)]
     path = write(tmp_path / "mmlu.jsonl", *rows)

@@ -5,7 +5,7 @@ from datetime import date
 import pytest
 
 from nemo_paced.config import DataConfig, EvaluationConfig, PrivilegedContext
-from nemo_paced.data.chat import ChatTemplate, Thoughts, opens_thought
+from nemo_paced.data.chat import ChatTemplate, Thoughts, opens_thought, variables_of
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError
 from nemo_paced.records import Problem
@@ -108,8 +108,53 @@ def test_a_variable_that_the_template_does_not_read_is_named():
     assert "Today Date: Monday" in chat("llama3_1", date_string="Monday")(QUESTION)
 
 
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        ("qwen3", "enable_thinking"),
+        ("glm4moe", "enable_thinking"),
+        ("nemotron_3_nano", "enable_thinking"),  # gives it a default itself
+        ("gemma4_v5", "enable_thinking"),
+        ("gptoss", "reasoning_effort"),
+        ("llama3_1", "date_string"),
+    ],
+)
+def test_variables_that_a_user_may_set_are_known(name, variable):
+    names = variables_of(chat_templates.tokenizer_of(name))
+    assert variable in names and not names & {"messages", "bos_token", "tools"}
+
+
+def test_templates_that_fail_in_any_way_are_told_of():
+    tokenizer = chat_templates.fresh("qwen3")
+    for source, told in (
+        ("{% if %}", "the chat template fails"),
+        ({"rag": "x", "tool_use": "y"}, "the chat template fails"),
+        ("{%+ generation +%}{{ messages }}{% endgeneration %}", "does not read; it reads no"),
+    ):
+        tokenizer.chat_template = source
+        with pytest.raises(ConfigError, match=told):
+            ChatTemplate(tokenizer, system="", variables={"thinking": True}, today=TODAY)
+    tokenizer.chat_template = "{{ 1 // 0 }}"
+    with pytest.raises(ConfigError, match=r"the chat template fails: .*zero"):
+        ChatTemplate(tokenizer, system="", variables={}, today=TODAY)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "written"),
+    [
+        ("gptoss", {}, "<|channel|>final<|message|>"),
+        ("qwen3", {}, "<think>\n\n</think>\n\n"),
+        ("qwen3", {"enable_thinking": False}, ""),
+        ("llama3_1", {}, ""),
+        ("phi3", {}, ""),
+    ],
+)
+def test_what_stands_before_a_response_is_known(name, variables, written):
+    assert chat(name, **variables).written_before_response() == written
+
+
 def test_a_template_that_needs_a_system_turn_says_so():
-    tokenizer = chat_templates.tokenizer_of("qwen3")
+    tokenizer = chat_templates.fresh("qwen3")
     needs = "{{ messages[1].content }}|{{ messages[0].content }}|"
     picky = "{% if messages[0].role != 'system' %}{{ raise_exception('No!') }}{% endif %}" + needs
     for source, told in ((needs, "the chat template"), (picky, "the chat template fails: No!")):
@@ -118,7 +163,6 @@ def test_a_template_that_needs_a_system_turn_says_so():
             ChatTemplate(tokenizer, system="", variables={}, today=TODAY)
         made = ChatTemplate(tokenizer, system="Be brief.", variables={}, today=TODAY)
         assert made(QUESTION) == f"{QUESTION}|Be brief.|"
-    chat_templates.tokenizer_of.cache_clear()
 
 
 def test_a_chat_of_several_turns_keeps_its_own_system_turn():

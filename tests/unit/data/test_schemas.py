@@ -150,6 +150,23 @@ ROWS = {
         {"messages": [USER], "answer": "7", "question_id": 5},
         ("5", "7", None),
     ),
+    "headings are no answer": (
+        {"problem": TEXT, "solution": "#### Step 1\n3+4\n#### Step 2: add\nIt is \\boxed{7}."},
+        ("0", "7", "#### Step 1\n3+4\n#### Step 2: add\nIt is \\boxed{7}."),
+    ),
+    "metamath": (
+        {"query": TEXT, "answer": "3+4.\n#### 7\nThe answer is: 7"},
+        ("0", "7", "3+4."),
+    ),
+    "a list after the mark": ({"question": TEXT, "answer": "#### 3,4"}, ("0", "3,4", None)),
+    "a verdict is no answer": (
+        {"problem": TEXT, "solution": "\\boxed{7}", "correct": 1},
+        ("0", "7", "\\boxed{7}"),
+    ),
+    "dapo with a newline behind": (
+        verl([{**USER, "content": DAPO + "\n"}], extra_info={"index": 1}),
+        ("1", "7", None),
+    ),
     "own columns, renamed": (
         {"query": TEXT, "n": 5, "meta": {"gold": 7}, "answer": "a note"},
         ("5", "7", None),
@@ -178,6 +195,8 @@ def test_published_rows_are_read(tmp_path, name):
         ({"question": "Which?", "options": "A) red B) blue", "Answer": "A"}, "A"),
         ({"question": "Which?", "options": "A. red B. blue", "Answer": "A"}, "A"),
         ({"question": "Which?", "options": ["red", "blue"], "answer": "blue"}, "B"),
+        ({"question": "Which?", "options": {"A": "red", "B": "blue"}, "answer": "B"}, "B"),
+        ({"Question": "Which?", "A": "red", "B": "blue", "Answer": "B", "Subject": "s"}, "B"),
         (
             {"question": "Which?", "choices": {"text": ["red", "blue"], "label": ["A", "B"]},
              "answerKey": "B"},
@@ -294,6 +313,31 @@ def test_two_problems_of_one_id_are_refused_whatever_is_done_with_repetitions(tm
     assert [p.id for p in numbered.problems] == ["0", "1"]
 
 
+def test_rows_of_verl_are_numbered_where_that_is_asked_for(tmp_path):
+    rows = [verl([{**USER, "content": text}], extra_info={"index": 0}) for text in ("1?", "2?")]
+    with pytest.raises(ConfigError, match=r"id '0' occurs before.*data.columns.id=null"):
+        read(tmp_path, *rows)
+    assert [p.id for p in read(tmp_path, *rows, columns={"id": None}).problems] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Solve the following math problem step by step. What is 2+2?",
+        "Solve the following math problem step by step.\nLet x=3 and y=4.\n\nFind x+y.",
+        "Please reason step by step, and put your final answer within \\boxed{}.",
+    ],
+)
+def test_a_problem_that_begins_or_ends_like_an_instruction_stays_whole(tmp_path, text):
+    assert only(tmp_path, {"problem": text, "answer": "4"}).problem == text
+
+
+def test_several_boxes_of_an_answer_stay_several(tmp_path):
+    row = {"problem": TEXT, "answer": r"$\boxed{3}$ and $\boxed{5}$"}
+    problem = only(tmp_path, row)
+    assert problem.answer == row["answer"] and problem.solution is None
+
+
 def test_a_bare_template_leaves_the_files_own_instruction(tmp_path):
     text = f"{TEXT}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
     row = {"problem": text, "answer": "7"}
@@ -308,7 +352,20 @@ def test_columns_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=r"names 'golden', which is no column of it; .*gold, que"):
         only(tmp_path, row, columns={"problem": "query", "answer": "golden"})
     own = {"problem": TEXT, "answer": "7"}
-    assert only(tmp_path, own, columns={"problem": "query"}).answer == "7", "another file's"
+    with pytest.raises(ConfigError, match="names 'query', which is no column of it"):
+        only(tmp_path, own, columns={"problem": "query"})
+    evaluated = read_problems(
+        write(tmp_path / "p.jsonl", own),
+        key="data.validation_problems",
+        data=DataConfig(columns={"problem": "query"}),
+    )
+    assert evaluated.problems[0].answer == "7", "another file is read by its own columns"
+    assert any("data.columns names none of its columns" in note for note in evaluated.notes)
+    rows = [{**own, "final": "7"}, {"problem": "1 + 1", "answer": "an essay"}]
+    with pytest.raises(ConfigError, match=r"p.jsonl:2: field 'answer' is missing"):
+        read(tmp_path, *rows, columns={"answer": "final"})
+    mapped = verl(extra_info={"index": 1, "answer": "VII"})
+    assert only(tmp_path, mapped, columns={"answer": "extra_info.answer"}).answer == "VII"
     with pytest.raises(ConfigError, match=r"data.columns holds 'question', which is no field"):
         DataConfig(columns={"question": "problem"})
     with pytest.raises(ConfigError, match=r"data.columns.answer is None"):
