@@ -75,6 +75,8 @@ class Rollout(Response):
         correct: the verifier's verdict; ``None`` before grading.
         extracted: the answer that the verifier read out of ``text``.
         reason: why the verdict is what it is.
+        asked: a digest of prompt, sampling settings and what the verdict depends on; empty in
+            stores of earlier releases.
     """
 
     sample: int = 0
@@ -86,6 +88,7 @@ class Rollout(Response):
     correct: bool | None = None
     extracted: str | None = None
     reason: str = ""
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,18 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from nemo_paced.data.prompts import PromptKind, Prompts
+from nemo_paced.files import digest
 from nemo_paced.grading.grader import Grader
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.store import RolloutStore
 from nemo_paced.serving.client import RolloutClient
 from nemo_paced.serving.completions import Completion, SampleRequest
+
+DIGITS = 12  # hex digits of what a rollout was asked with
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """Rollouts of every problem, samples in order; each is stored as soon as it is finished.
 
-    Grading and writing run in threads beside the requests.
+    Grading and writing run in threads beside the requests. A stored rollout of another prompt, of
+    other settings or graded by another answer is sampled again.
 
     Args:
         num_samples: responses by problem id, where they differ; else ``settings.num_samples``.
@@ -69,13 +73,14 @@ def sample_rollouts(
         progress: called with (problems finished, problems in all).
     """
     by_id = {problem.id: problem for problem in problems}
+    asked = _Asked(prompts, settings, grader)
     wanted = num_samples or dict.fromkeys(by_id, settings.num_samples)
     requests = []
     for problem in by_id.values():
         missing = [
             sample
             for sample in range(wanted[problem.id])
-            if (purpose, step, problem.id, sample) not in store
+            if not store.holds((purpose, step, problem.id, sample), asked.of(problem))
         ]
         for samples in in_requests(missing, samples_per_request):
             requests.append(_request(problem, samples, prompts, settings, run_seed, purpose, step))
@@ -89,7 +94,10 @@ def sample_rollouts(
         store.append(
             purpose,
             [
-                _rollout(problem, completion, sample, step, request.seed, prompts, grader)
+                replace(
+                    _rollout(problem, completion, sample, step, request.seed, prompts, grader),
+                    asked=asked.of(problem),
+                )
                 for sample, completion in enumerate(completions, request.first_sample)
             ],
         )
@@ -110,6 +118,30 @@ def sample_rollouts(
     ]
     assert all(rollout is not None for rollout in found), "the client returned without some of them"
     return found  # type: ignore[return-value]
+
+
+class _Asked:
+    """What a problem's rollouts depend on besides model, step and seed, as a digest."""
+
+    def __init__(self, prompts: Prompts, settings: SamplingSettings, grader: Grader) -> None:
+        self._prompts, self._kind = prompts, settings.prompt
+        grading = grader.config
+        self._common = [
+            settings.temperature,
+            settings.top_p,
+            settings.max_tokens,
+            prompts.stop_token_ids,
+            grading.verifier,
+            grading.numeric_tolerance,
+        ]
+        self._known: dict[str, str] = {}
+
+    def of(self, problem: Problem) -> str:
+        if problem.id not in self._known:
+            text = self._prompts.text(problem, self._kind)
+            content = [*self._common, text, problem.answer, *problem.accepted]
+            self._known[problem.id] = digest(content, DIGITS)
+        return self._known[problem.id]
 
 
 def in_requests(missing: Sequence[int], limit: int) -> list[list[int]]:

@@ -40,7 +40,7 @@ class RolloutStore:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "rollouts.log"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._places: dict[Key, tuple[int, int]] = {}  # offset and length of the line
+        self._places: dict[Key, tuple[int, int, str]] = {}  # offset, length of the line, asked
         self._lengths: dict[str, int] = {}  # tokens of a problem's latest rollout
         self._waiting: dict[Key, tuple[Rollout, bytes]] = {}  # with their lines, not written yet
         self._writing = threading.Lock()
@@ -69,6 +69,11 @@ class RolloutStore:
     def __contains__(self, key: Key) -> bool:
         return key in self._places
 
+    def holds(self, key: Key, asked: str) -> bool:
+        """Whether a rollout is stored that was asked for so; one that does not say counts."""
+        place = self._places.get(key)
+        return place is not None and place[2] in (asked, "")
+
     def get(self, purpose: str, step: int, problem_id: str, sample: int) -> Rollout | None:
         """Read a rollout back from disk.
 
@@ -78,7 +83,7 @@ class RolloutStore:
         place = self._places.get((purpose, step, problem_id, sample))
         if place is None:
             return None
-        offset, length = place
+        offset, length, _ = place
         line = os.pread(self._file.fileno(), length, offset)
         return self._parse(line.removesuffix(b"\n"), offset)[1]
 
@@ -89,13 +94,15 @@ class RolloutStore:
     def append(self, purpose: str, rollouts: Iterable[Rollout]) -> None:
         """Write rollouts and sync; one that is stored already is left as it is.
 
+        One that was asked for otherwise is replaced: the file keeps both, and the later one counts.
+
         A sync takes milliseconds, tens of them on a network file system, so the thread whose turn
         it is writes what all of them bring, with one sync.
         """
         self._waiting |= {_key(purpose, r): (r, _line(purpose, r)) for r in rollouts}
         with self._writing:
             found = self._waiting.copy()
-            new = {key: entry for key, entry in found.items() if key not in self}
+            new = {k: entry for k, entry in found.items() if not self.holds(k, entry[0].asked)}
             if new:  # else another thread has written all of them with its own
                 self._write(new)
             for key in found:
@@ -116,7 +123,7 @@ class RolloutStore:
             self._end += len(line)
 
     def _enter(self, key: Key, rollout: Rollout, offset: int, length: int) -> None:
-        self._places[key] = offset, length
+        self._places[key] = offset, length, rollout.asked
         self._lengths[rollout.problem_id] = len(rollout.response_ids)
 
     def _drop_cut_line(self) -> None:

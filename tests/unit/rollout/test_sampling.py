@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -24,9 +25,18 @@ from tests.unit.serving.wrong_server import GENERATE, Server, choice, good
 PROBLEMS = [Problem(f"p{i}", "s1 f1", "s1") for i in range(30)]
 
 
-def sample(folder, endpoint, problems=PROBLEMS, num_samples=4, limit=128, progress=None):
+def sample(
+    folder,
+    endpoint,
+    problems=PROBLEMS,
+    num_samples=4,
+    limit=128,
+    progress=None,
+    template="{problem}",
+    max_tokens=16,
+):
     data = DataConfig(
-        prompt_template="{problem}",
+        prompt_template=template,
         use_chat_template=False,
         max_prompt_length=16,
         max_response_length=16,
@@ -40,7 +50,7 @@ def sample(folder, endpoint, problems=PROBLEMS, num_samples=4, limit=128, progre
             store=store,
             step=0,
             purpose="pass_rates",
-            settings=SamplingSettings(num_samples, 1.0, 1.0, 16),
+            settings=SamplingSettings(num_samples, 1.0, 1.0, max_tokens),
             samples_per_request=limit,
             run_seed=1,
             grader=grader,
@@ -85,6 +95,42 @@ def test_a_killed_client_loses_only_what_was_in_flight_and_counts_nothing_twice(
     # at each kill four were in flight, and on a busy machine as many answers were being stored
     assert len(server.bodies) <= len(PROBLEMS) + 3 * 8
     assert len({(body["seed"]) for body in server.bodies}) == len(PROBLEMS)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"template": "solve {problem}"},
+        {"max_tokens": 12},
+        {"problems": [replace(p, problem=f"{p.problem} s1") for p in PROBLEMS[:3]]},
+        {"problems": [replace(p, answer="s5") for p in PROBLEMS[:3]]},
+        {"problems": [replace(p, accepted=("s5",)) for p in PROBLEMS[:3]]},
+    ],
+)
+def test_rollouts_that_were_asked_for_otherwise_are_sampled_again(tmp_path, changed):
+    server, asked = Server(good), []
+    try:
+        for others in ({}, {}, changed, changed, {}):
+            sample(tmp_path, server.endpoint, **{"problems": PROBLEMS[:3], **others})
+            asked.append(len(server.bodies))
+    finally:
+        server.stop()
+    assert asked == [3, 3, 6, 6, 9], "the latest is what the store holds"
+    with RolloutStore(tmp_path) as store:
+        assert len(store) == 12
+
+
+def test_rollouts_of_an_earlier_release_count(tmp_path):
+    server = Server(good)
+    try:
+        whole = sample(tmp_path / "new", server.endpoint, PROBLEMS[:3])
+        with RolloutStore(tmp_path / "old") as store:
+            store.append("pass_rates", [replace(rollout, asked="") for rollout in whole])
+        server.bodies.clear()
+        assert len(sample(tmp_path / "old", server.endpoint, PROBLEMS[:3])) == 12
+    finally:
+        server.stop()
+    assert not server.bodies
 
 
 def test_more_samples_of_a_problem_ask_for_the_difference_only(tmp_path):
