@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nemo_paced.config import PacedConfig, to_dict
+from nemo_paced.cpu import computes_bf16
 from nemo_paced.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -191,10 +192,16 @@ def run_directory(config: PacedConfig) -> Path:
 
 
 def _register_resolvers() -> None:
-    """Register ``${paced.assets:NAME}``, a path inside the package, and NeMo's arithmetic."""
+    """Register the package's resolvers and NeMo's arithmetic.
+
+    ``${paced.assets:NAME}`` is a path inside the package, ``${paced.cpu_precision:}`` the precision
+    in which this machine's CPU is fast: bf16 or fp32.
+    """
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("paced.assets", lambda n: str(ASSETS / n), replace=True)
+    precision = "bf16" if computes_bf16() else "fp32"
+    OmegaConf.register_new_resolver("paced.cpu_precision", lambda: precision, replace=True)
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
 

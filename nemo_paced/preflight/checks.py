@@ -23,6 +23,7 @@ OF_SHAPES: tuple[Check, ...] = (
 OF_MODELS: tuple[Check, ...] = (*OF_SHAPES, models.vocabularies, models.gpu_memory)
 CHECKS: tuple[Check, ...] = (
     *OF_MODELS,
+    models.cpu_precision,
     tokens.token_ids,
     tokens.end_of_text,
     tokens.chat_templates,

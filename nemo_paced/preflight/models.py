@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemo_paced.config import PacedConfig, Recompute, RolloutPlacement
+from nemo_paced.config import PacedConfig, Precision, Recompute, RolloutPlacement
+from nemo_paced.cpu import computes_bf16
 from nemo_paced.errors import ConfigError
 from nemo_paced.hf.architectures import Architecture, padded_vocab_size
 from nemo_paced.preflight.findings import Finding, error, note, warning
@@ -205,6 +206,18 @@ def recompute(inputs: Inputs) -> Iterator[Finding]:
             "selective computes attention twice and frees next to nothing on a GPU, whose fused "
             "kernels keep no scores",
             "set none, or full where memory is short",
+        )
+
+
+def cpu_precision(inputs: Inputs) -> Iterator[Finding]:
+    """Check that a run on CPUs does not compute in bf16 where they convert every element."""
+    trainer = inputs.config.trainer
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not _gpu_bytes())
+    if on_cpu and trainer.compute_precision is Precision.bf16 and not computes_bf16():
+        yield warning(
+            "trainer.precision",
+            "is bf16 on a CPU without AVX-512: PyTorch took 500 times as long there as in fp32",
+            "set trainer.precision=fp32 (the servers follow it)",
         )
 
 

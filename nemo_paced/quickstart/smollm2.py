@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemo_paced.cpu import computes_bf16
 from nemo_paced.errors import ConfigError
 from nemo_paced.records import Problem
 
@@ -102,6 +103,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--seed", type=int, default=3)
     arguments = parser.parse_args()
+    precision = "bf16" if computes_bf16() else "fp32, as this CPU has no AVX-512 for bf16"
+    print(f"trainer and servers compute in {precision}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not (arguments.out / "model" / "config.json").exists():
         write_model(arguments.out / "model")

@@ -198,6 +198,27 @@ def test_an_override_that_cannot_be_is_named(override, told):
         with_config([override], lambda config: None)
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx avx2 fma\n", False),
+        ("flags\t\t: avx2 avx512f avx512bw\n", True),
+        ("Features\t: fp asimd bf16 sve\n", True),
+        ("model name\t: a CPU that tells nothing of avx512bw\n", False),
+    ],
+)
+def test_the_real_example_computes_in_what_the_cpu_is_fast_in(tmp_path, cpuinfo, fast):
+    from nemo_paced.compose import with_config
+    from nemo_paced.cpu import computes_bf16
+
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert computes_bf16(tmp_path / "cpuinfo") is fast
+    assert not computes_bf16(tmp_path / "none")
+    taken = []
+    with_config(["--config-name", "smollm2_self"], taken.append)
+    assert taken[0].trainer.precision == ("bf16" if computes_bf16() else "fp32")
+
+
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_settings_whose_keys_are_the_users_take_new_keys(plus):
     from nemo_paced.compose import with_config

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "nemo_paced"
 # lowest first; what stands on one line may not import its neighbours
 LAYERS = (
-    {"losses", "records", "errors", "logs", "files", "versions"},
+    {"losses", "records", "errors", "logs", "files", "versions", "cpu"},
     {"settings"},
     {"config"},
     {"parallel", "compose"},

@@ -58,7 +58,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def config(models):
     return PacedConfig(
-        trainer=TrainerConfig(accelerator="cpu", devices=2),
+        trainer=TrainerConfig(accelerator="cpu", devices=2, precision="fp32"),
         model=ModelConfig(tensor_model_parallel_size=2, global_batch_size=4),
         student=StudentConfig(hf_path=str(models / "student")),
         teacher=TeacherConfig(hf_path=str(models / "teacher")),
@@ -176,6 +176,14 @@ def test_special_tokens_ends_and_templates_that_differ_are_warnings(config, mode
     assert any("different chat templates" in f.what for f in found(config, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_on_a_cpu_that_is_slow_in_it_is_a_warning(config, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(model_checks, "computes_bf16", lambda: fast)
+    config.trainer.precision = "bf16-mixed"
+    told = [f.where for f in found(config, tmp_path)]
+    assert told == ([] if fast else ["trainer.precision"])
+
+
 def test_a_template_that_thinks_has_to_be_told_whether_to(config, models, tmp_path):
     folder = model_copy(models, tmp_path)
     template = (chat_templates.FOLDER / "qwen3_5_think.jinja").read_text()
@@ -273,6 +281,8 @@ def test_recomputing_attention_alone_is_told_of_on_a_gpu(config, tmp_path, monke
 def test_room_for_the_checkpoints_that_are_kept_and_one_more(config, tmp_path, monkeypatch):
     shape = Architecture.read(config.student.hf_path, "student.hf_path")
     each = files.checkpoint_bytes(shape, Precision.bf16)
+    config.trainer.precision = "bf16"
+    monkeypatch.setattr(model_checks, "computes_bf16", lambda: True)
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(config.student.hf_path)
