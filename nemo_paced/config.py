@@ -296,12 +296,22 @@ class PacedConfig:
     @property
     def sends_weights(self) -> bool:
         """Whether the rollout servers have to follow the student while it is trained."""
+        weighted = self.weights.scheme is not WeightScheme.unweighted
         follows = (
-            stage.responses is ResponseSource.rollouts or stage.reestimate_pass_rates
+            stage.responses is ResponseSource.rollouts or (stage.reestimate_pass_rates and weighted)
             for stage in self.stages
         )
         periodic = self.weights.reestimate is Reestimation.every_n_steps
         return any(follows) or periodic or self.trainer.val_check_interval > 0
+
+    def asks_student(self, *, resumed: bool) -> bool:
+        """Whether a start samples from the student at all, and needs its rollout servers.
+
+        Args:
+            resumed: it goes on from a checkpoint, which has the pass rates.
+        """
+        estimates = self.weights.pass_rates is None and self.weights.estimates
+        return self.sends_weights or (estimates and not resumed)
 
     @property
     def teacher_hf_path(self) -> str:

@@ -25,7 +25,7 @@ from nemo_paced.training.references import to_be_sampled
 def own_servers(inputs: Inputs) -> Iterator[Finding]:
     """Check vLLM, GPUs and ``rollout.refit`` where the run starts servers of its own."""
     rollout = inputs.config.rollout
-    if rollout.endpoints:
+    if rollout.endpoints or not (_student_is_asked(inputs) or _teacher_is_asked(inputs)):
         return
     if rollout.python is None and not importlib.util.find_spec("vllm"):
         yield error(
@@ -66,9 +66,14 @@ def endpoints(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _student_is_asked(inputs: Inputs) -> bool:
-    config = inputs.config
-    estimates = config.weights.pass_rates is None and not checkpoints(inputs.run_dir)
-    return config.sends_weights or estimates
+    return inputs.config.asks_student(resumed=bool(checkpoints(inputs.run_dir)))
+
+
+def _teacher_is_asked(inputs: Inputs) -> bool:
+    try:
+        return to_be_sampled(inputs.config, inputs.run_dir)
+    except ConfigError:
+        return False  # `endpoints` tells of it
 
 
 def _probed(where: str, servers: Sequence[str], longest: int) -> Iterator[Finding]:

@@ -85,6 +85,16 @@ class WeightsConfig:
         self._check_reestimation()
 
     @property
+    def estimates(self) -> bool:
+        """Whether a run that is given no pass rates has to estimate them before its first step.
+
+        An unweighted one needs none; it watches them where ``reestimate`` says so.
+        """
+        return self.scheme is not WeightScheme.unweighted or (
+            self.reestimate is not Reestimation.never
+        )
+
+    @property
     def may_be_zero(self) -> bool:
         """Whether a problem can have weight 0, so that on-policy stages do not sample it."""
         if self.scheme is WeightScheme.beta_kernel:

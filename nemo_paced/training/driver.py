@@ -24,6 +24,7 @@ from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import PromptKind
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem, Response, Rollout
+from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings, sampling_seed
 from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.run.fingerprint import check_data
@@ -62,6 +63,7 @@ class Driver:
         self.references: dict[str, Response] = {}
         self._tables: dict[int, PassRateTable] = {}  # by step, as it was before its batch was made
         self._stack = ExitStack()
+        self._sampler: Sampler | None = None
 
     def __enter__(self) -> Driver:
         return self
@@ -77,9 +79,16 @@ class Driver:
                 self.config, self.problems, self.prompts, self.run_dir, log.bar, log.open_loggers
             )
 
-    def start_servers(self) -> None:
-        """Start the student's servers, or reach those of ``rollout.endpoints``."""
-        self.sampler = self._stack.enter_context(
+    def start_servers(self, *, resumed: bool) -> None:
+        """Start the student's servers, or reach those of ``rollout.endpoints``, if any are asked.
+
+        Args:
+            resumed: the run goes on from a checkpoint.
+        """
+        if not self.config.asks_student(resumed=resumed):
+            logger.info("no rollout server is started: nothing is sampled from the student")
+            return
+        self._sampler = self._stack.enter_context(
             prepare.student_sampler(
                 self.config,
                 self.run_dir,
@@ -89,6 +98,17 @@ class Driver:
                 meanwhile=self.log.open_loggers,
             )
         )
+
+    @property
+    def sampler(self) -> Sampler:
+        """What samples from the student."""
+        assert self._sampler is not None, "PacedConfig.asks_student says whether there is one"
+        return self._sampler
+
+    @property
+    def sampling_s(self) -> float | None:
+        """Seconds for which the servers have sampled so far; ``None``: there are none."""
+        return None if self._sampler is None else self._sampler.busy_s()
 
     def check_servers(self) -> None:
         """Check that servers of somebody else take the student's weights, if any are sent.
@@ -229,12 +249,15 @@ class Driver:
 
     def _first_table(self, resumed_from: Path | None) -> PassRateTable:
         given = self.config.weights.pass_rates
-        if resumed_from is not None:
+        estimates = self.config.weights.estimates
+        if resumed_from is not None and (estimates or (resumed_from / PASS_RATES_FILE).exists()):
             table = PassRateTable.read(resumed_from / PASS_RATES_FILE, self.problems)
         elif given:
             found = PassRateTable.read(Path(given), self.problems)
             found.check_estimator(self.config.weights, Path(given))
             table = found.reweighted(self.config.weights)
+        elif not estimates:
+            return PassRateTable.unknown(self.problems)
         else:
             return prepare.estimate_pass_rates(
                 self.config, self.problems, self.sampler, self.run_dir, step=0, bar=self.log.bar

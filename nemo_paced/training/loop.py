@@ -144,7 +144,8 @@ class Loop:
         )
         self.refit = Refit(models.student.chunks, parallel, driver, self.exchange.tell)
         self.times: dict[str, float] = {}  # seconds of the current step by part
-        self._sampled_s = 0.0  # the servers' sampling time up to the end of the last step
+        # the servers' sampling time up to the end of the last step, where there are servers
+        self._sampled_s: float | None = 0.0
 
     def run(self, resume_from: Path | None) -> bool:
         """Take all steps; returns ``False`` where the run was asked to stop before.
@@ -191,7 +192,8 @@ class Loop:
         with timed(spent, "references"):
             self.exchange.on_rank_0("references", lambda driver: driver.find_references(log))
         with timed(spent, "servers"):
-            self.exchange.on_rank_0("started", lambda driver: driver.start_servers())
+            resumed = resume_from is not None
+            self.exchange.on_rank_0("started", lambda driver: driver.start_servers(resumed=resumed))
             self.exchange.on_rank_0("servers", lambda driver: driver.check_servers())
         held = self.models.step.teacher.held
         if held is not None and held.to_be_quantized:
@@ -205,7 +207,7 @@ class Loop:
             self._fill_teacher_cache()
         if self.driver is not None:
             record_preparation(self.run_dir, spent)
-            self._sampled_s = self.driver.sampler.busy_s()
+            self._sampled_s = self.driver.sampling_s
 
     def _finish_saving(self) -> None:
         if self.background is not None:
@@ -261,12 +263,13 @@ class Loop:
         """Shares of a step for which trainer and servers waited for each other; on rank 0."""
         if self.driver is None:
             return {}
-        before, self._sampled_s = self._sampled_s, self.driver.sampler.busy_s()
-        if not on_policy:
+        before, now = self._sampled_s, self.driver.sampling_s
+        self._sampled_s = now
+        if not on_policy or before is None or now is None:
             return {}
         return {
             "rollout/trainer_wait": min(1.0, self.times["rollout"] / step_s),
-            "rollout/server_wait": max(0.0, 1 - (self._sampled_s - before) / step_s),
+            "rollout/server_wait": max(0.0, 1 - (now - before) / step_s),
         }
 
     def _enter(self, stage: Stage) -> None:

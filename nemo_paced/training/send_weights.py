@@ -15,7 +15,8 @@ from nemo_paced.rollout.sampler import Sampler
 class HasSampler(Protocol):
     """Rank 0's driver, of a training run or of a measurement."""
 
-    sampler: Sampler
+    @property
+    def sampler(self) -> Sampler: ...
 
 
 class Refit:

@@ -9,6 +9,7 @@ settled; the posterior weight does not mind how sampling was stopped.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -62,6 +63,17 @@ class PassRateTable:
         ]
         return PassRateTable(tuple(rows)).reweighted(config)
 
+    @staticmethod
+    def unknown(problems: Sequence[Problem]) -> PassRateTable:
+        """The table of an unweighted run that estimates nothing: weight 1, pass rates NaN."""
+        nothing = PassRate("", 0, 0, 0.0, 0.0, math.nan, 1.0, 0)
+        return PassRateTable(tuple(replace(nothing, id=problem.id) for problem in problems))
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether no pass rate was ever estimated."""
+        return not any(row.num_rollouts for row in self.rows)
+
     def reweighted(self, config: WeightsConfig) -> PassRateTable:
         """The table with the same pass rates and the weights that ``config`` gives.
 
@@ -107,7 +119,12 @@ class PassRateTable:
             )
 
     def drift(self) -> dict[str, float]:
-        """Metrics of the whole table, see :func:`~nemo_paced.weights.summary.drift_metrics`."""
+        """Metrics of the whole table, see :func:`~nemo_paced.weights.summary.drift_metrics`.
+
+        None where no pass rate is known.
+        """
+        if self.is_unknown:
+            return {}
         return drift_metrics([r.pass_rate for r in self.rows], [r.weight for r in self.rows])
 
     def weights(self) -> dict[str, float]:

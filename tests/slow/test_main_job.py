@@ -173,6 +173,26 @@ def test_a_run_exports_evaluates_and_reports(uninterrupted, tmp_path):
     assert "report.html" in page and "<svg" in (run_dir / "report.html").read_text()
 
 
+def test_nothing_sampled_needs_no_server(uninterrupted):
+    given = {
+        "given": f"weights.pass_rates={uninterrupted / 'whole/pass_rates/step_00000000.parquet'}",
+        "free": "weights.scheme=unweighted",
+    }
+    lines = {"whole": metrics(uninterrupted, "whole")}
+    for name, weights in given.items():
+        once = ["schedule=forward_kl", "trainer.val_check_interval=0", weights]
+        out = run(*train_arguments(uninterrupted, name, *once))
+        assert "no rollout server is started: nothing is sampled from the student" in out
+        assert not (uninterrupted / name / "servers").exists()
+        lines[name] = metrics(uninterrupted, name)
+        assert [line["step"] for line in lines[name]] == list(range(1, STEPS + 1))
+        assert ("weights/mean_pass_rate" in lines[name][0]) is (name == "given")
+    losses = {name: [line["loss"] for line in lines[name][:3]] for name in lines}
+    assert losses["given"] == pytest.approx(losses["whole"], rel=1e-6), "the same weights"
+    assert losses["free"] != losses["given"]
+    run("report", uninterrupted / "free")
+
+
 def test_a_changed_setting_is_refused(uninterrupted):
     process = command(*train_arguments(uninterrupted, "whole", "model.optim.lr=1.0"))
     out, _ = process.communicate(timeout=100)

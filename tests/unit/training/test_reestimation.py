@@ -12,8 +12,11 @@ import pytest
 from nemo_paced.compose import with_config
 from nemo_paced.config import (
     AdaptiveConfig,
+    DivergenceKind,
     Estimator,
     Reestimation,
+    ReferenceSource,
+    ResponseSource,
     StageConfig,
     WeightScheme,
     WeightsConfig,
@@ -87,9 +90,16 @@ def start(config, run_dir, resumed_from=None):
     run_dir.mkdir(exist_ok=True)
     driver = Driver(config, run_dir)
     driver.find_references(RunLog(config, run_dir, 0, enabled=False))
-    driver.start_servers()
-    driver.sampler.client = client_of(driver.prompts)
-    driver.first_pass_rates(resumed_from)
+    driver.start_servers(resumed=resumed_from is not None)
+    if driver.sampling_s is not None:
+        driver.sampler.client = client_of(driver.prompts)
+    try:
+        driver.first_pass_rates(resumed_from)
+    except ConfigError:
+        driver.__exit__(
+            None, None, None
+        )  # what a run's own context manager does: the store is held no longer
+        raise
     return driver
 
 
@@ -205,6 +215,49 @@ def test_a_resumed_run_weighs_as_an_uninterrupted_one(make_config, tmp_path, wei
     assert (
         pandas.read_parquet(tmp_path / "killed" / "pass_rates.parquet")["student_step"] == 3
     ).all()
+
+
+UNWEIGHTED = WeightsConfig(scheme=WeightScheme.unweighted)
+
+
+def test_an_unweighted_run_on_stored_responses_asks_nobody(make_config, tmp_path):
+    config = make_config(UNWEIGHTED)
+    stored = StageConfig(responses=ResponseSource.references, divergence=DivergenceKind.forward_kl)
+    references = dataclasses.replace(config.references, source=ReferenceSource.solution)
+    config = dataclasses.replace(config, stages=[stored], references=references)
+    for resumed in (False, True):
+        assert not config.asks_student(resumed=resumed)
+    (tmp_path / "run").mkdir()
+    driver = Driver(config, tmp_path / "run")
+    driver.find_references(RunLog(config, tmp_path / "run", 0, enabled=False))
+    driver.start_servers(resumed=False)
+    driver.first_pass_rates(None)
+    assert driver.sampling_s is None and driver.table.is_unknown
+    (batch,) = train(driver, [0])
+    assert len(batch.items) == 8 and not [name for name in batch.metrics if "weights/" in name]
+    driver.save_pass_rates(1)
+    assert not list((tmp_path / "run").rglob("*.parquet")), "nothing is known, nothing written"
+    resumed = Driver(config, tmp_path / "run")
+    resumed.find_references(RunLog(config, tmp_path / "run", 0, enabled=False))
+    resumed.first_pass_rates(tmp_path / "checkpoint")
+    assert resumed.table.weights() == driver.table.weights() == dict.fromkeys(TRUE_RATES, 1.0)
+
+
+def test_who_is_asked_for_what(make_config, tmp_path):
+    stored = StageConfig(responses=ResponseSource.references, divergence=DivergenceKind.forward_kl)
+    weighted = dataclasses.replace(make_config(POSTERIOR), stages=[stored])
+    assert weighted.asks_student(resumed=False) and not weighted.asks_student(resumed=True)
+    given = dataclasses.replace(POSTERIOR, pass_rates="table.parquet")
+    assert not dataclasses.replace(weighted, weights=given).asks_student(resumed=False)
+    watched = dataclasses.replace(
+        UNWEIGHTED, reestimate=Reestimation.every_n_steps, reestimate_every_n_steps=5
+    )
+    for weights, expected in ((UNWEIGHTED, False), (watched, True)):
+        changed = dataclasses.replace(weighted, weights=weights)
+        assert changed.asks_student(resumed=False) is expected
+        assert changed.asks_student(resumed=True) is expected
+    on_policy = make_config(UNWEIGHTED)
+    assert on_policy.asks_student(resumed=True) and not UNWEIGHTED.estimates
 
 
 def test_free_updates_use_the_steps_own_rollouts_and_no_others(make_config, tmp_path):

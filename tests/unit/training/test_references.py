@@ -186,11 +186,12 @@ def start(config, run_dir):
     run_dir.mkdir(exist_ok=True)
     driver = Driver(config, run_dir)
     driver.find_references(RunLog(config, run_dir, 0, enabled=False))
-    driver.start_servers()
+    driver.start_servers(resumed=False)
     rates = dict.fromkeys(TRUE_RATES, 0.5)
-    driver.sampler.client = ScriptedClient(
-        rates, driver.prompts.response("s8"), driver.prompts.response("s9")
-    )
+    if driver.sampling_s is not None:
+        driver.sampler.client = ScriptedClient(
+            rates, driver.prompts.response("s8"), driver.prompts.response("s9")
+        )
     driver.first_pass_rates(None)
     return driver
 
