@@ -1,12 +1,13 @@
 """What one GPU without a network and without vLLM can show of this project, part by part.
 
-    python scripts/first_light.py --out DIR                     # all parts, ten minutes at most
+    python scripts/first_light.py --out DIR                     # all parts, 13 minutes at most
     python scripts/first_light.py --out DIR --parts step fp8    # some of them
     python scripts/first_light.py --out DIR --device cpu        # tiny shapes: any mistakes left?
 
 Each part runs in a process of its own under a time limit and leaves DIR/PART.json and DIR/PART.log
 as soon as it ends; one that is cut off costs itself alone. Parts that have passed are not run
-again (--again runs them), so the same command goes on. A table of all parts comes last.
+again (--again runs them), so the same command goes on. A table of all parts comes last, and
+DIR/everything.json holds all figures and the ends of all logs: the one file to carry away.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ REAL, TINY = "real", "tiny"
 ROW = {REAL: 16_384, TINY: 128}
 RESPONSE, PROMPT = {REAL: 1536, TINY: 24}, {REAL: 512, TINY: 8}
 TEACHER_LAYERS = 12  # of the FP8 comparison: rates and drifts need no more
+LOG_LINES = 200  # of a part's log that everything.json keeps
 OUTLIERS = 8  # channels that norms amplify, as trained models have them
 
 
@@ -64,9 +66,10 @@ PARTS = {
     "losses": Part(90, "tests of the losses and their kernels", _pytest(
         "tests/gpu/test_losses_gpu.py", "tests/gpu/test_linear_divergence_gpu.py")),
     "benchmark": Part(120, "losses beside Liger and PyTorch, the copy and the GEMMs", _losses),
-    "training": Part(75, "tiny steps against the CPU's", _pytest("tests/gpu/test_training_gpu.py")),
+    # a rank imports for 17 s on a machine that has just started, and each test starts one
+    "training": Part(240, "tiny steps beside the CPU's", _pytest("tests/gpu/test_training_gpu.py")),
     "fp8_tests": Part(60, "the FP8 teacher's tests", _pytest("tests/gpu/test_fp8_gpu.py")),
-    "checkpoint": Part(45, "written and resumed with the Adam that is there"),
+    "checkpoint": Part(90, "written and resumed with the Adam that is there"),
     "step": Part(100, "Qwen3-8B to 1.7B at full size, beside plan's figures"),
     "fp8": Part(75, "each FP8 recipe of this GPU: rate, memory, certificate"),
 }  # fmt: skip
@@ -103,7 +106,10 @@ def _run(name: str, args: argparse.Namespace) -> None:
     part, began = PARTS[name], time.monotonic()
     own = [str(Path(__file__)), "--out", str(args.out), "--device", args.device, "--inside", name]
     command = [sys.executable, *(part.command(args) if part.command else own)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "COLUMNS": "200",  # tables in logs are to be read
+    }
     limit_s = part.limit_s if args.device == "cuda" else 600
     (args.out / f"{name}.json").unlink(missing_ok=True)
     with (args.out / f"{name}.log").open("wb") as log:
@@ -134,6 +140,12 @@ def _write(out: Path, name: str, **found: Any) -> None:
 
 def _table(args: argparse.Namespace) -> int:
     results = {name: _read(args.out, name) for name in PARTS}
+    everything = {
+        name: found | {"log": _last_lines(args.out / f"{name}.log", LOG_LINES)}
+        for name, found in results.items()
+    }
+    everything["losses_benchmark"] = _read(args.out, "losses_benchmark")
+    (args.out / "everything.json").write_text(json.dumps(everything, indent=1) + "\n")
     for name, found in results.items():
         state = next(
             (word for word in ("passed", "skipped") if found.get(word)),
@@ -147,8 +159,12 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def _last_line(log: Path) -> str:
+    return "".join(_last_lines(log, 1))[:120]
+
+
+def _last_lines(log: Path, count: int) -> list[str]:
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1][:120] if lines else ""
+    return lines[-count:]
 
 
 # what follows runs inside a part's own process

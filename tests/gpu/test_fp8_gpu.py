@@ -44,7 +44,12 @@ def test_rows_are_quantised_as_on_a_cpu(columns, dtype):
     x = torch.randn(33, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[1], x[2, 3], x[4] = 0, torch.nan, 1e-42
     there, here = RowScaled.of(x.cuda()), RowScaled.of(x)
-    assert torch.equal(there.data_NI.view(torch.uint8).cpu(), here.data_NI.view(torch.uint8))
+    found, expected = there.data_NI.cpu(), here.data_NI
+    # E4M3 has a NaN of either sign, and the two devices choose differently
+    nan = expected.float().isnan()
+    assert torch.equal(found.float().isnan(), nan) and nan[2].all() and nan.sum() == columns
+    found, expected = (each.view(torch.uint8)[~nan] for each in (found, expected))
+    assert torch.equal(found, expected)
     assert torch.equal(there.scale_N1.cpu().nan_to_num(-1), here.scale_N1.nan_to_num(-1))
 
 

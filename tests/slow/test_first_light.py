@@ -23,6 +23,10 @@ def test_parts_run_on_a_cpu_and_only_what_failed_runs_again(tmp_path):
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert all(results[name]["passed"] for name in parts)
     assert len(results["step"]["figures"]) == 4
+    everything = results["everything"]
+    assert everything["step"]["figures"] == results["step"]["figures"]
+    assert everything["losses_benchmark"] == results["losses_benchmark"]
+    assert all(everything[name]["log"] for name in parts)
     for figures in results["step"]["figures"].values():
         assert figures["plan"]["gib"] > 0 and 0 <= figures["throughput/padding_share"] < 0.5
     assert results["fp8"]["figures"]["rowwise"]["kl_mean"] > 0
