@@ -277,9 +277,9 @@ leaves: you are told). The configuration gives prompts, verifier and sampling (e
 without --config-name it is that of the run which the model lies in. rollout.endpoints asks running
 servers. On a GPU of its own, add rollout.gpu_memory_utilization=0.9.
 
---problems: JSONL or Parquet; the schemas of MATH-500 and AIME are read. A suite is named after its
-file unless NAME= says otherwise. Without it and --lm-eval, the suites are data.validation_problems
-(`heldout`) and data.forgetting_problems (`forgetting`).
+--problems: JSONL or Parquet; published files are read as they are (see `data`). A suite is named
+after its file unless NAME= says otherwise. Without it and --lm-eval, the suites are
+data.validation_problems (`heldout`) and data.forgetting_problems (`forgetting`).
 
 --lm-eval: tasks of lm-eval (extra [eval]) on the same server, e.g. mmlu: five-shot, on a fixed draw
 of 2,000 questions in proportion to the subtasks. --lm-eval-args sets evaluation.lm_eval.*:

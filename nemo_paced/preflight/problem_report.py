@@ -7,7 +7,6 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
@@ -20,6 +19,7 @@ from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError
 from nemo_paced.preflight.files import verifier_fits
 from nemo_paced.preflight.findings import Finding, Severity, error
+from nemo_paced.preflight.inputs import PROBLEM_FILES
 from nemo_paced.records import Problem
 
 # kinds of answers, the first that matches
@@ -239,10 +239,5 @@ def _cut(text: str, width: int) -> str:
 
 def files_of(config: PacedConfig) -> dict[str, str]:
     """Problem files of a configuration by their setting."""
-    data = config.data
-    files = {
-        "data.problems": data.problems,
-        "data.validation_problems": data.validation_problems,
-        "data.forgetting_problems": data.forgetting_problems,
-    }
-    return {key: str(Path(path)) for key, path in files.items() if path}
+    files = {f"data.{name}": getattr(config.data, name) for name in PROBLEM_FILES}
+    return {key: path for key, path in files.items() if path}
