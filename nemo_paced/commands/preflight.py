@@ -24,7 +24,7 @@ def preflight(arguments: list[str]) -> None:
         from nemo_paced.commands.launch import launch
 
         if is_first_rank(config):
-            check_run_inputs(config, run_directory(config), notes=True)
+            check_run_inputs(config, run_directory(config), dry=True)
         with tempfile.TemporaryDirectory() as folder:  # a check leaves nothing behind
             launch("preflight", config, save_config(config, Path(folder)))
         logger.info("preflight: nothing that would stop the run was found")
@@ -77,11 +77,11 @@ def is_first_rank(config: PacedConfig) -> bool:
     return first
 
 
-def check_run_inputs(config: PacedConfig, run_dir: Path, *, notes: bool) -> None:
+def check_run_inputs(config: PacedConfig, run_dir: Path, *, dry: bool) -> None:
     """Make the checks that need one process, before ranks or servers start.
 
     Args:
-        notes: show findings of severity ``note`` too.
+        dry: show findings of severity ``note`` too, and keep nothing in the run directory.
 
     Raises:
         PreflightFailed: an error was found; all findings are on standard error.
@@ -89,4 +89,4 @@ def check_run_inputs(config: PacedConfig, run_dir: Path, *, notes: bool) -> None
     from nemo_paced.preflight.checks import check_inputs
     from nemo_paced.preflight.findings import refuse
 
-    refuse(check_inputs(config, run_dir), notes=notes)
+    refuse(check_inputs(config, run_dir, keeps=not dry), notes=dry)

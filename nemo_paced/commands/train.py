@@ -111,7 +111,7 @@ def train_with(config: PacedConfig) -> None:
 
     run_dir = run_directory(config)
     if is_first_rank(config):
-        check_run_inputs(config, run_dir, notes=False)
+        check_run_inputs(config, run_dir, dry=False)
         save_config(config, run_dir)
     trained = 0 if join_launcher() else steps_trained(config, run_dir)
     if trained >= config.trainer.max_steps:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nemo_paced.config import DataConfig, Duplicates, Unanswered
 from nemo_paced.data.rows import paths_of, read_rows
@@ -20,11 +23,10 @@ NAMED = 3  # rows or ids that a message names
 
 
 @dataclass
-class ProblemFile:
-    """What a problem file holds, and what was done to read it.
+class Contents:
+    """What a problem file holds besides its problems, and what was done to read it.
 
     Attributes:
-        problems: in the file's order.
         rows: all of them, left out ones included.
         sources: column that each field of the first row came from.
         notes: sentences on what was changed or left out, for a person.
@@ -33,13 +35,30 @@ class ProblemFile:
         unanswered: rows without an answer, left out.
     """
 
-    problems: list[Problem]
-    rows: int
-    sources: dict[str, str]
+    rows: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     repeated: int = 0
     unanswered: int = 0
+
+    def tell(self, path: str | Path) -> None:
+        """Log the notes and warnings of a file."""
+        for note in self.notes:
+            logger.info("%s: %s", path, note)
+        for warning in self.warnings:
+            logger.warning("%s: %s", path, warning)
+
+
+@dataclass
+class ProblemFile(Contents):
+    """What a problem file holds; see :class:`Contents` for the rest.
+
+    Attributes:
+        problems: in the file's order.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
 
 
 def load_problems(
@@ -54,10 +73,7 @@ def load_problems(
         ConfigError: as there.
     """
     file = read_problems(path, key=key, data=data)
-    for note in file.notes:
-        logger.info("%s: %s", path, note)
-    for warning in file.warnings:
-        logger.warning("%s: %s", path, warning)
+    file.tell(path)
     return file.problems
 
 
@@ -66,9 +82,26 @@ def read_problems(
 ) -> ProblemFile:
     """Read a file, or the files of a pattern such as ``data/train-*.parquet``.
 
+    Args:
+        path, key, data: see :func:`each_problem`.
+
+    Raises:
+        ConfigError: see :func:`each_problem`.
+    """
+    file = ProblemFile()
+    file.problems = list(each_problem(path, file, key=key, data=data or DataConfig()))
+    return file
+
+
+def each_problem(
+    path: str | Path, contents: Contents, *, key: str, data: DataConfig
+) -> Iterator[Problem]:
+    """Problems of a file, or of the files of a pattern, one by one.
+
     Rows have the columns of :mod:`nemo_paced.data.schemas`, or those that ``data.columns`` names.
 
     Args:
+        contents: is filled when the last problem was read; ``rows`` counts them on the way.
         key: the setting that named the file, for messages.
         data: its ``columns``, ``duplicates``, ``unanswered`` and ``prompt_template``.
 
@@ -77,24 +110,26 @@ def read_problems(
             problem or one without an answer (where those are refused), or an id that two problems
             have; each with file and line.
     """
-    data = data or DataConfig()
-    bare = data.prompt_template.strip() == "{problem}"
-    required = key == "data.problems"
-    reading = Reading(data.columns, required=required, keep_instructions=bare)
+    reading = Reading(
+        data.columns, required=key == "data.problems", keep_instructions=keeps_instructions(data)
+    )
     kept = _Kept(data.duplicates)
     unanswered: list[str] = []
-    count = 0
     for where, row in chain.from_iterable(map(read_rows, paths_of(path, key=key))):
         try:
-            kept.add(reading.problem(row, where, count), where)
+            problem = reading.problem(row, where, contents.rows)
         except WithoutAnswer as refusal:
             if data.unanswered is Unanswered.refuse:
                 raise ConfigError(
                     f"{refusal}; data.unanswered=drop leaves such rows out"
                 ) from refusal
             unanswered.append(where)
-        count += 1
-    if not kept.problems:
+        else:
+            if kept.add(problem, where):
+                yield problem
+        contents.rows += 1
+    count = contents.rows
+    if count in (0, kept.repeated + len(unanswered)):
         raise ConfigError(f"{path} holds no problem ({key})")
     notes = [f"{rows} of {count} rows: {what}" for what, rows in reading.noticed.items()]
     if reading.numbered:
@@ -106,35 +141,32 @@ def read_problems(
         )
     if kept.repeated:
         notes.append(f"{kept.repeated} of {count} rows repeat a problem and were left out")
-    return ProblemFile(
-        problems=kept.problems,
-        rows=count,
-        sources=reading.sources,
-        notes=notes,
-        warnings=kept.warnings(),
-        repeated=kept.repeated,
-        unanswered=len(unanswered),
-    )
+    contents.sources, contents.notes, contents.warnings = reading.sources, notes, kept.warnings()
+    contents.repeated, contents.unanswered = kept.repeated, len(unanswered)
+
+
+def keeps_instructions(data: DataConfig) -> bool:
+    """Whether statements keep the instructions that a file writes into them."""
+    return data.prompt_template.strip() == "{problem}"
 
 
 class _Kept:
-    """Problems that are kept, by id and by text."""
+    """What was kept, by id and by text; texts by their digests, a file may hold a million."""
 
     def __init__(self, duplicates: Duplicates) -> None:
-        self.problems: list[Problem] = []
         self.repeated = 0
         self._first = duplicates is Duplicates.first
-        self._by_id: dict[str, tuple[str, str]] = {}  # where, text
-        self._by_text: dict[str, tuple[str, str]] = {}  # where, answer
+        self._by_id: dict[str, tuple[str, bytes]] = {}  # where, text
+        self._by_text: dict[bytes, tuple[str, str]] = {}  # where, answer
         self._contradictions: list[str] = []
 
-    def add(self, problem: Problem, where: str) -> None:
-        """Keep a problem, unless it repeats an earlier one.
+    def add(self, problem: Problem, where: str) -> bool:
+        """Whether a problem is to be kept: it repeats no earlier one.
 
         Raises:
             ConfigError: it does, and repetitions are refused; or it has another's id.
         """
-        text = " ".join(problem.problem.split())
+        text = _text_digest(problem, where)
         of_id, of_text = self._by_id.get(problem.id), self._by_text.get(text)
         if of_id is not None and of_id[1] != text:
             raise ConfigError(
@@ -148,11 +180,11 @@ class _Kept:
         if of_id is None and of_text is None:
             self._by_id[problem.id] = where, text
             self._by_text[text] = where, problem.answer
-            self.problems.append(problem)
-            return
+            return True
         if not self._first:
             raise ConfigError(self._refusal(problem, where, of_id or of_text))
         self.repeated += 1
+        return False
 
     def warnings(self) -> list[str]:
         if not self._contradictions:
@@ -162,7 +194,7 @@ class _Kept:
             f"is taken: {_some(self._contradictions)}"
         ]
 
-    def _refusal(self, problem: Problem, where: str, earlier: tuple[str, str] | None) -> str:
+    def _refusal(self, problem: Problem, where: str, earlier: tuple[str, Any] | None) -> str:
         assert earlier is not None, "a repetition has an earlier one"
         what = f"id {problem.id!r}" if problem.id in self._by_id else "the same problem"
         other = f", with another answer ({self._contradictions[0]})" if self._contradictions else ""
@@ -170,6 +202,23 @@ class _Kept:
             f"{where}: {what} occurs before, at {earlier[0]}{other}; remove the repetition, or "
             "take the first of each with data.duplicates=first"
         )
+
+
+def _text_digest(problem: Problem, where: str) -> bytes:
+    """A digest of the statement's words.
+
+    Raises:
+        ConfigError: a text is none that can be written.
+    """
+    try:
+        for other in (problem.answer, problem.solution or "", problem.id, problem.group):
+            other.encode()
+        words = " ".join(problem.problem.split()).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: holds {error.object[error.start]!r}, half of a character: mend the text"
+        ) from error
+    return hashlib.blake2b(words, digest_size=16).digest()
 
 
 def _some(items: list[str]) -> str:

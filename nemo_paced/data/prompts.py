@@ -6,22 +6,26 @@ ids end with a stop token unless the response was cut at its limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_paced.config import DataConfig, EvaluationConfig, PrivilegedContext
 from nemo_paced.data.chat import ChatTemplate, Thoughts, opens_thought
 from nemo_paced.errors import ConfigError
-from nemo_paced.hf.tokenizer import load_tokenizer, stop_token_ids
+from nemo_paced.files import digest
+from nemo_paced.hf.tokenizer import load_tokenizer, stop_token_ids, tokenizer_digest
 from nemo_paced.records import Problem
 from nemo_paced.settings import template
 from nemo_paced.settings.data import DATE
 
 REMEMBERED = 1024  # prompts: a step asks for each more than once
+BATCH = 1024  # prompts that are tokenised at once
+NFC_GROWS = 3  # at most so many times, in UTF-8 (Unicode Standard Annex 15)
 
 
 class PromptKind(StrEnum):
@@ -129,13 +133,55 @@ class Prompts:
         """
         return self._encode(self.text(problem, kind))
 
-    def lengths(self, problems: Sequence[Problem], kind: PromptKind) -> list[int]:
+    def lengths(
+        self,
+        problems: Sequence[Problem],
+        kind: PromptKind,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[int]:
         """Tokens of each problem's prompt.
+
+        Args:
+            progress: called with the number of prompts that are done.
 
         Raises:
             ConfigError: see :meth:`text`.
         """
-        return [len(self._encode_anew(self.text(problem, kind))) for problem in problems]
+        found: list[int] = []
+        for batch in _batches(problems):
+            found += self._counts([self.text(problem, kind) for problem in batch])
+            if progress:
+                progress(len(found))
+        return found
+
+    def above(
+        self,
+        problems: Sequence[Problem],
+        kind: PromptKind,
+        limit: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[tuple[str, int]]:
+        """Id and tokens of each prompt of more than ``limit`` tokens, the longest first.
+
+        Prompts of fewer bytes are not tokenised where a token has at least one.
+
+        Args:
+            progress: called with the number of prompts that are done.
+
+        Raises:
+            ConfigError: see :meth:`text`.
+        """
+        found: list[tuple[str, int]] = []
+        done = 0
+        for batch in _batches(problems):
+            texts = [(problem.id, self.text(problem, kind)) for problem in batch]
+            asked = [(i, text) for i, text in texts if not self._is_within(text, limit)]
+            counts = self._counts([text for _, text in asked])
+            found += [(i, n) for (i, _), n in zip(asked, counts, strict=True) if n > limit]
+            done += len(batch)
+            if progress:
+                progress(done)
+        return sorted(found, key=lambda each: -each[1])
 
     def tokens(self, text: str) -> int:
         """Number of tokens of a text, without special ones."""
@@ -177,23 +223,50 @@ class Prompts:
             self._frame(kind)
         return self
 
-    def check(self, problems: Sequence[Problem], kind: PromptKind) -> None:
+    def check(
+        self,
+        problems: Sequence[Problem],
+        kind: PromptKind,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Refuse problems whose prompts are longer than a server beside the trainer takes.
+
+        Args:
+            progress: called with the number of prompts that are done.
 
         Raises:
             ConfigError: counts them and names the longest; or see :meth:`text`.
         """
         key, limit = self.limit(kind)
-        ids = [problem.id for problem in problems]
-        lengths = dict(zip(ids, self.lengths(problems, kind), strict=True))
-        above = sorted((i for i in lengths if lengths[i] > limit), key=lambda i: -lengths[i])
+        above = self.above(problems, kind, limit, progress)
         if above:
-            named = ", ".join(f"{i!r} has {lengths[i]} tokens" for i in above[:3])
+            named = ", ".join(f"{name!r} has {length} tokens" for name, length in above[:3])
             raise ConfigError(
                 f"{len(above)} of {len(problems)} {kind.value} prompts are above {key} {limit}: "
                 f"problem {named}{', ...' if len(above) > 3 else ''}; raise it to "
-                f"{lengths[above[0]]}, or remove the problems"
+                f"{above[0][1]}, or remove the problems"
             )
+
+    def identity(self, kind: PromptKind) -> str:
+        """A digest of all that the prompts of a kind are made with, besides the problems.
+
+        Raises:
+            ConfigError: see :meth:`text`.
+        """
+        chat = chat_settings(kind, self.data, self.evaluation) if self.has_chat else None
+        return digest(
+            [
+                kind.value,
+                tokenizer_digest(self.student_dir),
+                self.data.use_chat_template,
+                self.data.chat_template_date,
+                [] if chat is None else [chat.system, chat.variables],
+                self.data.prompt_template,
+                self.data.teacher_prompt_template,
+                self.privileged_context.value,
+                *self.limit(kind),
+            ]
+        )
 
     @cached_property
     def thoughts(self) -> Thoughts:
@@ -323,3 +396,45 @@ class Prompts:
     def _encode_anew(self, text: str) -> tuple[int, ...]:
         # a chat template has written the special tokens already
         return tuple(self.tokenizer.encode(text, add_special_tokens=not self.has_chat))
+
+    def _counts(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, by the tokenizer's own threads where it has them."""
+        special = not self.has_chat
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # what a file asks for itself, transformers turns off at a call
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            return list(map(len, backend.encode_batch_fast(texts, add_special_tokens=special)))
+        return [len(self._encode_anew(text)) for text in texts]
+
+    def _is_within(self, text: str, limit: int) -> bool:
+        """Whether a text is too short for more than ``limit`` tokens."""
+        return self._bytes_bound is not None and self._bytes_bound(text) <= limit
+
+    @cached_property
+    def _bytes_bound(self) -> Callable[[str], int] | None:
+        """An upper bound of a text's tokens by its bytes; ``None``: there is none.
+
+        A token of byte-level BPE has at least one byte of the text. Normalisers may lengthen a
+        text; the composing one leaves ASCII as it is.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or type(backend.model).__name__ != "BPE":
+            return None
+        normalizer, splits = type(backend.normalizer).__name__, str(backend.pre_tokenizer)
+        bytewise = "ByteLevel(" in splits and "add_prefix_space=True" not in splits
+        if normalizer not in ("NoneType", "NFC") or not bytewise:
+            return None
+        added = len(self._encode_anew(""))  # by the post-processor
+
+        def bound(text: str) -> int:
+            if normalizer == "NFC" and not text.isascii():
+                return NFC_GROWS * len(text.encode()) + added
+            return len(text.encode()) + added
+
+        return bound
+
+
+def _batches(problems: Sequence[Problem]) -> Iterator[tuple[Problem, ...]]:
+    each = iter(problems)
+    while batch := tuple(islice(each, BATCH)):
+        yield batch

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from nemo_paced.errors import ConfigError
+
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 
 
 def load_tokenizer(hf_dir: str | Path) -> Any:
@@ -23,6 +26,18 @@ def load_tokenizer(hf_dir: str | Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of {hf_dir} cannot be loaded: {error}") from error
+
+
+def tokenizer_digest(hf_dir: str | Path) -> str:
+    """A digest of the files that a tokenizer, its chat template and its end tokens are read from.
+
+    All but the weights: a tokenizer has no list of its files.
+    """
+    found = hashlib.sha256()
+    for path in sorted(Path(hf_dir).iterdir()):
+        if path.is_file() and path.suffix in _TOKENIZER_SUFFIXES and ".index." not in path.name:
+            found.update(f"{path.name}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def tokenizer_vocab_size(hf_dir: str | Path) -> int:

@@ -1,4 +1,4 @@
-"""The preflight checks that one process makes; none of them reads a weight or changes a file."""
+"""The preflight checks that one process makes; none of them reads a weight."""
 
 from __future__ import annotations
 
@@ -39,12 +39,15 @@ CHECKS: tuple[Check, ...] = (
 
 
 def check_inputs(
-    config: PacedConfig, run_dir: Path, checks: Sequence[Check] = CHECKS
+    config: PacedConfig, run_dir: Path, checks: Sequence[Check] = CHECKS, *, keeps: bool = False
 ) -> list[Finding]:
     """Findings of one process on models, tokenizers, files, disk and servers; takes seconds.
 
     What ranks have to find together is in ``ranks.py``.
+
+    Args:
+        keeps: whether what is read of problem files is kept in the run directory.
     """
-    inputs = Inputs(config, run_dir)
+    inputs = Inputs(config, run_dir, keeps=keeps)
     found = [finding for check in checks for finding in check(inputs)]
     return inputs.unreadable + found

@@ -17,6 +17,7 @@ from nemo_paced.records import Problem
 from nemo_paced.run import checkpoint_files
 from nemo_paced.run.checkpoint_files import newest_checkpoint
 from nemo_paced.run.fingerprint import DATA_FILE, check_data
+from nemo_paced.run.problems import column
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.training import schedule
@@ -34,22 +35,28 @@ def problem_prompts(inputs: Inputs) -> Iterator[Finding]:
         if key == "data.problems":
             yield from _missing_solutions(inputs, inputs.prompts)
         for kind in _kinds_of_prompts(inputs, key):
-            asked = problems
-            if kind is PromptKind.teacher and inputs.prompts.needs_solution:
-                asked = [problem for problem in problems if problem.solution is not None]
             try:
-                inputs.prompts.check(asked, kind)
+                if kind is PromptKind.teacher and _without_solution(inputs.prompts, problems):
+                    solved = [problem for problem in problems if problem.solution is not None]
+                    inputs.prompts.check(solved, kind)
+                else:
+                    inputs.kept.check(problems, inputs.prompts, kind, key=key)
             except ConfigError as refusal:
                 yield error(key, str(refusal))
         if key != "data.problems" and inputs.student is not None:
-            longest = max(inputs.prompts.lengths(problems, PromptKind.evaluation))
-            if longest >= inputs.student.max_positions:
+            most = inputs.student.max_positions - 1
+            for name, length in inputs.prompts.above(problems, PromptKind.evaluation, most)[:1]:
                 yield error(
                     key,
-                    f"the longest prompt has {longest} tokens and the student's context "
-                    f"{inputs.student.max_positions}: nothing is left for a response",
+                    f"the longest prompt, of problem {name!r}, has {length} tokens and the "
+                    f"student's context {most + 1}: nothing is left for a response",
                     "remove the problem",
                 )
+
+
+def _without_solution(prompts: Prompts, problems: Sequence[Problem]) -> bool:
+    """Whether the teacher's prompt shows solutions and some problem has none."""
+    return prompts.needs_solution and None in column(problems, "solution")
 
 
 def answers(inputs: Inputs) -> Iterator[Finding]:
@@ -61,8 +68,12 @@ def answers(inputs: Inputs) -> Iterator[Finding]:
 def verifier_fits(config: PacedConfig, problems: Sequence[Problem], key: str) -> list[Finding]:
     """A warning where most answers are letters of choices and the verifier reads no choices."""
     verifier = config.grading.verifier
-    letters = sum(bool(_CHOICES.search(p.problem)) and p.answer in _LETTERS for p in problems)
-    if letters < len(problems) / 2 or verifier not in ("math", "exact"):
+    if verifier not in ("math", "exact"):
+        return []
+    letters = sum(answer in _LETTERS for answer in column(problems, "answer"))
+    if letters >= len(problems) / 2:  # seldom: statements are large
+        letters = sum(p.answer in _LETTERS and bool(_CHOICES.search(p.problem)) for p in problems)
+    if letters < len(problems) / 2:
         return []
     return [
         warning(
@@ -84,7 +95,11 @@ def _kinds_of_prompts(inputs: Inputs, key: str) -> list[PromptKind]:
 
 def _missing_solutions(inputs: Inputs, prompts: Prompts) -> Iterator[Finding]:
     problems = inputs.problems["data.problems"]
-    without = [p.id for p in problems if p.solution is None]
+    learnt = inputs.config.references.source is ReferenceSource.solution
+    if not prompts.needs_solution and not learnt:
+        return
+    solutions = zip(column(problems, "id"), column(problems, "solution"), strict=True)
+    without = [name for name, solution in solutions if solution is None]
     if prompts.needs_solution and without:
         yield error(
             "teacher.privileged_context",
@@ -93,7 +108,7 @@ def _missing_solutions(inputs: Inputs, prompts: Prompts) -> Iterator[Finding]:
             f"({', '.join(without[:3])})",
             "add the field `solution`, or set it to answer or none",
         )
-    if inputs.config.references.source is ReferenceSource.solution and without:
+    if learnt and without:
         yield error(
             "references.source",
             f"is solution and {len(without)} of {len(problems)} problems have none "

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.data.problems import read_problems
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import PacedError
 from nemo_paced.hf.architectures import Architecture
 from nemo_paced.hf.tokenizer import load_tokenizer
 from nemo_paced.preflight.findings import Finding, error
-from nemo_paced.records import Problem
+from nemo_paced.run.problems import ProblemTable, RunProblems
 
 T = TypeVar("T")
 
@@ -27,11 +26,15 @@ class Inputs:
 
     What cannot be read is a finding in ``unreadable``, once, and ``None`` (or left out) here; a
     check that needs it has nothing to say then.
+
+    Args:
+        keeps: whether what is read of problem files is kept in the run directory.
     """
 
-    def __init__(self, config: PacedConfig, run_dir: Path) -> None:
+    def __init__(self, config: PacedConfig, run_dir: Path, *, keeps: bool = False) -> None:
         self.config = config
         self.run_dir = run_dir
+        self.kept = RunProblems(run_dir, writes=keeps)
         self.unreadable: list[Finding] = []
 
     @property
@@ -74,7 +77,7 @@ class Inputs:
         return self._read("student.hf_path", prompts.with_chats)
 
     @cached_property
-    def problems(self) -> dict[str, list[Problem]]:
+    def problems(self) -> dict[str, ProblemTable]:
         """Problems by the setting that names their file, without files that cannot be read."""
         read = {}
         for name in PROBLEM_FILES:
@@ -82,13 +85,11 @@ class Inputs:
             if path is None:
                 continue
             key = f"data.{name}"
-            problems = self._read(key, partial(self._problems, path, key))
+            read_file = partial(self.kept.read, path, key=key, data=self.config.data)
+            problems = self._read(key, read_file)
             if problems is not None:
                 read[key] = problems
         return read
-
-    def _problems(self, path: str, key: str) -> list[Problem]:
-        return read_problems(path, key=key, data=self.config.data).problems
 
     def _architecture(self, key: str, path: str) -> Architecture | None:
         if not path:

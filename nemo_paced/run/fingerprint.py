@@ -12,9 +12,9 @@ from typing import Any
 
 from nemo_paced.config import PacedConfig, to_dict
 from nemo_paced.errors import CheckpointError
-from nemo_paced.files import digest
 from nemo_paced.records import Problem
 from nemo_paced.run.config_file import leaves
+from nemo_paced.run.problems import digests
 
 DATA_FILE = "data_fingerprint.json"
 
@@ -127,7 +127,7 @@ def check_data(run_dir: Path, problems: Sequence[Problem]) -> None:
         CheckpointError: counts the differences and names the first problems of each kind.
     """
     path = run_dir / DATA_FILE
-    now = {problem.id: digest(problem.content()) for problem in problems}
+    now = digests(problems)
     if not path.exists():
         path.write_text(json.dumps(now) + "\n")
         return

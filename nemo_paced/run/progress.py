@@ -54,13 +54,22 @@ def progress_bar(*, enabled: bool = True) -> Progress:
 
 
 @contextmanager
-def bar_task(bar: Progress, description: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A task of the progress bar for the length of a ``with``; yields progress(done, total)."""
+def bar_task(
+    bar: Progress, description: str, total: int | None
+) -> Iterator[Callable[[int, int | None], None]]:
+    """A task of the progress bar for the length of a ``with``; yields progress(done, total).
+
+    Args:
+        total: ``None`` where it is not known.
+    """
     task = bar.add_task(description, total=total, note="")
     lines = _Lines(bar)
 
-    def advance(done: int, of: int) -> None:
+    def advance(done: int, of: int | None) -> None:
         bar.update(task, completed=done)
+        if of is None:
+            lines.say("%s: %d so far", description, done)
+            return
         left = lines.passed_s() / done * (of - done) if done else 0.0
         lines.say("%s: %d of %d, about %.0f s left", description, done, of, left)
 

@@ -17,10 +17,11 @@ from nemo_paced.config import (
     WeightScheme,
 )
 from nemo_paced.data.packing import TrainItem
-from nemo_paced.data.problems import load_problems
+from nemo_paced.data.prompts import PromptKind
 from nemo_paced.records import Response
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.served import served_dtype, training_length
+from nemo_paced.run.problems import RunProblems
 from nemo_paced.run.progress import bar_task, progress_bar, server_notes
 from nemo_paced.snr.estimates import BlockSums
 from nemo_paced.snr.identity import measurement_identity, rollout_purpose, sampling_settings
@@ -90,7 +91,8 @@ class SnrDriver:
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.model, self.step, self.out = model, step, out
-        problems = load_problems(config.data.problems, data=config.data)
+        kept = RunProblems(run_dir, writes=False)
+        problems = kept.read(config.data.problems, key="data.problems", data=config.data)
         self.prompts = prepare.make_prompts(config)
         path = find_pass_rates(config, run_dir, model, step)
         table = PassRateTable.read(path, problems)
@@ -99,7 +101,8 @@ class SnrDriver:
         measured = {name for one in self.bins for block in one.blocks for name in block}
         self.all_problems = problems
         self.problems = {p.id: p for p in problems if p.id in measured}
-        prepare.check_prompts(list(self.problems.values()), self.prompts)
+        for kind in (PromptKind.student, PromptKind.teacher):
+            self.prompts.check(list(self.problems.values()), kind)
         self.record = self._record(table)
         if reason := doubt(self.record):
             logger.warning("snr: %s; --pass-rates FILE gives a table of this very model", reason)

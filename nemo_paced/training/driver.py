@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from nemo_paced.config import (
 )
 from nemo_paced.data.loader import ProblemOrder
 from nemo_paced.data.packing import TrainItem
-from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import PromptKind
 from nemo_paced.grading.accuracy import Accuracy
 from nemo_paced.records import Problem, Response, Rollout
@@ -28,6 +27,7 @@ from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings, sampling_seed
 from nemo_paced.run.config_file import PASS_RATES_FILE
 from nemo_paced.run.fingerprint import check_data
+from nemo_paced.run.problems import RunProblems
 from nemo_paced.run.progress import RunLog, bar_task, server_notes
 from nemo_paced.teacher.cache import SignalCache
 from nemo_paced.training import prepare
@@ -48,16 +48,14 @@ class Driver:
     def __init__(self, config: PacedConfig, run_dir: Path) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.problems = load_problems(config.data.problems, data=config.data)
-        self.validation: list[Problem] = []
+        self.problems, self.prompts = prepare.training_set(config, run_dir)
+        self.validation: Sequence[Problem] = []
         if config.data.validation_problems:
-            self.validation = load_problems(
-                config.data.validation_problems, key="data.validation_problems", data=config.data
-            )
-        self.prompts = prepare.make_prompts(config)
-        prepare.check_prompts(self.problems, self.prompts)
-        if config.trainer.val_check_interval:
-            self.prompts.check(self.validation, PromptKind.evaluation)
+            key, kept = "data.validation_problems", RunProblems(run_dir)
+            held_out = kept.read(config.data.validation_problems, key=key, data=config.data)
+            if config.trainer.val_check_interval:
+                kept.check(held_out, self.prompts, PromptKind.evaluation, key=key)
+            self.validation = held_out
         check_data(run_dir, self.problems)
         self.order = ProblemOrder(len(self.problems), config.model.seed, config.data.shuffle)
         self.references: dict[str, Response] = {}

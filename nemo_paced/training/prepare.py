@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.progress import Progress
 
 from nemo_paced.config import PacedConfig
-from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.hf.tokenizer import check_same_tokens
@@ -22,6 +21,7 @@ from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.rollout.served import evaluation_length, served_dtype, training_length
 from nemo_paced.run.config_file import PASS_RATES_FILE
+from nemo_paced.run.problems import ProblemTable, RunProblems
 from nemo_paced.run.progress import bar_task, progress_bar, server_notes
 from nemo_paced.weights.pass_rates import PassRateTable
 from nemo_paced.weights.rounds import sample_in_rounds
@@ -50,14 +50,20 @@ def make_prompts(config: PacedConfig) -> Prompts:
     return Prompts(config.student.hf_path, config.data, context, config.evaluation)
 
 
-def check_prompts(problems: Sequence[Problem], prompts: Prompts) -> None:
-    """Build every prompt once: problems that are too long are named before anything starts.
+def training_set(config: PacedConfig, run_dir: Path) -> tuple[ProblemTable, Prompts]:
+    """The training problems and what makes their prompts, none of which is too long.
+
+    Whatever cannot be used is named before work starts.
 
     Raises:
-        ConfigError: names problems.
+        ConfigError: see :meth:`RunProblems.read`, :func:`make_prompts`, :meth:`RunProblems.check`.
     """
-    prompts.check(problems, PromptKind.student)
-    prompts.check(problems, PromptKind.teacher)
+    key, kept = "data.problems", RunProblems(run_dir)
+    problems = kept.read(config.data.problems, key=key, data=config.data)
+    prompts = make_prompts(config)
+    for kind in (PromptKind.student, PromptKind.teacher):
+        kept.check(problems, prompts, kind, key=key)
+    return problems, prompts
 
 
 def student_sampler(
@@ -206,9 +212,7 @@ def save_table(table: PassRateTable, run_dir: Path, step: int) -> None:
 
 def pass_rates(config: PacedConfig, run_dir: Path) -> Path:
     """The command ``pass-rates``: sample, grade, weigh; returns the table's path."""
-    problems = load_problems(config.data.problems, data=config.data)
-    prompts = make_prompts(config)
-    check_prompts(problems, prompts)
+    problems, prompts = training_set(config, run_dir)
     with (
         progress_bar() as bar,
         student_sampler(config, run_dir, prompts, server_notes(bar)) as sampler,

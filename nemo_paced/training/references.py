@@ -28,7 +28,6 @@ from nemo_paced.config import (
     RolloutPlacement,
     WrongReferences,
 )
-from nemo_paced.data.problems import load_problems
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.data.references import Reference, made_with, read_references, write_references
 from nemo_paced.errors import ConfigError
@@ -37,7 +36,7 @@ from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.rollout.served import served_dtype, training_length
 from nemo_paced.run.progress import bar_task, progress_bar, server_notes
-from nemo_paced.training.prepare import check_prompts, make_prompts
+from nemo_paced.training.prepare import training_set
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +148,7 @@ def told(found: Sequence[Reference], wrong: WrongReferences) -> str:
 
 def references(config: PacedConfig, run_dir: Path) -> Path:
     """The command ``references``: teacher responses to every problem; returns the file's path."""
-    problems = load_problems(config.data.problems, data=config.data)
-    prompts = make_prompts(config)
-    check_prompts(problems, prompts)
+    problems, prompts = training_set(config, run_dir)
     with progress_bar() as bar:
         return sample_references(config, problems, prompts, run_dir, bar)
 

@@ -165,13 +165,13 @@ class PassRateTable:
             raise ConfigError(f"{path} holds no problem: estimate anew with `pass-rates`")
         if problems is None:
             return PassRateTable(tuple(rows.values()))
-        absent = [problem.id for problem in problems if problem.id not in rows]
-        if absent:
+        ids = [problem.id for problem in problems]
+        if absent := [name for name in ids if name not in rows]:
             raise ConfigError(
-                f"{path} lacks {len(absent)} of the {len(problems)} problems "
+                f"{path} lacks {len(absent)} of the {len(ids)} problems "
                 f"({', '.join(absent[:3])}): it was made from another problem file"
             )
-        return PassRateTable(tuple(rows[problem.id] for problem in problems))
+        return PassRateTable(tuple(rows[name] for name in ids))
 
 
 def _counts(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> dict[str, list[int]]:

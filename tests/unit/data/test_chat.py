@@ -226,3 +226,76 @@ def test_thoughts_are_found_by_their_tokens():
     assert thoughts.length([5, 6]) == (0, True)
     assert Thoughts(tokenizer, opened=True).length([5, 6]) == (2, False)
     assert Thoughts(tokenizer, opened=True).length([5, end, 6]) == (2, True)
+
+
+AWKWARD = (
+    "Solve \\frac{x}{2} = 3 for $x$.\nThe user's system has two equations.",
+    " spaces around \n",
+    "\r\nWindows\r\nlines\r\n",
+    "{{ bos_token }}{% if x %} is no template </think> here",
+    "<tool_response>3</tool_response>",
+    "<|im_start|>assistant\nThe answer is 4.<|im_end|>",
+    "Think. /no_think",
+    "Think. /nothink",
+    "'single' \"double\" \\\\ & <b> \u00e9 \u4e09 \U0001d54f \t \u00a0.",
+    "system, user, assistant, tool, content, text, image; ], [, :, ...",
+    "x",
+    "[" + "1, " * 5000 + "2]",
+)
+
+
+def rendered(made, text):
+    turn = {"role": "user", "content": text}
+    return outcome(lambda turns: made.of_turns(turns, add_generation_prompt=True), [turn])
+
+
+def outcome(make, *arguments):
+    """What comes out, or the error: some templates refuse a turn that is a tool's response."""
+    try:
+        return make(*arguments)
+    except ConfigError as refusal:
+        return f"refused: {refusal}"
+
+
+@pytest.mark.parametrize("name", chat_templates.NAMES)
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_a_prompt_is_what_the_template_renders(name, system):
+    if name == "gemma" and system:
+        pytest.skip("it has no system turn")
+    made = chat(name, system=system)
+    for text in AWKWARD:
+        assert outcome(made, text) == rendered(made, text)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ m.content }}",
+        "{{ m.content | trim }}",
+        "{{ m.content | upper }}",
+        "{{ m.content | tojson }}",
+        "{{ m.content | e }}",
+        "{{ m.content[:40] }}",
+        "{{ m.content.split() | join(' ') }}",
+        "{{ m.content.split('</think>')[-1] }}",
+        "{{ m.content.replace('assistant', 'helper') }}",
+        "{{ m.content | replace(old='system', new='list') }}",
+        "{% if '/no_think' in m.content %}{% else %}<think>{% endif %}{{ m.content }}",
+        "{% set off = '/nothink' %}{% if off in m.content %}!{% endif %}{{ m.content }}",
+        "{% for t in ['Think', 'x'] %}{{ m.content.startswith(t) }}{% endfor %}{{ m.content }}",
+        "{% if m.content in ('x', 'y') %}one letter: {% endif %}{{ m.content }}",
+        "{% if m.content | length > 5000 %}a long one: {% endif %}{{ m.content }}",
+        "{{ m.content }}{{ m.content }}",
+        "{% macro w(t) %}{{ t.strip('x') }}{% endmacro %}{{ w(m.content) }}",
+    ],
+)
+def test_a_template_may_do_anything_with_a_text(written):
+    tokenizer = chat_templates.fresh("qwen3")
+    tokenizer.chat_template = "{% for m in messages %}" + written + "{% endfor %}|"
+    try:
+        made = ChatTemplate(tokenizer, system="", variables={}, today=TODAY)
+    except ConfigError as refusal:
+        assert "leaves out the user's text" in str(refusal) and "upper" in written
+        return
+    for text in AWKWARD:
+        assert outcome(made, text) == rendered(made, text), text

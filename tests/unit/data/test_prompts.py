@@ -1,7 +1,10 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from nemo_paced.config import DataConfig, PrivilegedContext
 from nemo_paced.data.prompts import PromptKind, Prompts
@@ -119,3 +122,84 @@ def test_a_token_id_that_means_two_things_is_named(folder, tmp_path):
         ConfigError, match=rf"token id {VOCABULARY['s7']} means 's7' to the student"
     ):
         check_same_tokens(folder, tmp_path)
+
+
+def byte_level(normalizer=None, *, prefix=False, post=False):
+    """A tokenizer of single bytes and some pairs, as GPT-2's and Qwen's are made."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*alphabet, "<s>", "th", "in"])}
+    made = Tokenizer(models.BPE(vocabulary, [("t", "h"), ("i", "n")]))
+    made.normalizer = normalizer
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    if post:
+        made.post_processor = processors.TemplateProcessing("<s> $A <s>", None, [("<s>", 256)])
+    return made
+
+
+TOKENIZERS = {
+    "bytes": byte_level(),
+    "NFC, as Qwen's": byte_level(normalizers.NFC()),
+    "NFKC": byte_level(normalizers.NFKC()),
+    "a space before each": byte_level(prefix=True),
+    "special tokens around": byte_level(post=True),
+    "Metaspace, as Llama 2's": byte_level(normalizers.Prepend("\u2581\u2581")),
+    "one that cuts": byte_level(),
+    "one that pads": byte_level(),
+}
+TOKENIZERS["one that cuts"].enable_truncation(5)
+TOKENIZERS["one that pads"].enable_padding(length=64)
+STATEMENTS = (
+    *("x", "a thing in the ring", "\u00e9" * 9, "\u0958" * 9, "\ufdfa" * 9, "one two three four"),
+    *("tttttttttttttttt", "thththththththth", "", "\U0001d160" * 8, "two\r\n\r\nlines"),
+)
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_many_prompts_are_measured_as_single_ones_are(tmp_path, name):
+    PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[name], eos_token="<s>").save_pretrained(
+        tmp_path
+    )
+    data = DataConfig(prompt_template="{problem}", max_prompt_length=16)
+    prompts = Prompts(tmp_path, data, PrivilegedContext.none)
+    problems = [Problem(str(i), text, "1") for i, text in enumerate(STATEMENTS * 200)]
+    kind, told = PromptKind.evaluation, []
+    one_by_one = [len(prompts.of(problem, kind)) for problem in problems]
+    assert prompts.lengths(problems, kind, told.append) == one_by_one
+    assert told == [1024, 2048, 2200]
+    for limit in (0, 1, 8, 9, 15, 16, 17, 26, 27, 28, 40, 53, 54, 64, 80, 95, 96, 162):
+        above = dict(prompts.above(problems, kind, limit))
+        assert above == {str(i): n for i, n in enumerate(one_by_one) if n > limit}, limit
+
+
+def test_short_prompts_are_within_their_limit_without_being_tokenised(tmp_path, monkeypatch):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<s>")
+    tokenizer.save_pretrained(tmp_path)
+    prompts = Prompts(tmp_path, DataConfig(prompt_template="{problem}"), PrivilegedContext.none)
+    asked = []
+    monkeypatch.setattr(prompts, "_counts", lambda texts: asked.append(texts) or [0] * len(texts))
+    prompts.check([PROBLEM, Problem("long", "x" * 1025, "1")], PromptKind.student)
+    assert asked == [["x" * 1025]]
+
+
+def test_the_identity_of_prompts_is_all_that_they_are_made_with(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+
+    def identity(path=folder, context=PrivilegedContext.none, **data):
+        return Prompts(path, replace(DATA, **data), context).identity(PromptKind.teacher)
+
+    same = identity()
+    assert identity(tmp_path / "copy") == same
+    assert identity(max_response_length=5) == same
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"0")
+    assert identity(tmp_path / "copy") == same
+    (tmp_path / "copy" / "generation_config.json").write_text("{}")
+    others = [
+        identity(tmp_path / "copy"),
+        identity(context=PrivilegedContext.answer),
+        identity(prompt_template="solve {problem}"),
+        identity(teacher_prompt_template="{context} ; {student_prompt}"),
+        identity(max_teacher_prompt_length=9),
+        identity(use_chat_template=False),
+        Prompts(folder, DATA, PrivilegedContext.none).identity(PromptKind.student),
+    ]
+    assert len({same, *others}) == 1 + len(others)

@@ -21,6 +21,7 @@ from nemo_paced.config import (
     WeightScheme,
     WeightsConfig,
 )
+from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.run.progress import RunLog, progress_bar
@@ -71,7 +72,7 @@ def client_of(prompts, **options):
 
 def estimate(config, run_dir, **options):
     """``pass-rates`` with a scripted model; returns its client and the table."""
-    problems = prepare.load_problems(config.data.problems)
+    problems = load_problems(config.data.problems)
     prompts = prepare.make_prompts(config)
     with (
         progress_bar(enabled=False) as bar,
@@ -177,7 +178,7 @@ def test_pass_rates_at_the_ends_are_warned_of_with_what_is_likely_wrong(
 def test_an_estimate_with_too_many_cut_responses_ends_the_run_and_is_kept(make_config, tmp_path):
     config = make_config(POSTERIOR)
     config.rollout.max_truncated_share = 0.2
-    prompts, problems = prepare.make_prompts(config), prepare.load_problems(config.data.problems)
+    prompts, problems = prepare.make_prompts(config), load_problems(config.data.problems)
     with (
         progress_bar(enabled=False) as bar,
         prepare.student_sampler(config, tmp_path, prompts, lambda note: None) as sampler,

@@ -18,6 +18,7 @@ from nemo_paced.config import (
     WeightsConfig,
     WrongReferences,
 )
+from nemo_paced.data.problems import load_problems
 from nemo_paced.data.references import read_references
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.records import Problem
@@ -104,7 +105,7 @@ def teacher(monkeypatch):
 def load(config, run_dir):
     """Responses as ``train`` gets them, and the rows of the file."""
     run_dir.mkdir(exist_ok=True)
-    problems = prepare.load_problems(config.data.problems)
+    problems = load_problems(config.data.problems)
     with progress_bar(enabled=False) as bar:
         found = load_references(config, problems, prepare.make_prompts(config), run_dir, bar)
     lines = (run_dir / "references.jsonl").read_text().splitlines()
@@ -230,7 +231,7 @@ def test_on_policy_stages_weigh_a_dropped_problem_as_any_other(make_config, tmp_
 
 def test_a_file_may_lack_only_what_it_marks_as_dropped(make_config, tmp_path):
     config = make_config()
-    problems = prepare.load_problems(config.data.problems)
+    problems = load_problems(config.data.problems)
     prompts = prepare.make_prompts(config)
     path = tmp_path / "given.jsonl"
 
