@@ -86,12 +86,12 @@ def show(
     """
     table.check_estimator(config, path)
     weighted = table.reweighted(config)
-    rates = [row.pass_rate for row in weighted.rows]
+    rates = weighted.pass_rates.tolist()
     values = list(weighted.weights().values())
     counts = _counts(table)
     lines = [
         f"{len(rates)} problems, {counts[1].mean():.3g} rollouts each (mean), student step "
-        f"{table.rows[0].student_step}; pass rate {np.mean(rates):.3f} (mean)",
+        f"{table.student_step}; pass rate {np.mean(rates):.3f} (mean)",
         _exponents_line(rates, counts[1].tolist()),
         "prior that fits the counts: weights.prior=[{:.3g},{:.3g}]".format(*fit_prior(*counts)),
         f"scheme {config.scheme.value}, estimator {config.estimator.value}, "
@@ -155,8 +155,8 @@ def _with_weights(overrides: list[str], action: Callable[[WeightsConfig], None])
 
 def _counts(table: PassRateTable) -> tuple[np.ndarray, np.ndarray]:
     return (
-        np.array([row.effective_correct for row in table.rows]),
-        np.array([row.effective_rollouts for row in table.rows]),
+        table.frame["effective_correct"].to_numpy(),
+        table.frame["effective_rollouts"].to_numpy(),
     )
 
 

@@ -244,7 +244,7 @@ class SnrDriver:
             "alpha": weights.alpha,
             "beta": weights.beta,
             "estimator": weights.estimator.value if kernel else None,
-            "pass_rates_step": None if given else int(table.rows[0].student_step),
+            "pass_rates_step": None if given else table.student_step,
         }
 
 

@@ -260,7 +260,7 @@ class Driver:
             return prepare.estimate_pass_rates(
                 self.config, self.problems, self.sampler, self.run_dir, step=0, bar=self.log.bar
             )
-        prepare.save_table(table, self.run_dir, table.rows[0].student_step)
+        prepare.save_table(table, self.run_dir, table.student_step)
         return table
 
     def _sample_batch(

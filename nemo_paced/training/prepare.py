@@ -169,7 +169,7 @@ def _tell_of_estimate(
     Raises:
         RolloutError: more responses were cut than ``rollout.max_truncated_share``.
     """
-    rates = [row.pass_rate for row in table.rows]
+    rates = table.pass_rates.tolist()
     cut = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
     silent = sum(not r.correct and r.extracted is None for r in rollouts) / len(rollouts)
     if ":" in config.grading.verifier:

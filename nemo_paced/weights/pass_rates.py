@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from nemo_paced.config import Estimator, WeightsConfig
 from nemo_paced.errors import ConfigError
@@ -21,14 +24,34 @@ from nemo_paced.records import PassRate, Problem, Rollout
 from nemo_paced.weights.schemes import problem_weights
 from nemo_paced.weights.summary import drift_metrics
 
+if TYPE_CHECKING:
+    import pandas
+
 COLUMNS = tuple(field.name for field in fields(PassRate))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PassRateTable:
-    """Pass rates and weights of problems, in the order of the problem file; weights have mean 1."""
+    """Pass rates and weights of problems, in the order of the problem file; weights have mean 1.
 
-    rows: tuple[PassRate, ...]
+    Attributes:
+        frame: by problem id, with the other fields of :class:`~nemo_paced.records.PassRate` as
+            columns: a training set may have a million problems.
+    """
+
+    frame: pandas.DataFrame
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PassRateTable) and self.frame.equals(other.frame)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @staticmethod
+    def of(rows: Sequence[PassRate]) -> PassRateTable:
+        """The table of these rows."""
+        columns = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
+        return PassRateTable(_frame(columns.pop("id"), columns))
 
     @staticmethod
     def estimate(
@@ -48,31 +71,38 @@ class PassRateTable:
             ConfigError: all weights would be 0.
         """
         counts = _counts(rollouts, problems)
-        rows = [
-            PassRate(
-                id=problem_id,
-                num_correct=correct,
-                num_rollouts=count,
-                effective_correct=float(correct),
-                effective_rollouts=float(count),
-                pass_rate=correct / count,
-                weight=0.0,
-                student_step=student_step,
-            )
-            for problem_id, (correct, count) in counts.items()
-        ]
-        return PassRateTable(tuple(rows)).reweighted(config)
+        correct, count = np.array(list(counts.values())).T
+        table = PassRateTable(_counted(list(counts), correct, count, correct, count))
+        return _weighted(table.frame, config, student_step)
 
     @staticmethod
     def unknown(problems: Sequence[Problem]) -> PassRateTable:
         """The table of an unweighted run that estimates nothing: weight 1, pass rates NaN."""
-        nothing = PassRate("", 0, 0, 0.0, 0.0, math.nan, 1.0, 0)
-        return PassRateTable(tuple(replace(nothing, id=problem.id) for problem in problems))
+        ids = [problem.id for problem in problems]
+        nothing = np.zeros(len(ids), dtype=np.int64)
+        frame = _counted(ids, nothing, nothing, nothing, nothing)
+        return PassRateTable(frame.assign(pass_rate=math.nan, weight=1.0))
+
+    @property
+    def rows(self) -> tuple[PassRate, ...]:
+        """The table row by row."""
+        columns = [self.frame.index.tolist(), *(self.frame[n].tolist() for n in COLUMNS[1:])]
+        return tuple(PassRate(*row) for row in zip(*columns, strict=True))
+
+    @property
+    def student_step(self) -> int:
+        """Optimizer steps that the student had taken at the latest estimate."""
+        return int(self.frame["student_step"].iloc[0])
+
+    @property
+    def pass_rates(self) -> np.ndarray:
+        """Pass rate of each problem, in order."""
+        return self.frame["pass_rate"].to_numpy()
 
     @property
     def is_unknown(self) -> bool:
         """Whether no pass rate was ever estimated."""
-        return not any(row.num_rollouts for row in self.rows)
+        return not self.frame["num_rollouts"].any()
 
     def reweighted(self, config: WeightsConfig) -> PassRateTable:
         """The table with the same pass rates and the weights that ``config`` gives.
@@ -80,7 +110,7 @@ class PassRateTable:
         Raises:
             ConfigError: all weights would be 0.
         """
-        return _weighted(self.rows, config, self.rows[0].student_step)
+        return _weighted(self.frame, config, self.student_step)
 
     def updated(
         self, rollouts: Sequence[Rollout], config: WeightsConfig, *, student_step: int
@@ -93,15 +123,16 @@ class PassRateTable:
         Raises:
             ConfigError: all weights would be 0.
         """
-        graded: dict[str, list[bool]] = {}
+        frame, index = self.frame, self.frame.index
+        correct, count, right, all_ = (frame[name].to_numpy(copy=True) for name in COLUMNS[1:5])
         for rollout in rollouts:
             assert rollout.correct is not None, "rollouts are graded when they are stored"
-            graded.setdefault(rollout.problem_id, []).append(rollout.correct)
-        rows = [
-            _counted(row, graded[row.id], config.discount) if row.id in graded else row
-            for row in self.rows
-        ]
-        return _weighted(rows, config, student_step)
+            at = index.get_loc(rollout.problem_id)
+            correct[at] += rollout.correct
+            count[at] += 1
+            right[at] = config.discount * right[at] + rollout.correct
+            all_[at] = config.discount * all_[at] + 1
+        return _weighted(_counted(index, correct, count, right, all_), config, student_step)
 
     def check_estimator(self, config: WeightsConfig, where: Path) -> None:
         """Refuse counts that ``weights.estimator`` cannot be fair with.
@@ -110,10 +141,10 @@ class PassRateTable:
             ConfigError: unequal numbers of rollouts and the plug-in estimate, whose mean is
                 (1-1/K) p(1-p) at alpha = beta = 1: problems of larger K would weigh more.
         """
-        counts = {row.effective_rollouts for row in self.rows}
-        if config.estimator is Estimator.plug_in and len(counts) > 1:
+        counts = self.frame["effective_rollouts"]
+        if config.estimator is Estimator.plug_in and counts.nunique() > 1:
             raise ConfigError(
-                f"{where} holds {min(counts):g} to {max(counts):g} rollouts a problem and "
+                f"{where} holds {counts.min():g} to {counts.max():g} rollouts a problem and "
                 "weights.estimator is plug_in, which is biased then; set "
                 "weights.estimator=posterior, or estimate anew with `pass-rates`"
             )
@@ -125,53 +156,62 @@ class PassRateTable:
         """
         if self.is_unknown:
             return {}
-        return drift_metrics([r.pass_rate for r in self.rows], [r.weight for r in self.rows])
+        return drift_metrics(self.pass_rates.tolist(), self.frame["weight"].tolist())
 
     def weights(self) -> dict[str, float]:
         """Weight by problem id."""
-        return {row.id: row.weight for row in self.rows}
+        return dict(zip(self.frame.index.tolist(), self.frame["weight"].tolist(), strict=True))
 
     def write(self, path: Path) -> None:
         """Write the table as Parquet, in place of an earlier file only when whole."""
-        import pandas
-
         path.parent.mkdir(parents=True, exist_ok=True)
-        frame = pandas.DataFrame(
-            {name: [getattr(row, name) for row in self.rows] for name in COLUMNS}
-        )
         with replacing(path) as temporary:
-            frame.to_parquet(temporary, index=False)
+            self.frame.reset_index().to_parquet(temporary, index=False)
 
     @staticmethod
     def read(path: Path, problems: Sequence[Problem] | None = None) -> PassRateTable:
         """Read the rows of exactly these problems, in their order; all rows without ``problems``.
 
         Raises:
-            ConfigError: no such table, other columns, no row, or problems that it lacks.
+            ConfigError: no such table, other columns, no row, a problem twice, or problems that it
+                lacks.
         """
         import pandas
 
         try:
-            frame = pandas.read_parquet(path)
+            read = pandas.read_parquet(path)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is no pass-rate table that can be read: {error}") from error
-        if missing := set(COLUMNS) - set(frame.columns):
+        if missing := set(COLUMNS) - set(read.columns):
             raise ConfigError(f"{path} lacks the columns {', '.join(sorted(missing))}")
-        rows = {
-            record["id"]: PassRate(**{name: record[name] for name in COLUMNS})
-            for record in frame.to_dict("records")
-        }
-        if not rows:
+        if read.empty:
             raise ConfigError(f"{path} holds no problem: estimate anew with `pass-rates`")
+        frame = _frame(read["id"].astype(str).tolist(), {name: read[name] for name in COLUMNS[1:]})
+        if (twice := frame.index[frame.index.duplicated()]).size:
+            raise ConfigError(f"{path} holds problem {twice[0]!r} twice: estimate anew")
         if problems is None:
-            return PassRateTable(tuple(rows.values()))
+            return PassRateTable(frame)
         ids = [problem.id for problem in problems]
-        if absent := [name for name in ids if name not in rows]:
+        places = frame.index.get_indexer(ids)
+        if len(absent := np.flatnonzero(places < 0)):
             raise ConfigError(
                 f"{path} lacks {len(absent)} of the {len(ids)} problems "
-                f"({', '.join(absent[:3])}): it was made from another problem file"
+                f"({', '.join(ids[each] for each in absent[:3])}): it was made from another "
+                "problem file"
             )
-        return PassRateTable(tuple(rows[name] for name in ids))
+        return PassRateTable(frame.take(places))
+
+
+def _frame(ids: Sequence[str], columns: dict[str, Any]) -> pandas.DataFrame:
+    import pandas
+
+    index = ids if isinstance(ids, pandas.Index) else pandas.Index(ids, name="id", dtype=object)
+    kinds = {name: np.int64 if name in _WHOLE else np.float64 for name in columns}
+    arrays = {name: np.asarray(value, dtype=kinds[name]) for name, value in columns.items()}
+    return pandas.DataFrame(arrays, index=index)
+
+
+_WHOLE = ("num_correct", "num_rollouts", "student_step")
 
 
 def _counts(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> dict[str, list[int]]:
@@ -184,30 +224,22 @@ def _counts(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> dict[st
     return counts
 
 
-def _counted(row: PassRate, verdicts: Sequence[bool], discount: float) -> PassRate:
-    right, count = row.effective_correct, row.effective_rollouts
-    for correct in verdicts:
-        right = discount * right + correct
-        count = discount * count + 1
-    return replace(
-        row,
-        num_correct=row.num_correct + sum(verdicts),
-        num_rollouts=row.num_rollouts + len(verdicts),
-        effective_correct=right,
-        effective_rollouts=count,
-        pass_rate=right / count,
-    )
+def _counted(
+    ids: Sequence[str],
+    num_correct: np.ndarray,
+    num_rollouts: np.ndarray,
+    effective_correct: np.ndarray,
+    effective_rollouts: np.ndarray,
+) -> pandas.DataFrame:
+    """Rows of these counts, without weights yet."""
+    nothing = np.zeros(len(ids))
+    with np.errstate(invalid="ignore"):  # of no rollout there is no rate
+        rates = effective_correct / effective_rollouts
+    counts = (num_correct, num_rollouts, effective_correct, effective_rollouts)
+    values = (*counts, rates, nothing, nothing)
+    return _frame(ids, dict(zip(COLUMNS[1:], values, strict=True)))
 
 
-def _weighted(rows: Sequence[PassRate], config: WeightsConfig, student_step: int) -> PassRateTable:
-    weights = problem_weights(
-        config,
-        [row.effective_correct for row in rows],
-        [row.effective_rollouts for row in rows],
-    )
-    return PassRateTable(
-        tuple(
-            replace(row, weight=weight, student_step=student_step)
-            for row, weight in zip(rows, weights, strict=True)
-        )
-    )
+def _weighted(frame: pandas.DataFrame, config: WeightsConfig, student_step: int) -> PassRateTable:
+    weights = problem_weights(config, frame["effective_correct"], frame["effective_rollouts"])
+    return PassRateTable(frame.assign(weight=weights, student_step=student_step))

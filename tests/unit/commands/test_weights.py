@@ -83,7 +83,7 @@ def test_a_table_may_be_simulated(tmp_path, capsys):
 
 
 def test_a_table_without_rows_is_refused(tmp_path, capsys):
-    PassRateTable(()).write(tmp_path / "t.parquet")
+    PassRateTable.of(()).write(tmp_path / "t.parquet")
     assert main(["weights", "--pass-rates", str(tmp_path / "t.parquet")]) == 2
     assert "t.parquet holds no problem: estimate anew" in capsys.readouterr().err
 

@@ -146,7 +146,7 @@ def test_a_table_that_fills_no_bin_is_refused_when_made(run_dir):
     rows = PassRateTable.read(run_dir / "pass_rates.parquet").rows
     lines = (run_dir / "problems.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "problems.jsonl").write_text("".join(lines[:10]))
-    PassRateTable(rows[:10]).write(run_dir / "pass_rates.parquet")
+    PassRateTable.of(rows[:10]).write(run_dir / "pass_rates.parquet")
     told = r"snr.bins is 50 and none of them holds 4 problems of .*pass_rates.parquet.* has 2\)"
     with pytest.raises(ConfigError, match=told):
         driver(run_dir, snr__bins=50)

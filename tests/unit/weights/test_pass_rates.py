@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pandas
 import pytest
 
-from nemo_paced.config import WeightScheme, WeightsConfig
+from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.grading.accuracy import Accuracy, Difference
 from nemo_paced.records import Problem, Rollout
@@ -59,3 +61,32 @@ def test_accuracy_counts_problems_not_samples():
     assert Accuracy.from_dict(accuracy.to_dict()) == accuracy
     same = Difference.between(accuracy, accuracy)
     assert same.mean == same.standard_error == 0
+
+
+def test_a_table_with_a_problem_twice_is_refused(tmp_path):
+    path = tmp_path / "t.parquet"
+    rows = PassRateTable.estimate(rollouts(), PROBLEMS, WeightsConfig(), student_step=0).rows
+    PassRateTable.of([*rows, rows[0]]).write(path)
+    with pytest.raises(ConfigError, match=f"holds problem '{rows[0].id}' twice"):
+        PassRateTable.read(path)
+
+
+def test_an_update_counts_what_the_definition_says():
+    config = WeightsConfig(estimator=Estimator.posterior, discount=0.9)
+    table = PassRateTable.estimate(rollouts(), PROBLEMS, config, student_step=0)
+    first, verdicts = table.rows[0], (True, False, True)
+    new = [replace(rollouts()[0], problem_id=first.id, correct=verdict) for verdict in verdicts]
+    got = table.updated(new, config, student_step=4).rows
+    right, count = first.effective_correct, first.effective_rollouts
+    for verdict in verdicts:
+        right, count = 0.9 * right + verdict, 0.9 * count + 1
+    assert (got[0].effective_correct, got[0].effective_rollouts) == (right, count)
+    assert (got[0].num_correct, got[0].num_rollouts) == (
+        first.num_correct + 2,
+        first.num_rollouts + 3,
+    )
+    assert [replace(row, weight=0, student_step=0) for row in got[1:]] == [
+        replace(row, weight=0, student_step=0) for row in table.rows[1:]
+    ]
+    assert {row.student_step for row in got} == {4}
+    assert table.rows[0] == first, "the earlier table is as it was"
