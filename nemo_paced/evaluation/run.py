@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,10 @@ def longest_prompt(
         models: Hugging Face directory by label.
         problems: by suite.
     """
-    asked = [problem for suite in problems.values() for problem in suite]
-    if not asked:
-        return 0
+    kind = PromptKind.evaluation
     prompts = [_prompts(folder, config) for folder in models.values()]
-    return max(len(p.of(problem, PromptKind.evaluation)) for p in prompts for problem in asked)
+    lengths = (p.lengths(suite, kind) for p in prompts for suite in problems.values())
+    return max(chain.from_iterable(lengths), default=0)
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from nemo_paced.grading.sign_flip import sign_flip_p_value
 from nemo_paced.records import Problem, Rollout
 
 LEVEL = 0.05  # significance level of the exact test behind a verdict
+RIGHT = "right"  # the vote of a right answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +53,37 @@ class Accuracy:
     metric: str = ""
 
     @staticmethod
-    def of(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> Accuracy:
-        """Accuracy from graded rollouts, equally many (k) of every problem."""
-        by_problem: dict[str, list[Rollout]] = {problem.id: [] for problem in problems}
+    def of(rollouts: Iterable[Rollout], problems: Sequence[Problem]) -> Accuracy:
+        """Accuracy from graded rollouts, equally many (k) of every problem.
+
+        Args:
+            rollouts: looked at once, one after the other.
+        """
+        votes: dict[str, list[str | None]] = {problem.id: [] for problem in problems}
+        lengths: list[int] = []
+        truncated, answered = 0, False
         for rollout in rollouts:
             assert rollout.correct is not None, "rollouts are graded when they are stored"
-            by_problem[rollout.problem_id].append(rollout)
+            votes[rollout.problem_id].append(_vote(rollout))
+            lengths.append(len(rollout.response_ids))
+            truncated += rollout.truncated
+            answered |= rollout.extracted is not None
+        lengths.sort()
         means = {
-            name: statistics.fmean(bool(rollout.correct) for rollout in samples)
-            for name, samples in by_problem.items()
+            name: statistics.fmean(vote == RIGHT for vote in cast) for name, cast in votes.items()
         }
-        lengths = sorted(len(rollout.response_ids) for rollout in rollouts)
-        answered = any(rollout.extracted is not None for rollout in rollouts)
         return Accuracy(
             mean=statistics.fmean(means.values()),
             standard_error=standard_error(list(means.values())),
             pass_at_k=statistics.fmean(share > 0 for share in means.values()),
-            samples=len(rollouts) // len(means),
-            truncated=statistics.fmean(rollout.truncated for rollout in rollouts),
+            samples=len(lengths) // len(means),
+            truncated=truncated / len(lengths),
             mean_length=statistics.fmean(lengths),
             per_problem=means,
             groups=group_means(means, {problem.id: problem.group for problem in problems}),
             p95_length=lengths[math.ceil(0.95 * len(lengths)) - 1],
             majority=(
-                statistics.fmean(majority_is_right(samples) for samples in by_problem.values())
+                statistics.fmean(majority_is_right(cast) for cast in votes.values())
                 if answered
                 else math.nan
             ),
@@ -232,19 +240,24 @@ def group_means(values: dict[str, float], groups: dict[str, str]) -> dict[str, f
     return {name: statistics.fmean(found) for name, found in sorted(by_group.items())}
 
 
-def majority_is_right(samples: Sequence[Rollout]) -> float:
+def majority_is_right(votes: Sequence[str | None]) -> float:
     """1 when the samples' most frequent answer is right, 0 when it is not, its chance in a tie.
 
-    Right answers are one answer, however written; wrong ones are told apart by their text after
-    normalisation. A response without an answer has no vote.
+    Args:
+        votes: of one problem: ``RIGHT``, another answer, or ``None`` of a response without one.
     """
-    right = sum(bool(rollout.correct) for rollout in samples)
-    wrong = Counter(
-        normalize(rollout.extracted)
-        for rollout in samples
-        if not rollout.correct and rollout.extracted is not None
-    )
-    most = max(wrong.values(), default=0)
-    if not right or right < most:
+    cast = Counter(vote for vote in votes if vote is not None)
+    right = cast.pop(RIGHT, 0)
+    if not right or right < max(cast.values(), default=0):
         return 0.0
-    return 1 / (1 + sum(count == right for count in wrong.values()))
+    return 1 / (1 + sum(count == right for count in cast.values()))
+
+
+def _vote(rollout: Rollout) -> str | None:
+    """What a response answers: right answers are one, however written; wrong ones are normalised.
+
+    A response without an answer has no vote.
+    """
+    if rollout.correct:
+        return RIGHT
+    return None if rollout.extracted is None else f"wrong: {normalize(rollout.extracted)}"

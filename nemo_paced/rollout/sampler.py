@@ -132,10 +132,11 @@ class Sampler:
         settings: SamplingSettings,
         num_samples: Mapping[str, int] | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Rollout]:
+    ) -> Sequence[Rollout]:
         """Graded rollouts of every problem, asking only for what the store lacks.
 
-        The arguments are those of :func:`sample_rollouts`.
+        The arguments are those of :func:`sample_rollouts`. They are read from disk each time that
+        they are looked at, while this sampler lasts.
 
         Raises:
             RolloutError: a server refused, or could not be brought back.

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.files import digest
 from nemo_paced.grading.grader import Grader
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.store import RolloutStore
+from nemo_paced.rollout.store import RolloutStore, StoredRollouts
 from nemo_paced.serving.client import RolloutClient
 from nemo_paced.serving.completions import Completion, SampleRequest
 
@@ -58,11 +59,12 @@ def sample_rollouts(
     grader: Grader,
     num_samples: Mapping[str, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Rollout]:
+) -> StoredRollouts:
     """Rollouts of every problem, samples in order; each is stored as soon as it is finished.
 
     Grading and writing run in threads beside the requests. A stored rollout of another prompt, of
-    other settings or graded by another answer is sampled again.
+    other settings or graded by another answer is sampled again. Prompts are made when they are
+    asked, and rollouts read when they are looked at: a training set's would fill the memory.
 
     Args:
         num_samples: responses by problem id, where they differ; else ``settings.num_samples``.
@@ -75,17 +77,19 @@ def sample_rollouts(
     by_id = {problem.id: problem for problem in problems}
     asked = _Asked(prompts, settings, grader)
     wanted = num_samples or dict.fromkeys(by_id, settings.num_samples)
-    requests = []
-    for problem in by_id.values():
-        missing = [
+    missing: list[Missing] = []
+    for name, problem in by_id.items():
+        lacking = [
             sample
-            for sample in range(wanted[problem.id])
-            if not store.holds((purpose, step, problem.id, sample), asked.of(problem))
+            for sample in range(wanted[name])
+            if not store.holds((purpose, step, name, sample), asked.of(problem))
         ]
-        for samples in in_requests(missing, samples_per_request):
-            requests.append(_request(problem, samples, prompts, settings, run_seed, purpose, step))
-    requests = long_tail_first(requests, store, run_seed)
-    open_requests = Counter(request.key for request in requests)
+        missing += [Missing(name, few) for few in in_requests(lacking, samples_per_request)]
+    requests = (
+        _request(by_id[each.problem_id], each.samples, prompts, settings, run_seed, purpose, step)
+        for each in long_tail_first(missing, store, run_seed)
+    )
+    open_requests = Counter(each.problem_id for each in missing)
     finished, counting = len(by_id) - len(open_requests), threading.Lock()
 
     def keep(request: SampleRequest, completions: list[Completion]) -> None:
@@ -109,15 +113,14 @@ def sample_rollouts(
             if progress:
                 progress(finished, len(by_id))
 
-    if requests:
+    if missing:
         client.sample(requests, on_result=keep)
-    found = [
-        store.get(purpose, step, problem.id, sample)
+    keys = [
+        (purpose, step, problem.id, sample)
         for problem in problems
         for sample in range(wanted[problem.id])
     ]
-    assert all(rollout is not None for rollout in found), "the client returned without some of them"
-    return found  # type: ignore[return-value]
+    return StoredRollouts(store, keys)
 
 
 class _Asked:
@@ -154,17 +157,22 @@ def in_requests(missing: Sequence[int], limit: int) -> list[list[int]]:
     return [[sample for _, sample in group] for _, group in numbered]
 
 
-def long_tail_first(
-    requests: Sequence[SampleRequest], store: RolloutStore, seed: int
-) -> list[SampleRequest]:
-    """Requests in the order to send: of unknown length, shuffled, then the longest known first.
+class Missing(NamedTuple):
+    """Samples of a problem that are asked for in one request."""
+
+    problem_id: str
+    samples: list[int]
+
+
+def long_tail_first(missing: Sequence[Missing], store: RolloutStore, seed: int) -> list[Missing]:
+    """The order to ask in: first those of unknown length, shuffled, then the longest known.
 
     A long response that is started last keeps every server but one waiting for it.
     """
-    shuffled = random.Random(seed).sample(list(requests), len(requests))
-    unknown = [r for r in shuffled if store.known_length(r.key) is None]
-    known = [r for r in shuffled if store.known_length(r.key) is not None]
-    return unknown + sorted(known, key=lambda r: -(store.known_length(r.key) or 0))
+    shuffled = random.Random(seed).sample(list(missing), len(missing))
+    unknown = [each for each in shuffled if store.known_length(each.problem_id) is None]
+    known = [each for each in shuffled if store.known_length(each.problem_id) is not None]
+    return unknown + sorted(known, key=lambda each: -(store.known_length(each.problem_id) or 0))
 
 
 def _request(

@@ -15,10 +15,10 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from nemo_paced.errors import RolloutError
 from nemo_paced.records import Rollout
@@ -155,6 +155,38 @@ class RolloutStore:
             )
         fields = json.loads(body)
         return fields.pop("purpose"), _rollout(fields)
+
+
+class StoredRollouts(Sequence[Rollout]):
+    """Rollouts of a store, read from disk when they are looked at; the store has to be open.
+
+    Raises:
+        RolloutError: one of them is not stored.
+    """
+
+    def __init__(self, store: RolloutStore, keys: Sequence[Key]) -> None:
+        if lacking := [key for key in keys if key not in store]:
+            raise RolloutError(f"{store.path} lacks {len(lacking)} rollouts, first {lacking[0]}")
+        self._store, self._keys = store, keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Rollout: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Rollout]: ...
+
+    def __getitem__(self, index: int | slice) -> Rollout | list[Rollout]:
+        if isinstance(index, slice):
+            return [self._read(key) for key in self._keys[index]]
+        return self._read(self._keys[index])
+
+    def _read(self, key: Key) -> Rollout:
+        rollout = self._store.get(*key)
+        assert rollout is not None, "it was there when this was made, and nothing removes one"
+        return rollout
 
 
 def _key(purpose: str, rollout: Rollout) -> Key:

@@ -16,7 +16,7 @@ import functools
 import json
 import logging
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -94,10 +94,11 @@ class RolloutClient:
         """The engine's control routes, on every server at once."""
         return self.engine.control(self.call)
 
-    def sample(self, requests: Sequence[SampleRequest], on_result: OnResult) -> None:
+    def sample(self, requests: Iterable[SampleRequest], on_result: OnResult) -> None:
         """Sample all requests, in this order; ``on_result`` is called for each when it is finished.
 
         Args:
+            requests: each is taken when it can be sent: there may be more than memory holds.
             on_result: runs in a thread, several at a time: grading and writing must not hold up
                 the requests.
 
@@ -149,13 +150,13 @@ class RolloutClient:
         return True
 
     async def _sample_all(
-        self, requests: Sequence[SampleRequest], on_result: OnResult, pool: ThreadPoolExecutor
+        self, requests: Iterable[SampleRequest], on_result: OnResult, pool: ThreadPoolExecutor
     ) -> None:
         gate = asyncio.Semaphore(self.max_in_flight * len(self.endpoints))
-        handing_over: set[asyncio.Task[None] | None] = set()
         timeout = aiohttp.ClientTimeout(self.request_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         # no limit on connections: the gate bounds the requests
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        loop = asyncio.get_running_loop()
         async with (
             Balancer(self.endpoints, revive=self.revive, patience_s=self.patience_s) as balancer,
             aiohttp.ClientSession(
@@ -164,21 +165,20 @@ class RolloutClient:
         ):
 
             async def one(request: SampleRequest) -> None:
-                async with gate:
+                try:
                     completions = await self._with_retries(session, balancer, request)
-                handing_over.add(asyncio.current_task())
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(pool, on_result, request, completions)
+                finally:
+                    gate.release()
+                # shielded: an answer that has come is kept though another request fails
+                await asyncio.shield(loop.run_in_executor(pool, on_result, request, completions))
 
-            tasks = [asyncio.create_task(one(request)) for request in requests]
             try:
-                await asyncio.gather(*tasks)
-            except BaseException:
-                for task in tasks:
-                    if task not in handing_over:  # answers that have come are still kept
-                        task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                raise
+                async with asyncio.TaskGroup() as group:
+                    for request in requests:
+                        await gate.acquire()
+                        group.create_task(one(request))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from errors.exceptions[0].__cause__
 
     async def _with_retries(
         self, session: aiohttp.ClientSession, balancer: Balancer, request: SampleRequest

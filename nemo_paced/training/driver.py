@@ -276,16 +276,18 @@ class Driver:
         }
         if not wanted:
             return []
-        return self.sampler.sample(
-            list(wanted.values()),
-            purpose="train",
-            step=step,
-            settings=SamplingSettings(
-                num_samples=1,
-                temperature=self.config.rollout.temperature,
-                top_p=self.config.rollout.top_p,
-                max_tokens=self.config.data.max_response_length,
-            ),
+        return list(
+            self.sampler.sample(
+                list(wanted.values()),
+                purpose="train",
+                step=step,
+                settings=SamplingSettings(
+                    num_samples=1,
+                    temperature=self.config.rollout.temperature,
+                    top_p=self.config.rollout.top_p,
+                    max_tokens=self.config.data.max_response_length,
+                ),
+            )
         )
 
     def _explored(self, problem: Problem, step: int) -> bool:

@@ -142,7 +142,7 @@ def estimate_pass_rates(
         max_tokens=config.data.max_response_length,
     )
 
-    def sample(num_samples: Mapping[str, int] | None = None) -> list[Rollout]:
+    def sample(num_samples: Mapping[str, int] | None = None) -> Sequence[Rollout]:
         with bar_task(bar, f"pass rates at step {step}", len(problems)) as advance:
             return sampler.sample(
                 problems,
@@ -155,23 +155,37 @@ def estimate_pass_rates(
 
     adaptive = config.weights.adaptive.enabled
     rollouts = sample_in_rounds(problems, sample, config.weights) if adaptive else sample()
-    table = PassRateTable.estimate(rollouts, problems, config.weights, student_step=step)
+    seen = _Seen()
+    table = PassRateTable.estimate(
+        map(seen.rollout, rollouts), problems, config.weights, student_step=step
+    )
     save_table(table, run_dir, step)
-    _tell_of_estimate(config, table, rollouts, step)
+    _tell_of_estimate(config, table, seen, step)
     return table
 
 
-def _tell_of_estimate(
-    config: PacedConfig, table: PassRateTable, rollouts: Sequence[Rollout], step: int
-) -> None:
+class _Seen:
+    """Counts of what rollouts pass by, which are many."""
+
+    def __init__(self) -> None:
+        self.rollouts = self.truncated = self.unanswered = 0
+
+    def rollout(self, rollout: Rollout) -> Rollout:
+        self.rollouts += 1
+        self.truncated += rollout.truncated
+        self.unanswered += not rollout.correct and rollout.extracted is None
+        return rollout
+
+
+def _tell_of_estimate(config: PacedConfig, table: PassRateTable, seen: _Seen, step: int) -> None:
     """Log what an estimate found, and what is likely wrong where it says little.
 
     Raises:
         RolloutError: more responses were cut than ``rollout.max_truncated_share``.
     """
     rates = table.pass_rates.tolist()
-    cut = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
-    silent = sum(not r.correct and r.extracted is None for r in rollouts) / len(rollouts)
+    cut = seen.truncated / seen.rollouts
+    silent = seen.unanswered / seen.rollouts
     if ":" in config.grading.verifier:
         silent = 0.0  # a verifier of one's own does not say what it read
     limit = config.data.max_response_length
@@ -179,7 +193,7 @@ def _tell_of_estimate(
         "pass rates at step %d: mean %.3f, %d of %d problems at 0, %d at 1; of %d responses "
         "%.0f %% were cut at %d tokens, %.0f %% had no answer",
         step, sum(rates) / len(rates), rates.count(0.0), len(rates), rates.count(1.0),
-        len(rollouts), 100 * cut, limit, 100 * silent,
+        seen.rollouts, 100 * cut, limit, 100 * silent,
     )  # fmt: skip
     settled = rates.count(0.0) + rates.count(1.0)
     if settled >= _SETTLED * len(rates):
@@ -198,7 +212,7 @@ def _tell_of_estimate(
         )  # fmt: skip
     if cut > config.rollout.max_truncated_share:
         raise RolloutError(
-            f"{cut:.0%} of {len(rollouts)} responses were cut at data.max_response_length {limit}, "
+            f"{cut:.0%} of {seen.rollouts} responses were cut at data.max_response_length {limit}, "
             f"above rollout.max_truncated_share {config.rollout.max_truncated_share:g}. {WHY_CUT}. "
             "The table is kept"
         )

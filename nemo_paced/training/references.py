@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 REFERENCES_FILE = "references.jsonl"
 
 # (problems, n by problem id) -> samples 0..n-1 of each; only those that do not exist are asked for
-SampleFromTeacher = Callable[[Sequence[Problem], Mapping[str, int]], list[Rollout]]
+SampleFromTeacher = Callable[[Sequence[Problem], Mapping[str, int]], Sequence[Rollout]]
 
 
 def load_references(
@@ -112,7 +112,7 @@ def sample_references(
         prompt=PromptKind.teacher,
     )
 
-    def sample(asked: Sequence[Problem], wanted: Mapping[str, int]) -> list[Rollout]:
+    def sample(asked: Sequence[Problem], wanted: Mapping[str, int]) -> Sequence[Rollout]:
         attempt = max(wanted.values())
         what = "references" if attempt == 1 else f"references, attempt {attempt}"
         with bar_task(bar, what, len(asked)) as advance:

@@ -10,7 +10,7 @@ settled; the posterior weight does not mind how sampling was stopped.)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ class PassRateTable:
 
     @staticmethod
     def estimate(
-        rollouts: Sequence[Rollout],
+        rollouts: Iterable[Rollout],
         problems: Sequence[Problem],
         config: WeightsConfig,
         *,
@@ -214,7 +214,7 @@ def _frame(ids: Sequence[str], columns: dict[str, Any]) -> pandas.DataFrame:
 _WHOLE = ("num_correct", "num_rollouts", "student_step")
 
 
-def _counts(rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> dict[str, list[int]]:
+def _counts(rollouts: Iterable[Rollout], problems: Sequence[Problem]) -> dict[str, list[int]]:
     """Numbers of right and of all rollouts, ``[right, all]``, by problem id."""
     counts = {problem.id: [0, 0] for problem in problems}
     for rollout in rollouts:

@@ -14,12 +14,12 @@ from nemo_paced.weights.adaptive import allocate, expected_error
 logger = logging.getLogger(__name__)
 
 # Returns graded rollouts of every problem: by id, how many are wanted, those that exist included.
-SampleCounts = Callable[[Mapping[str, int]], list[Rollout]]
+SampleCounts = Callable[[Mapping[str, int]], Sequence[Rollout]]
 
 
 def sample_in_rounds(
     problems: Sequence[Problem], sample: SampleCounts, config: WeightsConfig
-) -> list[Rollout]:
+) -> Sequence[Rollout]:
     """Spend ``weights.num_rollouts`` a problem, in the mean, where they help the weights most.
 
     Every decision follows from the rollouts of the rounds before, and ``sample`` asks only for what

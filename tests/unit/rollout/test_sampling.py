@@ -9,17 +9,18 @@ import pytest
 from nemo_paced.compose import ASSETS
 from nemo_paced.config import DataConfig, GradingConfig, PrivilegedContext
 from nemo_paced.data.prompts import Prompts
+from nemo_paced.errors import RolloutError
 from nemo_paced.grading.grader import Grader
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.sampling import (
+    Missing,
     SamplingSettings,
     in_requests,
     long_tail_first,
     sample_rollouts,
 )
-from nemo_paced.rollout.store import RolloutStore
+from nemo_paced.rollout.store import RolloutStore, StoredRollouts
 from nemo_paced.serving.client import RolloutClient
-from nemo_paced.serving.completions import SampleRequest
 from tests.unit.serving.wrong_server import GENERATE, Server, choice, good
 
 PROBLEMS = [Problem(f"p{i}", "s1 f1", "s1") for i in range(30)]
@@ -43,7 +44,7 @@ def sample(
     )
     prompts = Prompts(ASSETS / "student", data, PrivilegedContext.none)
     with RolloutStore(folder) as store, Grader(GradingConfig(verifier="exact")) as grader:
-        return sample_rollouts(
+        found = sample_rollouts(
             problems,
             prompts=prompts,
             client=RolloutClient([endpoint], "key", max_in_flight=4),
@@ -56,6 +57,8 @@ def sample(
             grader=grader,
             progress=progress,
         )
+        assert found[-1] == found[len(found) - 1] and found[:2] == list(found)[:2]
+        return list(found)  # they lie in the store
 
 
 PROGRAM = """
@@ -182,11 +185,11 @@ def test_a_stored_rollout_tells_which_weights_sampled_its_tokens(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_unknown_lengths_are_sent_first_and_then_the_longest(tmp_path, seed):
-    requests = [SampleRequest(f"p{i}", (3,), 1, 0, 1.0, 1.0, 9, (1,)) for i in range(6)]
+    missing = [Missing(f"p{i}", [0]) for i in range(6)]
     with RolloutStore(tmp_path) as store:
         for name, length in (("p1", 3), ("p3", 9), ("p4", 5)):
             store.append("pass_rates", [Rollout(name, name, (1,) * length)])
-        order = [r.key for r in long_tail_first(requests, store, seed)]
+        order = [each.problem_id for each in long_tail_first(missing, store, seed)]
     assert sorted(order[:3]) == ["p0", "p2", "p5"] and order[3:] == ["p3", "p4", "p1"]
 
 
@@ -202,3 +205,28 @@ def test_a_server_that_decodes_more_at_once_than_before_is_asked_for_what_is_mis
         assert [rollout.sample for rollout in found] == list(range(8))
     finally:
         server.stop()
+
+
+def test_prompts_are_made_when_they_are_asked(tmp_path, monkeypatch):
+    """A training set's prompts, all at once, would be gigabytes."""
+    server = Server(good)
+    asked_before = []
+    whole = Prompts.of
+    monkeypatch.setattr(
+        Prompts, "of", lambda *given: asked_before.append(len(server.bodies)) or whole(*given)
+    )
+    try:
+        sample(tmp_path, server.endpoint)
+    finally:
+        server.stop()
+    assert len(asked_before) == len(PROBLEMS)
+    ahead = [number - asked for number, asked in enumerate(asked_before)]
+    assert max(ahead) <= 4 + 1, "those that are in flight, and the next"
+
+
+def test_rollouts_that_are_not_there_are_not_promised(tmp_path):
+    with RolloutStore(tmp_path) as store:
+        store.append("train", [Rollout("r", "p0", (1,))])
+        assert StoredRollouts(store, [("train", 0, "p0", 0)])[0].response_id == "r"
+        with pytest.raises(RolloutError, match=r"lacks 1 rollouts, first \('train', 0, 'p0', 1\)"):
+            StoredRollouts(store, [("train", 0, "p0", 0), ("train", 0, "p0", 1)])

@@ -197,6 +197,22 @@ def test_requests_in_flight_are_bounded_and_the_order_is_kept(serve):
     assert [body["n"] for body in server.bodies] == [5, 3, 4]
 
 
+def test_an_error_while_requests_are_made_is_raised_and_what_came_is_kept(serve):
+    finished = []
+
+    def requests():
+        yield from (request("a"), request("b"))
+        while len(finished) < 2:
+            yield request("c")
+        raise KeyError("no such prompt")
+
+    with pytest.raises(KeyError, match="no such prompt"):
+        connect(serve(good), max_in_flight=1).sample(
+            requests(), lambda r, c: finished.append(r.key)
+        )
+    assert finished[:2] == ["a", "b"]
+
+
 def test_requests_are_spread_by_load(serve):
     quick, slow = serve(good, delay=0.01), serve(good, delay=1.0)
     assert len(ask(connect(quick, slow, max_in_flight=2), *map(str, range(40)))) == 40
