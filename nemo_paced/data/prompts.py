@@ -149,7 +149,8 @@ class Prompts:
         """
         found: list[int] = []
         for batch in _batches(problems):
-            found += self._counts([self.text(problem, kind) for problem in batch])
+            texts = [self.text(problem, kind) for problem in batch]
+            found += self._counts(texts, special=not self.has_chat)
             if progress:
                 progress(len(found))
         return found
@@ -176,16 +177,16 @@ class Prompts:
         for batch in _batches(problems):
             texts = [(problem.id, self.text(problem, kind)) for problem in batch]
             asked = [(i, text) for i, text in texts if not self._is_within(text, limit)]
-            counts = self._counts([text for _, text in asked])
+            counts = self._counts([text for _, text in asked], special=not self.has_chat)
             found += [(i, n) for (i, _), n in zip(asked, counts, strict=True) if n > limit]
             done += len(batch)
             if progress:
                 progress(done)
         return sorted(found, key=lambda each: -each[1])
 
-    def tokens(self, text: str) -> int:
-        """Number of tokens of a text, without special ones."""
-        return len(self.tokenizer.encode(text, add_special_tokens=False))
+    def tokens(self, texts: list[str]) -> list[int]:
+        """Number of tokens of each text, without special ones."""
+        return self._counts(texts, special=False)
 
     def text(self, problem: Problem, kind: PromptKind) -> str:
         """The whole prompt as text, with the chat template's special tokens.
@@ -237,15 +238,27 @@ class Prompts:
         Raises:
             ConfigError: counts them and names the longest; or see :meth:`text`.
         """
+        above = self.above(problems, kind, self.limit(kind)[1], progress)
+        self.refuse(above, kind, of=len(problems))
+
+    def refuse(self, above: Sequence[tuple[str, int]], kind: PromptKind, *, of: int) -> None:
+        """Refuse prompts that :meth:`above` found to be too long.
+
+        Args:
+            of: number of all prompts.
+
+        Raises:
+            ConfigError: counts them and names the longest, unless there is none.
+        """
+        if not above:
+            return
         key, limit = self.limit(kind)
-        above = self.above(problems, kind, limit, progress)
-        if above:
-            named = ", ".join(f"{name!r} has {length} tokens" for name, length in above[:3])
-            raise ConfigError(
-                f"{len(above)} of {len(problems)} {kind.value} prompts are above {key} {limit}: "
-                f"problem {named}{', ...' if len(above) > 3 else ''}; raise it to "
-                f"{above[0][1]}, or remove the problems"
-            )
+        named = ", ".join(f"{name!r} has {length} tokens" for name, length in above[:3])
+        raise ConfigError(
+            f"{len(above)} of {of} {kind.value} prompts are above {key} {limit}: "
+            f"problem {named}{', ...' if len(above) > 3 else ''}; raise it to "
+            f"{above[0][1]}, or remove the problems"
+        )
 
     def identity(self, kind: PromptKind) -> str:
         """A digest of all that the prompts of a kind are made with, besides the problems.
@@ -397,14 +410,17 @@ class Prompts:
         # a chat template has written the special tokens already
         return tuple(self.tokenizer.encode(text, add_special_tokens=not self.has_chat))
 
-    def _counts(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, by the tokenizer's own threads where it has them."""
-        special = not self.has_chat
+    def _counts(self, texts: list[str], *, special: bool) -> list[int]:
+        """Tokens of each text, by the tokenizer's own threads where it has them.
+
+        Args:
+            special: whether the tokenizer puts special tokens around a text.
+        """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         # what a file asks for itself, transformers turns off at a call
         if backend is not None and backend.truncation is None and backend.padding is None:
             return list(map(len, backend.encode_batch_fast(texts, add_special_tokens=special)))
-        return [len(self._encode_anew(text)) for text in texts]
+        return [len(self.tokenizer.encode(text, add_special_tokens=special)) for text in texts]
 
     def _is_within(self, text: str, limit: int) -> bool:
         """Whether a text is too short for more than ``limit`` tokens."""

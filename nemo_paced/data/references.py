@@ -7,10 +7,11 @@ reference says ``"dropped": true``; one that is merely missing is a mistake.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_paced.config import ReferencesConfig, WrongReferences
 from nemo_paced.data.prompts import Prompts
@@ -49,15 +50,67 @@ class Reference:
         }
 
 
+class References(Mapping[str, Response]):
+    """Reference responses by problem id, made where they are asked for.
+
+    Those of a training set, as Python integers or tokenised beforehand, would be gigabytes.
+
+    Args:
+        ids: of the problems that have one.
+        make: the response of a problem.
+    """
+
+    def __init__(self, ids: Iterable[str], make: Callable[[str], Response]) -> None:
+        self._ids = dict.fromkeys(ids)
+        self._make = make
+
+    def __getitem__(self, problem_id: str) -> Response:
+        if problem_id not in self._ids:
+            raise KeyError(problem_id)
+        return self._make(problem_id)
+
+    def __contains__(self, problem_id: object) -> bool:
+        return problem_id in self._ids
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+def solutions(problems: Sequence[Problem], prompts: Prompts) -> References:
+    """The problems' expert solutions as references.
+
+    Raises:
+        ConfigError: counts and names problems that have none.
+    """
+    places: dict[str, int] = {}
+    absent = []
+    for place, problem in enumerate(problems):
+        places[problem.id] = place
+        if problem.solution is None:
+            absent.append(problem.id)
+    if absent:
+        raise ConfigError(
+            f"references.source is solution and {len(absent)} of {len(places)} problems have none "
+            f"({', '.join(absent[:3])}): add the field, or set references.source=teacher"
+        )
+
+    def make(problem_id: str) -> Response:
+        ids = prompts.response(problems[places[problem_id]].solution or "")
+        return Response(f"{problem_id}/reference", problem_id, ids, ids[-1] != prompts.eos_id)
+
+    return References(places, make)
+
+
 def write_references(path: Path, references: Sequence[Reference]) -> None:
     """Write references.jsonl, in place of an earlier file only when whole."""
     write_whole(path, "".join(json.dumps(r.to_row()) + "\n" for r in references))
 
 
-def read_references(
-    path: Path, problems: Sequence[Problem], prompts: Prompts
-) -> dict[str, Response]:
-    """Reference responses by problem id; a problem marked as dropped is left out.
+def read_references(path: Path, problems: Sequence[Problem], prompts: Prompts) -> References:
+    """Reference responses of a file; a problem marked as dropped is left out.
 
     Args:
         prompts: tokenises responses that are given as text.
@@ -65,26 +118,32 @@ def read_references(
     Raises:
         ConfigError: no such file, a malformed line, problems that it lacks, or only dropped ones.
     """
-    found: dict[str, Response | None] = {}
+    found: dict[str, _Given | None] = {}
     for where, row in _rows(path):
         try:
             dropped = row.get("dropped") or False
-            found[identity(row["id"])] = None if dropped else _response(row, prompts)
-        except (ValueError, KeyError, TypeError) as error:
+            found[identity(row["id"])] = None if dropped else _given(row)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ConfigError(_malformed(where, error)) from error
-    absent = [problem.id for problem in problems if problem.id not in found]
-    if absent:
+    ids = [problem.id for problem in problems]
+    if absent := [name for name in ids if name not in found]:
         raise ConfigError(
-            f"{path} lacks {len(absent)} of the {len(problems)} problems ({', '.join(absent[:3])})"
+            f"{path} lacks {len(absent)} of the {len(ids)} problems ({', '.join(absent[:3])})"
         )
-    responses = {i: response for i, response in found.items() if response is not None}
-    if not any(problem.id in responses for problem in problems):
+    given = {name: each for name in ids if (each := found[name]) is not None}
+    if not given:
         raise ConfigError(
-            f"{path}: the references of all {len(problems)} problems are dropped, and nothing is "
+            f"{path}: the references of all {len(ids)} problems are dropped, and nothing is "
             "left to train along; set references.wrong=keep, raise references.max_attempts, or "
             "check the verifier (grading.verifier) on a few of the responses in it"
         )
-    return responses
+
+    def make(problem_id: str) -> Response:
+        response, truncated = given[problem_id]
+        ids = prompts.response(response) if isinstance(response, str) else tuple(response)
+        return Response(f"{problem_id}/reference", problem_id, ids, truncated)
+
+    return References(given, make)
 
 
 def made_with(path: Path, settings: ReferencesConfig) -> bool:
@@ -118,8 +177,17 @@ def _malformed(where: str, error: Exception) -> str:
     )
 
 
-def _response(row: dict[str, Any], prompts: Prompts) -> Response:
+class _Given(NamedTuple):
+    """What a row gives: a response as text or ids, and whether it is truncated."""
+
+    response: str | array[int]
+    truncated: bool
+
+
+def _given(row: dict[str, Any]) -> _Given:
     # in Parquet a column that a row lacks is null
-    ids = tuple(row.get("response_ids") or ()) or prompts.response(row["response"])
-    problem_id = identity(row["id"])
-    return Response(f"{problem_id}/reference", problem_id, ids, bool(row.get("truncated")))
+    ids = row.get("response_ids")
+    response: Any = array("i", ids) if ids else row["response"]
+    if not response or not isinstance(response, (str, array)):
+        raise ValueError(f"the response is {response!r}")
+    return _Given(response, bool(row.get("truncated")))

@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from rich.console import Console
 from rich.panel import Panel
@@ -14,13 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_paced.config import DataConfig, Duplicates, PacedConfig, Unanswered
-from nemo_paced.data.problems import ProblemFile, read_problems
+from nemo_paced.data.problems import ProblemFile, each_problem
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError
 from nemo_paced.preflight.files import verifier_fits
 from nemo_paced.preflight.findings import Finding, Severity, error
 from nemo_paced.preflight.inputs import PROBLEM_FILES
 from nemo_paced.records import Problem
+from nemo_paced.run.progress import watched
+
+T = TypeVar("T")
+
+MEASURED = 10_000  # texts of a kind that are tokenised for the statistics
 
 # kinds of answers, the first that matches
 _KINDS = {
@@ -34,11 +40,39 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Token counts of one kind of text, and their limit, if there is one."""
+    """Token counts of one kind of text.
+
+    Attributes:
+        tokens: of ``MEASURED`` of the texts at most.
+        of: number of all texts.
+        limit: most tokens, if there is such.
+        above: id and tokens of each prompt above the limit, the longest first.
+        kind: of prompts; ``None``: no prompts.
+        without_context: problems of which the teacher has no such prompt.
+    """
 
     what: str
     tokens: Sequence[int]
+    of: int
     limit: int | None
+    above: Sequence[tuple[str, int]] = ()
+    kind: PromptKind | None = None
+    without_context: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every text was measured."""
+        return len(self.tokens) == self.of
+
+    @property
+    def share_above(self) -> str:
+        """How many are above the limit, for a cell; a share where not every text was measured."""
+        if self.limit is None:
+            return ""
+        if self.kind is not None:
+            return str(len(self.above))
+        above = sum(n > self.limit for n in self.tokens)
+        return str(above) if self.is_whole else f"{above / len(self.tokens):.1%}"
 
 
 def report(path: str, config: PacedConfig, console: Console, *, key: str, shown: int) -> None:
@@ -53,7 +87,7 @@ def report(path: str, config: PacedConfig, console: Console, *, key: str, shown:
     """
     data = config.data
     lenient = replace(data, duplicates=Duplicates.first, unanswered=Unanswered.drop)
-    file = read_problems(path, key=key, data=lenient)
+    file = _read(path, key, lenient)
     console.rule(Text(path, style="bold"), align="left")
     _print_contents(file, console)
     prompts = _prompts(config)
@@ -62,8 +96,9 @@ def report(path: str, config: PacedConfig, console: Console, *, key: str, shown:
     if prompts is None:
         console.print("No student.hf_path: name a recipe, or a model, for prompts and lengths.")
     else:
-        _print_lengths(list(_lengths(file.problems, prompts, key)), console)
-        findings += _too_long(file.problems, prompts, key)
+        lengths = list(_lengths(file.problems, prompts, key))
+        _print_lengths(lengths, console)
+        findings += _too_long(lengths, prompts, key)
         for problem in _some(file.problems, shown):
             _print_problem(problem, prompts, console, key)
         _print_ends(prompts, console)
@@ -71,6 +106,16 @@ def report(path: str, config: PacedConfig, console: Console, *, key: str, shown:
         console.print(str(finding), soft_wrap=True, markup=False, highlight=False)
     if any(finding.severity is Severity.error for finding in findings):
         raise ConfigError(f"{path}: a run would refuse it, for what is said above")
+
+
+def _read(path: str, key: str, data: DataConfig) -> ProblemFile:
+    file = ProblemFile()
+    with watched(f"reading {path}", None) as progress:
+        for problem in each_problem(path, file, key=key, data=data):
+            file.problems.append(problem)
+            if len(file.problems) % 1024 == 0:
+                progress(len(file.problems))
+    return file
 
 
 def _prompts(config: PacedConfig) -> Prompts | None:
@@ -95,21 +140,19 @@ def _refused(file: ProblemFile, data: DataConfig, key: str) -> Iterator[Finding]
         )
 
 
-def _too_long(problems: Sequence[Problem], prompts: Prompts, key: str) -> Iterator[Finding]:
-    for kind in _kinds(key):
-        if kind is PromptKind.evaluation:
-            continue  # limited by the model's context alone
-        asked = problems
-        if kind is PromptKind.teacher and prompts.needs_solution:
-            asked = [problem for problem in problems if problem.solution is not None]
-            if missing := len(problems) - len(asked):
-                yield error(
-                    "teacher.privileged_context",
-                    f"{missing} of {len(problems)} problems have no solution for the teacher",
-                    "set it to answer or none",
-                )
+def _too_long(lengths: Sequence[Lengths], prompts: Prompts, key: str) -> Iterator[Finding]:
+    for row in lengths:
+        if row.kind is None or row.kind is PromptKind.evaluation:
+            continue  # cut, or limited by the model's context alone
+        if row.without_context:
+            yield error(
+                "teacher.privileged_context",
+                f"{row.without_context} of {row.of + row.without_context} problems have no "
+                "solution for the teacher",
+                "set it to answer or none",
+            )
         try:
-            prompts.check(asked, kind)
+            prompts.refuse(row.above, row.kind, of=row.of)
         except ConfigError as refusal:
             yield error(key, str(refusal))
 
@@ -151,9 +194,19 @@ def _lengths(problems: Sequence[Problem], prompts: Prompts, key: str) -> Iterato
         if kind is PromptKind.teacher and prompts.needs_solution:
             asked = [problem for problem in problems if problem.solution is not None]
         limit = None if kind is PromptKind.evaluation else prompts.limit(kind)[1]
-        yield Lengths(f"{kind.value} prompt", prompts.lengths(asked, kind), limit)
-    solved = [prompts.tokens(p.solution) for p in problems if p.solution is not None]
-    yield Lengths("solution", solved, prompts.data.max_response_length)
+        what = f"{kind.value} prompt"
+        some = _some(asked, MEASURED)
+        with watched(f"{what}s", len(some)) as progress:
+            tokens = prompts.lengths(some, kind, progress)
+        above: list[tuple[str, int]] = []
+        if limit is not None:
+            with watched(f"{what}s above {limit} tokens", len(asked)) as progress:
+                above = prompts.above(asked, kind, limit, progress)
+        without = len(problems) - len(asked)
+        yield Lengths(what, tokens, len(asked), limit, above, kind, without)
+    solved = [problem.solution for problem in problems if problem.solution is not None]
+    tokens = prompts.tokens(_some(solved, MEASURED))
+    yield Lengths("solution", tokens, len(solved), prompts.data.max_response_length)
 
 
 def _print_lengths(lengths: Sequence[Lengths], console: Console) -> None:
@@ -164,17 +217,23 @@ def _print_lengths(lengths: Sequence[Lengths], console: Console) -> None:
         if not row.tokens:
             continue
         ordered = sorted(row.tokens)
-        above = "" if row.limit is None else str(sum(n > row.limit for n in ordered))
+        longest = row.above[0][1] if row.above else ordered[-1]
         table.add_row(
             row.what,
             f"{statistics.fmean(ordered):.0f}",
             str(ordered[len(ordered) // 2]),
             str(ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]),
-            str(ordered[-1]),
+            str(longest) if row.above or row.is_whole else f"{longest}*",
             "" if row.limit is None else str(row.limit),
-            above,
+            row.share_above,
         )
     console.print(table)
+    if not all(row.is_whole for row in lengths):
+        console.print(
+            f"Lengths are those of {MEASURED} problems, evenly apart (* the longest of these); "
+            "prompts above the limit were looked for among all.",
+            highlight=False,
+        )
 
 
 def _print_problem(problem: Problem, prompts: Prompts, console: Console, key: str) -> None:
@@ -222,10 +281,10 @@ def _print_ends(prompts: Prompts, console: Console) -> None:
     console.print(line + ".", markup=False, highlight=False)
 
 
-def _some(problems: Sequence[Problem], count: int) -> list[Problem]:
+def _some(each: Sequence[T], count: int) -> list[T]:
     """The first and others, evenly apart."""
-    count = min(count, len(problems))
-    return [problems[index * len(problems) // count] for index in range(count)]
+    count = min(count, len(each))
+    return [each[index * len(each) // count] for index in range(count)]
 
 
 def _kind(answer: str) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.files import digest, replacing, write_json
 from nemo_paced.grading import answers
 from nemo_paced.records import Problem
-from nemo_paced.run.progress import bar_task, progress_bar
+from nemo_paced.run.progress import watched
 
 if TYPE_CHECKING:
     import pyarrow
@@ -141,7 +140,7 @@ class RunProblems:
         same = found.get("identity") == problems.identity
         if same and asked in found["checked"]:
             return
-        with _watched(f"checking {kind.value} prompts", len(problems)) as progress:
+        with watched(f"checking {kind.value} prompts", len(problems)) as progress:
             prompts.check(problems, kind, progress)
         if same:
             self._keep(key, found | {"checked": [*found["checked"], asked]})
@@ -152,7 +151,7 @@ class RunProblems:
         import pyarrow
 
         problems = each_problem(path, contents, key=key, data=data)
-        with _watched(f"reading {key}", None) as progress:
+        with watched(f"reading {key}", None) as progress:
             if not self._writes:
                 memory = pyarrow.BufferOutputStream()
                 _write(problems, memory, progress)
@@ -178,13 +177,6 @@ class RunProblems:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
-
-
-@contextmanager
-def _watched(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar for the length of a ``with``; yields progress(done)."""
-    with progress_bar() as bar, bar_task(bar, what, total) as advance:
-        yield lambda done: advance(done, total)
 
 
 def _open(place: Path) -> pyarrow.Table | None:

@@ -79,6 +79,17 @@ def bar_task(
         bar.remove_task(task)
 
 
+@contextmanager
+def watched(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar of its own for the length of a ``with``; yields progress(done).
+
+    Args:
+        total: ``None`` where it is not known.
+    """
+    with progress_bar() as bar, bar_task(bar, description, total) as advance:
+        yield lambda done: advance(done, total)
+
+
 def server_notes(bar: Progress) -> Callable[[str], None]:
     """A function that shows what starting servers say; an empty note ends the display."""
     task = bar.add_task("rollout server", total=None, note="", visible=False)

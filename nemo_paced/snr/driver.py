@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +123,7 @@ class SnrDriver:
             "snr: %d problems in %d bins, %s along %s", todo, len(self._missing()), kind.value,
             responses.value,
         )  # fmt: skip
-        self.responses: dict[str, Response] = {}
+        self.responses: Mapping[str, Response] = {}
         if responses is ResponseSource.references:
             self.responses = load_references(
                 self.config, self.all_problems, self.prompts, self.run_dir, self.bar

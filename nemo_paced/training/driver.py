@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Driver:
             self.validation = held_out
         check_data(run_dir, self.problems)
         self.order = ProblemOrder(len(self.problems), config.model.seed, config.data.shuffle)
-        self.references: dict[str, Response] = {}
+        self.references: Mapping[str, Response] = {}
         self._tables: dict[int, PassRateTable] = {}  # by step, as it was before its batch was made
         self._stack = ExitStack()
         self._sampler: Sampler | None = None

@@ -29,9 +29,15 @@ from nemo_paced.config import (
     WrongReferences,
 )
 from nemo_paced.data.prompts import PromptKind, Prompts
-from nemo_paced.data.references import Reference, made_with, read_references, write_references
-from nemo_paced.errors import ConfigError
-from nemo_paced.records import Problem, Response, Rollout
+from nemo_paced.data.references import (
+    Reference,
+    References,
+    made_with,
+    read_references,
+    solutions,
+    write_references,
+)
+from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.rollout.served import served_dtype, training_length
@@ -53,7 +59,7 @@ def load_references(
     run_dir: Path,
     bar: Progress,
     meanwhile: Callable[[], None] | None = None,
-) -> dict[str, Response]:
+) -> References:
     """The stored response of every problem but the dropped ones, made first where it is missing.
 
     Args:
@@ -64,14 +70,14 @@ def load_references(
     """
     source = config.references.source
     if source is ReferenceSource.solution:
-        return {problem.id: _from_solution(problem, prompts) for problem in problems}
+        return solutions(problems, prompts)
     path = run_dir / REFERENCES_FILE
     if source is ReferenceSource.file:
         path = Path(config.references.path or "")
     elif not _is_made(config, run_dir):
         sample_references(config, problems, prompts, run_dir, bar, meanwhile)
     found = read_references(path, problems, prompts)
-    if dropped := sum(problem.id not in found for problem in problems):
+    if dropped := len(problems) - len(found):
         logger.info(
             "%d of %d problems have no reference: weight 0 in stages with responses=references",
             dropped, len(problems),
@@ -186,16 +192,6 @@ def _choose(
         chosen = attempts[-1] if attempts[-1].correct else attempts[0]
         dropped = settings.wrong is WrongReferences.drop and not chosen.correct
         yield Reference(chosen, len(attempts), dropped)
-
-
-def _from_solution(problem: Problem, prompts: Prompts) -> Response:
-    if problem.solution is None:
-        raise ConfigError(
-            f"references.source is solution and problem {problem.id!r} has none: add the field, or "
-            "set references.source=teacher"
-        )
-    ids = prompts.response(problem.solution)
-    return Response(f"{problem.id}/reference", problem.id, ids, ids[-1] != prompts.eos_id)
 
 
 def _teacher_sampler(

@@ -176,7 +176,9 @@ def test_short_prompts_are_within_their_limit_without_being_tokenised(tmp_path, 
     tokenizer.save_pretrained(tmp_path)
     prompts = Prompts(tmp_path, DataConfig(prompt_template="{problem}"), PrivilegedContext.none)
     asked = []
-    monkeypatch.setattr(prompts, "_counts", lambda texts: asked.append(texts) or [0] * len(texts))
+    monkeypatch.setattr(
+        prompts, "_counts", lambda texts, special: asked.append(texts) or [0] * len(texts)
+    )
     prompts.check([PROBLEM, Problem("long", "x" * 1025, "1")], PromptKind.student)
     assert asked == [["x" * 1025]]
 

@@ -19,7 +19,7 @@ from nemo_paced.config import (
     WrongReferences,
 )
 from nemo_paced.data.problems import load_problems
-from nemo_paced.data.references import read_references
+from nemo_paced.data.references import read_references, solutions
 from nemo_paced.errors import ConfigError, RolloutError
 from nemo_paced.records import Problem
 from nemo_paced.rollout.sampler import Sampler
@@ -253,6 +253,32 @@ def test_a_file_may_lack_only_what_it_marks_as_dropped(make_config, tmp_path):
     path.write_text("[1]\n")
     with pytest.raises(ConfigError, match=r"given.jsonl:1: a JSON object is needed"):
         read_references(path, problems, prompts)
+    for bad in (
+        {"response_ids": "s8"},
+        {"response_ids": [2**31]},
+        {"response": ""},
+        {"response": 8},
+    ):
+        write([{"id": "p00", **bad}])
+        with pytest.raises(ConfigError, match=r"given.jsonl:1: a JSON object with id"):
+            read_references(path, problems, prompts)
+
+
+def test_solutions_are_tokenised_where_they_are_asked_for(make_config, monkeypatch):
+    prompts = prepare.make_prompts(make_config())
+    problems = [Problem(f"p{n}", f"solve s{n} =", "s8", f"s{n} s8") for n in (1, 2, 3)]
+    found = solutions(problems, prompts)
+    made = []
+    whole = prompts.response
+    monkeypatch.setattr(prompts, "response", lambda text: made.append(text) or whole(text))
+    assert list(found) == ["p1", "p2", "p3"] and "p2" in found and "x" not in found and not made
+    assert found["p2"].response_ids == whole("s2 s8") and made == ["s2 s8"]
+    assert found.get("x") is None and not found["p2"].truncated
+    monkeypatch.setattr(prompts.data, "max_response_length", 2)
+    assert found["p2"].response_ids == whole("s2 s8") and found["p2"].truncated
+    without = [*problems, Problem("p4", "solve s4 =", "s8")]
+    with pytest.raises(ConfigError, match=r"solution and 1 of 4 problems have none \(p4\)"):
+        solutions(without, prompts)
 
 
 def test_references_are_read_from_parquet_and_with_numbers_as_ids(make_config, tmp_path):
