@@ -51,6 +51,12 @@ def without_nan(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hex digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest(tree: Any, digits: int = 16) -> str:
     """The first ``digits`` hex digits of the SHA-256 of plain data's JSON."""
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:digits]

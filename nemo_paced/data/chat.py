@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 
+from nemo_paced.data.watched_text import WatchedText
 from nemo_paced.errors import ConfigError
 from nemo_paced.settings.data import RESERVED
 
@@ -26,10 +27,12 @@ THOUGHTS = {
 # Variables by which templates are told whether to think, and how much.
 SWITCHES = {"enable_thinking", "thinking", "reasoning_effort", "reasoning_strength"}
 _PROBE, _ANSWER, _SYSTEM = "What is 17 + 25?", "It is 42, I think.", "Answer in a word."
-# Texts that a template which does more than write its text would change.
+_NOTHING = "\ue0a7\ue3b1\ue8d2\uf0e5"  # characters without a meaning
+# Texts that a template which does more than write its text would change: awkward ones, and some of
+# every length.
 _PROBES = (
     "\u00c9 \u222b 1  <a>&amp;'b'\"c\" \\frac{1}{2}\\\\\r\n\n\t{{ d }} {% e %} \U0001d54f \u4e09.",
-    "Of 8 numbers " * 2000 + "one.",
+    *("7", "Seven.", *(("seven and " * 4000)[: 2**n] for n in range(16))),
 )
 _TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transformers' own, not Jinja's
 
@@ -63,7 +66,9 @@ class ChatTemplate:
         moment = datetime(today.year, today.month, today.day)
         self._variables = {"strftime_now": moment.strftime, **variables}
         self._in_parts = self._form_of_turns(keys[0])
-        self._looked_for = _texts_looked_for(tokenizer)
+        known = (*tokenizer.special_tokens_map.values(), *variables.values())
+        self._looked_for = {each for each in known if isinstance(each, str) and each}
+        self._looked_for |= _texts_looked_for(tokenizer)
         self._around = self._text_around()
 
     def __call__(self, text: str) -> str:
@@ -87,15 +92,21 @@ class ChatTemplate:
         return at_end or any(each in text for each in self._looked_for)
 
     def _text_around(self) -> tuple[str, str] | None:
-        """What the template writes before and behind a user text; ``None``: it depends on it."""
-        before, found, after = self._rendered(_PROBE).partition(_PROBE)
-        if not found or _PROBE in after:
+        """What the template writes before and behind a user text; ``None``: it depends on it.
+
+        A template decides by what it asks of the text. What it asks of a text that holds nothing is
+        noted: a text that gives the same answers is written in the same place.
+        """
+        watched = WatchedText.of(_NOTHING)
+        before, found, after = self._rendered(watched).partition(_NOTHING)
+        self._looked_for |= watched.looked_for - {""}
+        if watched.seen or not found or _NOTHING in after or self._may_be_read(_NOTHING):
             return None
-        for probe in _PROBES:
+        for probe in _PROBES:  # what reads a text without asking: filters written in C
             for text in self._looked_for:
                 probe = probe.replace(text, "")
             probe = probe.strip()
-            if self._rendered(probe) != f"{before}{probe}{after}":
+            if probe and self._rendered(probe) != f"{before}{probe}{after}":
                 return None
         return before, after
 
@@ -249,11 +260,17 @@ def _turn(role: str, text: str, in_parts: bool) -> dict[str, Any]:
 
 
 def _texts_looked_for(tokenizer: Any) -> frozenset[str]:
-    """Texts that a chat template compares, searches, replaces or splits with, by themselves.
+    """Texts that a chat template compares, searches, replaces or splits with.
 
-    White space that it takes off the ends of a text is not among them.
+    Of a template that joins texts first, where :class:`WatchedText` is lost from sight: in macros,
+    blocks and by ``~``. White space that is taken off the ends of a text is not among them.
     """
     from jinja2 import nodes
+
+    tree = _tree(tokenizer)
+    joins = (nodes.Macro, nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock, nodes.Concat)
+    if next(tree.find_all(joins), None) is None:
+        return frozenset()
 
     def given(node: Any) -> list[Any]:
         match node:
@@ -267,7 +284,7 @@ def _texts_looked_for(tokenizer: Any) -> frozenset[str]:
 
     found: set[str] = set()
     kinds = (nodes.Compare, nodes.Assign, nodes.For, nodes.Call, nodes.Filter, nodes.Test)
-    for node in _tree(tokenizer).find_all(kinds):
+    for node in tree.find_all(kinds):
         items: list[Any] = []
         for value in given(node):
             items += value.items if isinstance(value, (nodes.List, nodes.Tuple)) else [value]

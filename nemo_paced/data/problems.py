@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -42,12 +42,18 @@ class Contents:
     repeated: int = 0
     unanswered: int = 0
 
-    def tell(self, path: str | Path) -> None:
-        """Log the notes and warnings of a file."""
-        for note in self.notes:
-            logger.info("%s: %s", path, note)
-        for warning in self.warnings:
-            logger.warning("%s: %s", path, warning)
+    def tell(self, path: str | Path, moved: Mapping[str, str] | None = None) -> None:
+        """Log the notes and warnings of a file.
+
+        Args:
+            moved: where its files lie now, by where they lay when they were read.
+        """
+        told = [(logging.INFO, note) for note in self.notes]
+        told += [(logging.WARNING, warning) for warning in self.warnings]
+        for level, text in told:
+            for before, now in (moved or {}).items():
+                text = text.replace(before, now)
+            logger.log(level, "%s: %s", path, text)
 
 
 @dataclass
@@ -211,7 +217,8 @@ def _text_digest(problem: Problem, where: str) -> bytes:
         ConfigError: a text is none that can be written.
     """
     try:
-        for other in (problem.answer, problem.solution or "", problem.id, problem.group):
+        others = (problem.id, problem.answer, problem.solution or "", problem.group)
+        for other in (*others, *problem.accepted):
             other.encode()
         words = " ".join(problem.problem.split()).encode()
     except UnicodeEncodeError as error:

@@ -6,18 +6,21 @@ ids end with a stop token unless the response was cut at its limit.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_paced.config import DataConfig, EvaluationConfig, PrivilegedContext
+from nemo_paced.data import chat, watched_text
 from nemo_paced.data.chat import ChatTemplate, Thoughts, opens_thought
 from nemo_paced.errors import ConfigError
-from nemo_paced.files import digest
+from nemo_paced.files import digest, file_digest
 from nemo_paced.hf.tokenizer import load_tokenizer, stop_token_ids, tokenizer_digest
 from nemo_paced.records import Problem
 from nemo_paced.settings import template
@@ -266,14 +269,16 @@ class Prompts:
         Raises:
             ConfigError: see :meth:`text`.
         """
-        chat = chat_settings(kind, self.data, self.evaluation) if self.has_chat else None
+        said = chat_settings(kind, self.data, self.evaluation) if self.has_chat else None
         return digest(
             [
                 kind.value,
                 tokenizer_digest(self.student_dir),
+                [file_digest(str(module.__file__)) for module in _MAKERS],
+                [version(name) for name in ("transformers", "tokenizers", "jinja2")],
                 self.data.use_chat_template,
                 self.data.chat_template_date,
-                [] if chat is None else [chat.system, chat.variables],
+                [] if said is None else [said.system, said.variables],
                 self.data.prompt_template,
                 self.data.teacher_prompt_template,
                 self.privileged_context.value,
@@ -437,7 +442,8 @@ class Prompts:
         if backend is None or type(backend.model).__name__ != "BPE":
             return None
         normalizer, splits = type(backend.normalizer).__name__, str(backend.pre_tokenizer)
-        bytewise = "ByteLevel(" in splits and "add_prefix_space=True" not in splits
+        lengthens = "add_prefix_space=True" in splits or "Metaspace(" in splits
+        bytewise = "ByteLevel(" in splits and not lengthens
         if normalizer not in ("NoneType", "NFC") or not bytewise:
             return None
         added = len(self._encode_anew(""))  # by the post-processor
@@ -448,6 +454,10 @@ class Prompts:
             return len(text.encode()) + added
 
         return bound
+
+
+# what another release may do otherwise
+_MAKERS = (chat, watched_text, template, sys.modules[__name__])
 
 
 def _batches(problems: Sequence[Problem]) -> Iterator[tuple[Problem, ...]]:

@@ -18,7 +18,7 @@ from nemo_paced.data.prompts import Prompts
 from nemo_paced.data.rows import paths_of, read_rows
 from nemo_paced.data.schemas import identity
 from nemo_paced.errors import ConfigError
-from nemo_paced.files import write_whole
+from nemo_paced.files import replacing
 from nemo_paced.records import Problem, Response, Rollout
 
 
@@ -104,9 +104,11 @@ def solutions(problems: Sequence[Problem], prompts: Prompts) -> References:
     return References(places, make)
 
 
-def write_references(path: Path, references: Sequence[Reference]) -> None:
-    """Write references.jsonl, in place of an earlier file only when whole."""
-    write_whole(path, "".join(json.dumps(r.to_row()) + "\n" for r in references))
+def write_references(path: Path, references: Iterable[Reference]) -> None:
+    """Write references.jsonl, one by one, in place of an earlier file only when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w") as lines:
+        lines.writelines(json.dumps(reference.to_row()) + "\n" for reference in references)
 
 
 def read_references(path: Path, problems: Sequence[Problem], prompts: Prompts) -> References:
@@ -190,4 +192,6 @@ def _given(row: dict[str, Any]) -> _Given:
     response: Any = array("i", ids) if ids else row["response"]
     if not response or not isinstance(response, (str, array)):
         raise ValueError(f"the response is {response!r}")
+    if isinstance(response, str):
+        response.encode()  # half of a character cannot be tokenised when its step comes
     return _Given(response, bool(row.get("truncated")))

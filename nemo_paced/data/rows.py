@@ -44,14 +44,17 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     Parquet copies have it.
 
     Raises:
-        ConfigError: not what its name says, with file and line.
+        ConfigError: not what its name says, with file and line; or it cannot be read.
     """
-    if path.suffix == ".parquet":
-        yield from _parquet(path)
-    elif path.suffix == ".json" and _first_character(path) == "[":
-        yield from _json(path)
-    else:
-        yield from _jsonl(path)
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet(path)
+        elif path.suffix == ".json" and _first_character(path) == "[":
+            yield from _json(path)
+        else:
+            yield from _jsonl(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:

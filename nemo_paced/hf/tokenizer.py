@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_paced.errors import ConfigError
 
-_TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 
 
 def load_tokenizer(hf_dir: str | Path) -> Any:
@@ -32,11 +32,17 @@ def tokenizer_digest(hf_dir: str | Path) -> str:
     """A digest of the files that a tokenizer, its chat template and its end tokens are read from.
 
     All but the weights: a tokenizer has no list of its files.
+
+    Raises:
+        ConfigError: one cannot be read.
     """
     found = hashlib.sha256()
-    for path in sorted(Path(hf_dir).iterdir()):
-        if path.is_file() and path.suffix in _TOKENIZER_SUFFIXES and ".index." not in path.name:
-            found.update(f"{path.name}\0".encode() + path.read_bytes())
+    try:
+        for path in sorted(Path(hf_dir).rglob("*")):
+            if path.is_file() and path.suffix not in _WEIGHTS and ".index." not in path.name:
+                found.update(f"{path.relative_to(hf_dir)}\0".encode() + path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"a file of {hf_dir} cannot be read: {error}") from error
     return found.hexdigest()
 
 

@@ -17,7 +17,7 @@ from nemo_paced.records import Problem
 from nemo_paced.run import checkpoint_files
 from nemo_paced.run.checkpoint_files import newest_checkpoint
 from nemo_paced.run.fingerprint import DATA_FILE, check_data
-from nemo_paced.run.problems import column
+from nemo_paced.run.problems import column, ids_without
 from nemo_paced.sizing.parameters import model_parameters
 from nemo_paced.teacher.kind import SignalKind
 from nemo_paced.training import schedule
@@ -56,7 +56,7 @@ def problem_prompts(inputs: Inputs) -> Iterator[Finding]:
 
 def _without_solution(prompts: Prompts, problems: Sequence[Problem]) -> bool:
     """Whether the teacher's prompt shows solutions and some problem has none."""
-    return prompts.needs_solution and None in column(problems, "solution")
+    return prompts.needs_solution and bool(ids_without(problems, "solution"))
 
 
 def answers(inputs: Inputs) -> Iterator[Finding]:
@@ -98,8 +98,7 @@ def _missing_solutions(inputs: Inputs, prompts: Prompts) -> Iterator[Finding]:
     learnt = inputs.config.references.source is ReferenceSource.solution
     if not prompts.needs_solution and not learnt:
         return
-    solutions = zip(column(problems, "id"), column(problems, "solution"), strict=True)
-    without = [name for name, solution in solutions if solution is None]
+    without = ids_without(problems, "solution")
     if prompts.needs_solution and without:
         yield error(
             "teacher.privileged_context",

@@ -1,14 +1,15 @@
 """Problem files of a run, read and checked once: a published one has up to a million rows.
 
-``RUN/problems/KEY.json`` says of the file that the setting KEY names what was read and checked; an
-Arrow file beside it holds the problems. Both are of use to the process that reads next, a resumed
-run's above all, as long as the file's bytes and the settings that it was read with are the same.
+Of each file that a setting KEY names, ``RUN/problems/KEY.IDENTITY.arrow`` holds the problems, and
+a JSON file beside it says what was noticed and which prompts were checked. The identity is a digest
+of the file's bytes and of what reads them: the process that reads next, a resumed run's above all,
+has only to find it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -23,13 +24,15 @@ from nemo_paced.data.problems import Contents, each_problem, keeps_instructions
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.data.rows import paths_of
 from nemo_paced.errors import ConfigError
-from nemo_paced.files import digest, replacing, write_json
+from nemo_paced.files import digest, file_digest, replacing, write_json
 from nemo_paced.grading import answers
 from nemo_paced.records import Problem
 from nemo_paced.run.progress import watched
 
 if TYPE_CHECKING:
     import pyarrow
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "problems"
 BATCH = 4096  # rows that are written at once
@@ -76,12 +79,27 @@ class ProblemTable(Sequence[Problem]):
         values: list[Any] = self._table.column(name).to_pylist()
         return values
 
+    def ids_without(self, name: str) -> list[str]:
+        """Ids of the problems of which a field is ``None``."""
+        values = self._table.column(name)
+        if not values.null_count:
+            return []
+        ids: list[str] = self._table.column("id").filter(values.is_null()).to_pylist()
+        return ids
+
 
 def column(problems: Sequence[Problem], name: str) -> list[Any]:
     """A field of every problem, without making the problems of a table."""
     if isinstance(problems, ProblemTable):
         return problems.column(name)
     return [getattr(problem, name) for problem in problems]
+
+
+def ids_without(problems: Sequence[Problem], name: str) -> list[str]:
+    """Ids of the problems of which a field is ``None``."""
+    if isinstance(problems, ProblemTable):
+        return problems.ids_without(name)
+    return [problem.id for problem in problems if getattr(problem, name) is None]
 
 
 def digests(problems: Sequence[Problem]) -> dict[str, str]:
@@ -102,26 +120,33 @@ class RunProblems:
         self._folder = run_dir / FOLDER
         self._writes = writes
 
-    def read(self, path: str | Path, *, key: str, data: DataConfig) -> ProblemTable:
-        """Problems of a file; what was noticed when it was read is logged.
+    def read(
+        self, path: str | Path, *, key: str, data: DataConfig, tells: bool = False
+    ) -> ProblemTable:
+        """Problems of a file.
 
         Args:
             path, key, data: see :func:`~nemo_paced.data.problems.each_problem`.
+            tells: whether what was noticed when it was read is logged.
 
         Raises:
             ConfigError: see there; or the folder cannot be written to.
         """
-        identity = _identity(path, key, data)
-        place = self._folder / f"{key}.{identity[:16]}.arrow"
-        found = self._index(key)
-        table = _open(place) if found.get("identity") == identity else None
-        if table is not None:
-            contents = Contents(**found["contents"])
-        else:
+        files = paths_of(path, key=key)
+        identity = _identity(files, key, data)
+        found = self._entry(key, identity)
+        table = _open(self._place(key, identity)) if found else None
+        if table is None:
             contents = Contents()
-            table = self._read_anew(path, place, contents, key=key, data=data)
-            self._keep(key, {"identity": identity, "contents": asdict(contents), "checked": []})
-        contents.tell(path)
+            table = self._read_anew(path, identity, contents, key=key, data=data)
+            found = {"files": list(map(str, files)), "contents": asdict(contents), "checked": []}
+            try:
+                self._keep(key, identity, found)
+            except OSError as error:
+                raise self._unwritable(error) from error
+        if tells:
+            contents = Contents(**found["contents"])
+            contents.tell(path, moved=dict(zip(found["files"], map(str, files), strict=True)))
         return ProblemTable(table, identity)
 
     def check(
@@ -136,17 +161,27 @@ class RunProblems:
             ConfigError: see :meth:`Prompts.check`.
         """
         asked = prompts.identity(kind)
-        found = self._index(key)
-        same = found.get("identity") == problems.identity
-        if same and asked in found["checked"]:
+        found = self._entry(key, problems.identity)
+        if found and asked in found["checked"]:
             return
         with watched(f"checking {kind.value} prompts", len(problems)) as progress:
             prompts.check(problems, kind, progress)
-        if same:
-            self._keep(key, found | {"checked": [*found["checked"], asked]})
+        if found:
+            try:
+                checked = [*found["checked"], asked]
+                self._keep(key, problems.identity, found | {"checked": checked})
+            except OSError as error:
+                logger.warning("%s; prompts will be checked again", self._unwritable(error))
+
+    def remove_others(self, problems: ProblemTable, *, key: str) -> None:
+        """Remove what is kept of other files of a setting, which is not this run's."""
+        mine = f"{key}.{problems.identity[:16]}."
+        for path in (*self._folder.glob(f"{key}.*"), *self._folder.glob(f".{key}.*.tmp")):
+            if not path.name.startswith(mine):
+                path.unlink(missing_ok=True)
 
     def _read_anew(
-        self, path: str | Path, place: Path, contents: Contents, *, key: str, data: DataConfig
+        self, path: str | Path, identity: str, contents: Contents, *, key: str, data: DataConfig
     ) -> pyarrow.Table:
         import pyarrow
 
@@ -156,24 +191,32 @@ class RunProblems:
                 memory = pyarrow.BufferOutputStream()
                 _write(problems, memory, progress)
                 return pyarrow.ipc.open_file(memory.getvalue()).read_all()
+            place = self._place(key, identity)
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with replacing(place) as temporary:
                     _write(problems, str(temporary), progress)
             except OSError as error:
-                raise ConfigError(f"{self._folder} cannot be written to: {error}") from error
-        for earlier in set(self._folder.glob(f"{key}.*.arrow")) - {place}:
-            earlier.unlink(missing_ok=True)
-        return _open(place)
+                raise self._unwritable(error) from error
+        table = _open(place)
+        if table is None:
+            raise ConfigError(f"{place} was written and cannot be read: is the disk sound?")
+        return table
 
-    def _keep(self, key: str, entry: dict[str, Any]) -> None:
+    def _place(self, key: str, identity: str, suffix: str = "arrow") -> Path:
+        return self._folder / f"{key}.{identity[:16]}.{suffix}"
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"{self._folder} cannot be written to: {error}")
+
+    def _keep(self, key: str, identity: str, entry: dict[str, Any]) -> None:
         if self._writes:
-            write_json(self._folder / f"{key}.json", entry)
+            write_json(self._place(key, identity, "json"), entry)
 
-    def _index(self, key: str) -> dict[str, Any]:
-        """What is kept of a setting's file; empty where nothing is, or nothing that can be read."""
+    def _entry(self, key: str, identity: str) -> dict[str, Any]:
+        """What is kept of a file; empty where nothing is, or nothing that can be read."""
         try:
-            found = json.loads((self._folder / f"{key}.json").read_text())
+            found = json.loads(self._place(key, identity, "json").read_text())
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -183,19 +226,24 @@ def _open(place: Path) -> pyarrow.Table | None:
     """The table of a file, without reading it; ``None``: there is none, or a damaged one."""
     import pyarrow
 
+    for opened in (pyarrow.memory_map, pyarrow.OSFile):  # some file systems cannot map
+        try:
+            return pyarrow.ipc.open_file(opened(str(place))).read_all()
+        except (OSError, pyarrow.ArrowException):
+            continue
+    return None
+
+
+def _identity(files: Sequence[Path], key: str, data: DataConfig) -> str:
+    """A digest of the bytes of files, and of what reads them."""
     try:
-        return pyarrow.ipc.open_file(pyarrow.memory_map(str(place))).read_all()
-    except (OSError, pyarrow.ArrowException):
-        return None
-
-
-def _identity(path: str | Path, key: str, data: DataConfig) -> str:
-    """A digest of the bytes of a file, or of a pattern's files, and of what reads them."""
-    files = paths_of(path, key=key)
+        bytes_ = [(each.suffix, file_digest(each)) for each in files]
+    except OSError as error:
+        raise ConfigError(f"{key}: {error.filename} cannot be read: {error.strerror}") from error
     return digest(
         [
-            [(each.suffix, _digest_of(each)) for each in files],
-            [_digest_of(Path(str(module.__file__))) for module in _READERS],
+            bytes_,
+            [file_digest(str(module.__file__)) for module in _READERS],
             key == "data.problems",
             data.columns,
             data.duplicates.value,
@@ -208,11 +256,6 @@ def _identity(path: str | Path, key: str, data: DataConfig) -> str:
 
 # what another release may do otherwise
 _READERS = (problems, rows, schemas, answers, records, sys.modules[__name__])
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(problems: Iterator[Problem], sink: Any, progress: Callable[[int], None]) -> None:

@@ -32,12 +32,15 @@ logger = logging.getLogger(__name__)
 LINE_EVERY_S = 60.0  # between two lines of the log about something long, where no bar is drawn
 
 
-def progress_bar(*, enabled: bool = True) -> Progress:
+def progress_bar(*, enabled: bool = True, transient: bool = False) -> Progress:
     """A progress bar: what is done, how far it is, how long it took and how long is left.
 
     It is drawn on a terminal only; elsewhere (a job's log file) :class:`RunLog` writes lines
     instead, and so do :func:`bar_task` and :func:`server_notes` of what takes longer than
     ``LINE_EVERY_S``.
+
+    Args:
+        transient: whether it disappears when it stops.
     """
     console = Console(file=sys.stderr)
     return Progress(
@@ -50,6 +53,7 @@ def progress_bar(*, enabled: bool = True) -> Progress:
         TimeRemainingColumn(),
         console=console,
         disable=not (enabled and console.is_terminal),
+        transient=transient,
     )
 
 
@@ -81,12 +85,12 @@ def bar_task(
 
 @contextmanager
 def watched(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar of its own for the length of a ``with``; yields progress(done).
+    """A bar for the length of a ``with``, of which nothing is left; yields progress(done).
 
     Args:
         total: ``None`` where it is not known.
     """
-    with progress_bar() as bar, bar_task(bar, description, total) as advance:
+    with progress_bar(transient=True) as bar, bar_task(bar, description, total) as advance:
         yield lambda done: advance(done, total)
 
 

@@ -92,7 +92,8 @@ class SnrDriver:
         self.config, self.run_dir = config, run_dir
         self.model, self.step, self.out = model, step, out
         kept = RunProblems(run_dir, writes=False)
-        problems = kept.read(config.data.problems, key="data.problems", data=config.data)
+        key = "data.problems"
+        problems = kept.read(config.data.problems, key=key, data=config.data, tells=True)
         self.prompts = prepare.make_prompts(config)
         path = find_pass_rates(config, run_dir, model, step)
         table = PassRateTable.read(path, problems)

@@ -9,6 +9,7 @@ import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 from nemo_paced.config import (
@@ -52,11 +53,14 @@ class Driver:
         self.validation: Sequence[Problem] = []
         if config.data.validation_problems:
             key, kept = "data.validation_problems", RunProblems(run_dir)
-            held_out = kept.read(config.data.validation_problems, key=key, data=config.data)
+            path = config.data.validation_problems
+            held_out = kept.read(path, key=key, data=config.data, tells=True)
+            kept.remove_others(held_out, key=key)
             if config.trainer.val_check_interval:
                 kept.check(held_out, self.prompts, PromptKind.evaluation, key=key)
             self.validation = held_out
         check_data(run_dir, self.problems)
+        RunProblems(run_dir).remove_others(self.problems, key="data.problems")
         self.order = ProblemOrder(len(self.problems), config.model.seed, config.data.shuffle)
         self.references: Mapping[str, Response] = {}
         self._tables: dict[int, PassRateTable] = {}  # by step, as it was before its batch was made
@@ -211,10 +215,9 @@ class Driver:
     def certificate_batch(self, step: int, consumed: int) -> Batch:
         """The batch of the FP8 certificate: the first problems in order, each of weight 1."""
         order = self.order.take(consumed, len(self.problems))
-        problems = [self.problems[position] for position in order]
-        if self.references:
-            problems = [problem for problem in problems if problem.id in self.references]
-        problems = problems[: self.config.teacher.fp8.certificate_problems]
+        each = (self.problems[position] for position in order)
+        usable = (p for p in each if not self.references or p.id in self.references)
+        problems = list(islice(usable, self.config.teacher.fp8.certificate_problems))
         weights = [1.0] * len(problems)
         if self.references:
             responses: list[Response | None] = [self.references[p.id] for p in problems]

@@ -59,7 +59,7 @@ def training_set(config: PacedConfig, run_dir: Path) -> tuple[ProblemTable, Prom
         ConfigError: see :meth:`RunProblems.read`, :func:`make_prompts`, :meth:`RunProblems.check`.
     """
     key, kept = "data.problems", RunProblems(run_dir)
-    problems = kept.read(config.data.problems, key=key, data=config.data)
+    problems = kept.read(config.data.problems, key=key, data=config.data, tells=True)
     prompts = make_prompts(config)
     for kind in (PromptKind.student, PromptKind.teacher):
         kept.check(problems, prompts, kind, key=key)

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.progress import Progress
 
@@ -131,25 +132,36 @@ def sample_references(
                 progress=advance,
             )
 
+    path, tally = run_dir / REFERENCES_FILE, Tally()
     with _teacher_sampler(config, run_dir, prompts, bar, meanwhile) as sampler:
-        found = list(_choose(problems, sample, settings))
-    path = run_dir / REFERENCES_FILE
-    write_references(path, found)
-    logger.info(told(found, settings.wrong))
+        write_references(path, map(tally.reference, _choose(problems, sample, settings)))
+    logger.info(tally.told(settings.wrong))
     return path
 
 
-def told(found: Sequence[Reference], wrong: WrongReferences) -> str:
-    """The log line of sampled references: how many are right, and what became of the others."""
-    right = [reference for reference in found if reference.rollout.correct]
-    later = sum(reference.attempts > 1 for reference in right)
-    became = "dropped" if wrong is WrongReferences.drop else "kept"
-    return (
-        f"references: {len(right)} of {len(found)} teacher responses are right, {later} of them "
-        f"at a later attempt; {len(found) - len(right)} wrong ones are {became}; "
-        f"{sum(reference.rollout.truncated for reference in found)} truncated; "
-        f"{sum(reference.attempts for reference in found)} sampled"
-    )
+class Tally:
+    """Counts of references that pass by, which are many."""
+
+    def __init__(self) -> None:
+        self._all = self._right = self._later = self._truncated = self._attempts = 0
+
+    def reference(self, reference: Reference) -> Reference:
+        """Count one, which is returned."""
+        self._all += 1
+        self._right += bool(reference.rollout.correct)
+        self._later += bool(reference.rollout.correct) and reference.attempts > 1
+        self._truncated += reference.rollout.truncated
+        self._attempts += reference.attempts
+        return reference
+
+    def told(self, wrong: WrongReferences) -> str:
+        """The log line: how many are right, and what became of the others."""
+        became = "dropped" if wrong is WrongReferences.drop else "kept"
+        return (
+            f"references: {self._right} of {self._all} teacher responses are right, {self._later} "
+            f"of them at a later attempt; {self._all - self._right} wrong ones are {became}; "
+            f"{self._truncated} truncated; {self._attempts} sampled"
+        )
 
 
 def references(config: PacedConfig, run_dir: Path) -> Path:
@@ -176,13 +188,13 @@ def _choose(
 
     What a round asks for follows from the verdicts of those before it, which are in the store.
     """
-    tried: dict[str, list[Rollout]] = {}
+    tried: dict[str, list[_Attempt]] = {}
     asked = list(problems)
     for attempt in range(1, settings.attempts + 1):
         rollouts = sample(asked, {problem.id: attempt for problem in asked})
         tried |= {problem.id: [] for problem in asked}
-        for rollout in rollouts:
-            tried[rollout.problem_id].append(rollout)
+        for place, rollout in enumerate(rollouts):
+            tried[rollout.problem_id].append(_Attempt(rollouts, place, bool(rollout.correct)))
         asked = [problem for problem in asked if not tried[problem.id][-1].correct]
         if not asked:
             break
@@ -191,7 +203,15 @@ def _choose(
         # what stays wrong is what references.wrong=keep would have taken
         chosen = attempts[-1] if attempts[-1].correct else attempts[0]
         dropped = settings.wrong is WrongReferences.drop and not chosen.correct
-        yield Reference(chosen, len(attempts), dropped)
+        yield Reference(chosen.rollouts[chosen.place], len(attempts), dropped)
+
+
+class _Attempt(NamedTuple):
+    """Where a graded rollout is, and whether it is right: rollouts themselves are many."""
+
+    rollouts: Sequence[Rollout]
+    place: int
+    correct: bool
 
 
 def _teacher_sampler(

@@ -127,6 +127,8 @@ class PassRateTable:
         correct, count, right, all_ = (frame[name].to_numpy(copy=True) for name in COLUMNS[1:5])
         for rollout in rollouts:
             assert rollout.correct is not None, "rollouts are graded when they are stored"
+            if rollout.problem_id not in index:
+                continue
             at = index.get_loc(rollout.problem_id)
             correct[at] += rollout.correct
             count[at] += 1
@@ -186,7 +188,8 @@ class PassRateTable:
             raise ConfigError(f"{path} lacks the columns {', '.join(sorted(missing))}")
         if read.empty:
             raise ConfigError(f"{path} holds no problem: estimate anew with `pass-rates`")
-        frame = _frame(read["id"].astype(str).tolist(), {name: read[name] for name in COLUMNS[1:]})
+        columns = {name: _numbers(read[name], name, path) for name in COLUMNS[1:]}
+        frame = _frame(read["id"].astype(str).tolist(), columns)
         if (twice := frame.index[frame.index.duplicated()]).size:
             raise ConfigError(f"{path} holds problem {twice[0]!r} twice: estimate anew")
         if problems is None:
@@ -212,6 +215,27 @@ def _frame(ids: Sequence[str], columns: dict[str, Any]) -> pandas.DataFrame:
 
 
 _WHOLE = ("num_correct", "num_rollouts", "student_step")
+
+
+def _numbers(values: pandas.Series, name: str, path: Path) -> np.ndarray:
+    """A column of numbers.
+
+    Raises:
+        ConfigError: something in it is none, or not whole where counts are; a pass rate may be
+            unknown.
+    """
+    try:
+        numbers = values.to_numpy(dtype=np.float64, na_value=math.nan)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}, column {name}: {error}") from error
+    unknown = np.isnan(numbers) & (name != "pass_rate")
+    broken = (numbers % 1 != 0) & (name in _WHOLE)
+    if len(wrong := np.flatnonzero(unknown | broken)):
+        raise ConfigError(
+            f"{path}, column {name}: row {wrong[0] + 1} holds {numbers[wrong[0]]:g}; estimate anew "
+            "with `pass-rates`"
+        )
+    return numbers
 
 
 def _counts(rollouts: Iterable[Rollout], problems: Sequence[Problem]) -> dict[str, list[int]]:

@@ -239,9 +239,12 @@ AWKWARD = (
     "Think. /nothink",
     "'single' \"double\" \\\\ & <b> \u00e9 \u4e09 \U0001d54f \t \u00a0.",
     "system, user, assistant, tool, content, text, image; ], [, :, ...",
-    "x",
+    *("x", "42", "Is 7 odd?", "is 7 odd?", "one <eos> two", "Off /no_think"),
     "[" + "1, " * 5000 + "2]",
 )
+
+
+RENDERED = ()  # templates that look for texts which most problems have
 
 
 def rendered(made, text):
@@ -259,12 +262,16 @@ def outcome(make, *arguments):
 
 @pytest.mark.parametrize("name", chat_templates.NAMES)
 @pytest.mark.parametrize("system", ["", "Be brief."])
-def test_a_prompt_is_what_the_template_renders(name, system):
+def test_a_prompt_is_what_the_template_renders(name, system, monkeypatch):
     if name == "gemma" and system:
         pytest.skip("it has no system turn")
     made = chat(name, system=system)
     for text in AWKWARD:
         assert outcome(made, text) == rendered(made, text)
+    times = []
+    monkeypatch.setattr(made, "_rendered", lambda text: times.append(text) or "")
+    made("Find x: 3x = 7")
+    assert not times or name in RENDERED, "most are rendered once, when they are made"
 
 
 @pytest.mark.parametrize(
@@ -287,13 +294,23 @@ def test_a_prompt_is_what_the_template_renders(name, system):
         "{% if m.content | length > 5000 %}a long one: {% endif %}{{ m.content }}",
         "{{ m.content }}{{ m.content }}",
         "{% macro w(t) %}{{ t.strip('x') }}{% endmacro %}{{ w(m.content) }}",
+        "{{ m.content.replace(eos_token, '') }}",
+        "{{ m.content | replace(eos_token, '') }}",
+        "{{ m.content.split(sep)[0] }}",
+        "{% set off = '/no_think' if m.role else '/x' %}{{ off in m.content }}{{ m.content }}",
+        "{% set marks = {'off': '/no_think'} %}{{ marks.off in m.content }}{{ m.content }}",
+        "{{ ('/no' ~ '_think') in m.content }}{{ m.content }}",
+        "{{ m.content.isdigit() }}{{ m.content }}",
+        "{% if m.content | length < 12 %}short: {% endif %}{{ m.content }}",
+        "{% if m.content[0] | upper == m.content[0] %}A sentence: {% endif %}{{ m.content }}",
     ],
 )
 def test_a_template_may_do_anything_with_a_text(written):
     tokenizer = chat_templates.fresh("qwen3")
     tokenizer.chat_template = "{% for m in messages %}" + written + "{% endfor %}|"
     try:
-        made = ChatTemplate(tokenizer, system="", variables={}, today=TODAY)
+        variables = {"sep": "Think"} if "sep" in written else {}
+        made = ChatTemplate(tokenizer, system="", variables=variables, today=TODAY)
     except ConfigError as refusal:
         assert "leaves out the user's text" in str(refusal) and "upper" in written
         return

@@ -142,10 +142,14 @@ TOKENIZERS = {
     "NFKC": byte_level(normalizers.NFKC()),
     "a space before each": byte_level(prefix=True),
     "special tokens around": byte_level(post=True),
+    "Metaspace beside bytes": byte_level(),
     "Metaspace, as Llama 2's": byte_level(normalizers.Prepend("\u2581\u2581")),
     "one that cuts": byte_level(),
     "one that pads": byte_level(),
 }
+TOKENIZERS["Metaspace beside bytes"].pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
 TOKENIZERS["one that cuts"].enable_truncation(5)
 TOKENIZERS["one that pads"].enable_padding(length=64)
 STATEMENTS = (

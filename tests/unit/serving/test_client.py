@@ -197,19 +197,20 @@ def test_requests_in_flight_are_bounded_and_the_order_is_kept(serve):
     assert [body["n"] for body in server.bodies] == [5, 3, 4]
 
 
-def test_an_error_while_requests_are_made_is_raised_and_what_came_is_kept(serve):
+def test_an_error_while_requests_are_made_is_raised_and_what_came_is_kept(serve, monkeypatch):
+    monkeypatch.setattr("nemo_paced.serving.client.HANDING_OVER", 1)
     finished = []
 
     def requests():
-        yield from (request("a"), request("b"))
-        while len(finished) < 2:
-            yield request("c")
-        raise KeyError("no such prompt")
+        yield from (request(key) for key in "abc")
+        raise KeyError("no such prompt")  # "a" is being stored and "b" waits for it
+
+    def slowly(asked, completions):
+        time.sleep(0.3)
+        finished.append(asked.key)
 
     with pytest.raises(KeyError, match="no such prompt"):
-        connect(serve(good), max_in_flight=1).sample(
-            requests(), lambda r, c: finished.append(r.key)
-        )
+        connect(serve(good), max_in_flight=1).sample(requests(), slowly)
     assert finished[:2] == ["a", "b"]
 
 

@@ -90,3 +90,32 @@ def test_an_update_counts_what_the_definition_says():
     ]
     assert {row.student_step for row in got} == {4}
     assert table.rows[0] == first, "the earlier table is as it was"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("num_correct", None, "column num_correct: row 2 holds nan"),
+        ("student_step", 1.5, "column student_step: row 2 holds 1.5"),
+        ("effective_correct", "two", "column effective_correct: could not convert"),
+        ("weight", None, "column weight: row 2 holds nan"),
+    ],
+)
+def test_a_cell_that_is_no_number_is_named(tmp_path, name, value, told):
+    path = tmp_path / "t.parquet"
+    PassRateTable.estimate(rollouts(), PROBLEMS, WeightsConfig(), student_step=0).write(path)
+    frame = pandas.read_parquet(path)
+    frame[name] = frame[name].astype(object)
+    frame.loc[1, name] = value
+    if isinstance(value, str):
+        frame[name] = frame[name].astype(str)
+    frame.to_parquet(path)
+    with pytest.raises(ConfigError, match=told):
+        PassRateTable.read(path)
+
+
+def test_a_table_of_unknown_pass_rates_is_read_back(tmp_path):
+    table = PassRateTable.unknown(PROBLEMS)
+    table.write(tmp_path / "t.parquet")
+    assert PassRateTable.read(tmp_path / "t.parquet", PROBLEMS) == table
+    assert table.is_unknown and table.drift() == {}
