@@ -41,8 +41,9 @@ def write_problems(path: Path, count: int) -> None:
 
     with path.open("w") as file:
         for number in range(count):
+            statement = sentences(min(rng.lognormvariate(5.2, 0.6), 1200))
             row = {
-                "problem": f"{sentences(min(rng.lognormvariate(5.2, 0.6), 1200))}Find case {number}.",
+                "problem": f"{statement}Find case {number}.",
                 "answer": str(rng.randrange(10**4)),
                 "solution": sentences(min(rng.lognormvariate(6.7, 0.7), 4000)),
                 "uuid": f"u{number}",
