@@ -1,6 +1,7 @@
 """Problem files of a run: read and checked once, and again when anything of them is another."""
 
 import json
+from typing import Any
 
 import pyarrow
 import pytest
@@ -16,7 +17,7 @@ from nemo_paced.run import problems as module
 from nemo_paced.run.problems import RunProblems, column, digests, ids_without
 
 KEY = "data.problems"
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"id": "a", "problem": "solve s1 =", "answer": "s3", "solution": "s4 s3", "group": "g"},
     {"id": "b", "problem": "solve s2 =", "final_answer": ["s3", "s4"]},
     {"id": "\u00e9", "problem": "solve s3 =\n\U0001d54f", "answer": 7},
