@@ -115,8 +115,8 @@ FAULTS = {
     ),
     "discount": Fault(
         "earlier rollouts are discounted among the right ones alone",
-        "count = discount * count + 1",
-        "count = count + 1",
+        "all_[at] = config.discount * all_[at] + 1",
+        "all_[at] = all_[at] + 1",
         "tests/unit/training/test_reestimation.py::test_each_rollout_discounts_what_was_known_of_its_problem",
     ),
     # parallel layouts
@@ -206,6 +206,19 @@ FAULTS = {
         'json.loads(line)["step"] < next_step',
         'json.loads(line)["step"] <= next_step',
         "tests/unit/training/test_schedule.py::test_a_resumed_run_drops_the_lines_of_steps_it_repeats",
+    ),
+    # problems
+    "frame": Fault(
+        "a text that the chat template looks into is put where others stand",
+        "if self._around is None or self._may_be_read(text):",
+        "if self._around is None:",
+        "tests/unit/data/test_chat.py::test_a_template_may_do_anything_with_a_text",
+    ),
+    "other_bytes": Fault(
+        "a changed problem file passes for the one that was read",
+        "            bytes_,\n",
+        "",
+        "tests/unit/run/test_problems.py::test_other_bytes_are_read_again",
     ),
     # grading
     "first_box": Fault(
