@@ -98,16 +98,19 @@ class ChatTemplate:
         noted: a text that gives the same answers is written in the same place.
         """
         watched = WatchedText.of(_NOTHING)
-        before, found, after = self._rendered(watched).partition(_NOTHING)
-        self._looked_for |= watched.looked_for - {""}
-        if watched.seen or not found or _NOTHING in after or self._may_be_read(_NOTHING):
-            return None
-        for probe in _PROBES:  # what reads a text without asking: filters written in C
-            for text in self._looked_for:
-                probe = probe.replace(text, "")
-            probe = probe.strip()
-            if probe and self._rendered(probe) != f"{before}{probe}{after}":
+        try:
+            before, found, after = self._rendered(watched).partition(_NOTHING)
+            self._looked_for |= watched.looked_for - {""}
+            if watched.seen or not found or _NOTHING in after or self._may_be_read(_NOTHING):
                 return None
+            for probe in _PROBES:  # what reads a text without asking: filters written in C
+                for text in self._looked_for:
+                    probe = probe.replace(text, "")
+                probe = probe.strip()
+                if probe and self._rendered(probe) != f"{before}{probe}{after}":
+                    return None
+        except ConfigError:  # it refuses some texts: each is rendered by itself
+            return None
         return before, after
 
     def of_turns(self, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:

@@ -53,8 +53,8 @@ def _asking(name: str) -> Callable[..., Any]:
         for each in (*given, *options.values()):
             texts = each if isinstance(each, (tuple, list)) else [each]
             self.looked_for.update(text for text in texts if isinstance(text, str))
-        if name in ("split", "rsplit") and not (given or options.get("sep")):
-            self.seen.append(name)
+        if name in ("split", "rsplit") and (given[0] if given else options.get("sep")) is None:
+            self.seen.append(name)  # at white space
         return _like(self, getattr(str, name)(self, *given, **options))
 
     return method
