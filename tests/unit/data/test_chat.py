@@ -301,7 +301,7 @@ def test_a_prompt_is_what_the_template_renders(name, system, monkeypatch):
         "{% set marks = {'off': '/no_think'} %}{{ marks.off in m.content }}{{ m.content }}",
         "{{ ('/no' ~ '_think') in m.content }}{{ m.content }}",
         "{{ m.content.isdigit() }}{{ m.content }}",
-        "{{ m.content.split(None, 1) | join('') }}",
+        "{{ m.content.split(None, 1) | join(' ') }}",
         "{{ raise_exception('long') if (m.content ~ '') | length > 9000 else m.content }}",
         "{% if m.content | length < 12 %}short: {% endif %}{{ m.content }}",
         "{% if m.content[0] | upper == m.content[0] %}A sentence: {% endif %}{{ m.content }}",
