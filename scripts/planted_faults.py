@@ -221,16 +221,22 @@ FAULTS = {
         "tests/unit/run/test_problems.py::test_other_bytes_are_read_again",
     ),
     # grading
-    "first_box": Fault(
-        "the answer line wins over a box behind it",
-        "if boxed is not None and (line is None or boxed[1] >= line.start()):",
-        "if boxed is not None and line is None:",
+    "first_mark": Fault(
+        "the first mark of an answer decides, not the last",
+        "for mark in reversed(_marks(text)):",
+        "for mark in _marks(text):",
         "tests/unit/grading/test_grading.py::test_the_final_answer_is_found",
     ),
     "exact_integers": Fault(
         "integers and fractions agree within the tolerance that decimals have",
-        "slack = Fraction(tolerance) if inexact else Fraction(0)",
+        "slack = Fraction(tolerance) if inexact and not whole else Fraction(0)",
         "slack = Fraction(tolerance)",
+        "tests/unit/grading/test_grading.py",
+    ),
+    "open_line": Fault(
+        "a line that was cut at the limit counts as an answer",
+        "    if not line or (truncated and not whole):\n",
+        "    if not line:\n",
         "tests/unit/grading/test_grading.py",
     ),
 }

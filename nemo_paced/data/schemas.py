@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 from nemo_paced.errors import ConfigError
-from nemo_paced.grading.answers import last_boxed
+from nemo_paced.grading.evidence import last_boxed
 from nemo_paced.records import Problem
 
 Row = dict[str, Any]
@@ -313,7 +313,7 @@ def _from_solution(solution: str | None) -> str | None:
     if mark := _AFTER_MARK.search(solution.rstrip()):
         return _plain_number(mark[1])
     boxed = last_boxed(solution)
-    return boxed[0] if boxed is not None and boxed[0] else None
+    return boxed or None
 
 
 def _marked(answer: str) -> tuple[str, str | None]:
@@ -322,10 +322,10 @@ def _marked(answer: str) -> tuple[str, str | None]:
         worked = _CALCULATOR.sub("", answer[: mark.start()]).strip()
         return _plain_number(mark[1]), worked or None
     boxed = last_boxed(answer)
-    if boxed is None or not boxed[0] or len(_BOX.findall(answer)) > 1:
+    if not boxed or len(_BOX.findall(answer)) > 1:
         return answer, None
     around = re.sub(r"\\(boxed|fbox)\s*", "", answer).strip("${} .")
-    return boxed[0], answer if len(around) > len(boxed[0]) else None
+    return boxed, answer if len(around) > len(boxed) else None
 
 
 def _plain_number(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The final answer of a response, read out and compared as text, as numbers, as mathematics.
+"""Two final answers compared: as text, as numbers, as lists, as mathematics.
 
 The paper grades "on the final answer after light normalisation". Text and numbers settle most
 answers here, exactly and without a parser; what they leave open goes to math-verify. Nothing is
@@ -12,22 +12,31 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from nemo_paced.grading.evidence import Evidence, find_answer, last_boxed, without_thought
+from nemo_paced.grading.exact import rational
+
 MAX_SYMBOLIC_LENGTH = 1000  # characters; longer text is no final answer
 
-_ANSWER_LINE = re.compile(r"(?i)answer\**\s*(?::|\bis\b:?|=)[ \t]*\**[ \t]*([^\n]+)")
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
-_NUMBER = re.compile(r"-?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
 _CHOICE = re.compile(r"(?<![A-Za-z'’])([A-J])(?![A-Za-z'’])")
 _MARKED_CHOICE = re.compile(r"\(([A-J])\)|(?i:option|choice)\s+\(?([A-J])(?![A-Za-z])")
 _PRONOUNS = re.compile(r"\b(?:I|A)(?=\s+[a-z])")  # "I think", "A train": no choices
+_LETTER = re.compile(r"\(?([A-Ja-j])\)?\.?")
+_LABELLED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s|\Z))\s*")  # "E: vitamin D", "(B) 12 m"
+
+_BETWEEN_ITEMS = re.compile(
+    r"\s*(?:,\s*(?:and|or)\s|,\s|;|\s(?:and|or)\s|\\(?:land|lor)(?![a-z]))\s*"
+)
+_BASED = re.compile(r"([0-9A-Fa-f]{1,100})(?:_\{?(\d{1,2})\}?)?")
+_LENGTH = (
+    r"(?:mm|cm|km|m|in|ft|yd|inch(?:es)?|f(?:oo|ee)t|(?:centi|milli|kilo)?met(?:er|re)s?|units?)"
+)
+_UNIT_BEHIND = re.compile(
+    rf"(?<=[\w)}}])\s+(?:(?:square|cubic|sq\.?|cu\.?)\s*)?{_LENGTH}(?:\^\{{?[23]\}}?)?\Z"
+)
 
 _THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,)\]}])")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
-_FRACTION = re.compile(r"\\frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(-?\d+)\}|(\d))")
-_MIXED = re.compile(r"(-?)(\d{1,50})[ ]+(\d{1,50})/(\d{1,50})")
-_RATIO = re.compile(r"(-?\d{1,50}(?:\.\d{1,50})?)/(-?\d{1,50}(?:\.\d{1,50})?)")
-_DECIMAL = re.compile(r"[-+]?(?:\d{1,50}(?:\.\d{0,50})?|\.\d{1,50})(?:e[-+]?\d{1,3})?", re.I)
-_POWER_OF_TEN = re.compile(r"\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*(-?\d{1,3})\s*\}?")
+_TEN_TIMES = re.compile(r"(?<=\d)\s*x\s*(?=10\s*\^)")  # 3 x 10^5
 _QUANTITY = re.compile(r"(.*?\d\.?)(\s*)(%|[A-Za-z°][A-Za-z°/ .]*(?:\^\{?-?\d\}?)?)")
 _PREFIX = re.compile(r"^(?:\\?[$€£]|[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|\\approx)(?!=))\s*")
 
@@ -54,39 +63,106 @@ _UNICODE = {
 }  # fmt: skip
 
 
-def extract_answer(text: str) -> str | None:
-    """Final answer of a response: the later of its last ``\\boxed{}`` and last ``Answer:`` line.
+def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, str]:
+    """Whether two answers agree, and how it was found; ``None``: it takes a parser of mathematics.
 
-    Without either it is the last number; ``None`` where there is none.
+    Args:
+        extracted: read out of a response, at most ``MAX_SYMBOLIC_LENGTH`` characters.
+        tolerance: see :func:`numbers_agree`.
     """
-    boxed = last_boxed(text)
-    lines = list(_ANSWER_LINE.finditer(text))
-    line = lines[-1] if lines else None
-    if boxed is not None and (line is None or boxed[1] >= line.start()):
-        return boxed[0]
-    if line is not None:
-        return line[1].strip()
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    if normalize(extracted) == normalize(answer):
+        return True, "equal after normalisation"
+    if _LETTER.fullmatch(_clean(answer)) and (labelled := _LABELLED.match(_clean(extracted))):
+        return labelled[1] == _clean(answer).strip("().").upper(), "letter of a choice"
+    equal = _bases_agree(extracted, answer)
+    if equal is None:
+        equal = numbers_agree(extracted, answer, tolerance)
+    if equal is not None:
+        return equal, "compared as numbers"
+    ours, reference = items(extracted), items(answer)
+    if len(ours) > 1 and len(ours) == len(reference):
+        equal = _items_agree(ours, reference, tolerance)
+        if equal is not None:
+            return equal, "compared as lists"
+    return None, ""
 
 
-def extract_choice(text: str) -> str | None:
+def items(answer: str) -> list[str]:
+    """Items of a list such as ``1, 2 and 3``; a tuple, an interval or a matrix is one item."""
+    text = _clean(answer)
+    if text.startswith("\\{") and text.endswith("\\}"):
+        text = text[2:-2]
+    if re.search(r"[()\[\]]|\\begin", text):
+        return [text]
+    if not re.search(r",\s", text):  # 1,000 is one number, and 1,000, 2,000 are two
+        text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+        text = text.replace(",", ", ")
+    parts = _BETWEEN_ITEMS.split(text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _items_agree(ours: list[str], reference: list[str], tolerance: float) -> bool | None:
+    """Whether two lists hold the same, in any order; ``None``: some item is no number."""
+    left = list(reference)
+    for item in ours:
+        equal = [
+            normalize(item) == normalize(other) or numbers_agree(item, other, tolerance)
+            for other in left
+        ]
+        if True not in equal:
+            return None if None in equal else False
+        del left[equal.index(True)]
+    return True
+
+
+def _bases_agree(extracted: str, answer: str) -> bool | None:
+    """Whether numbers such as ``321_8`` agree; a base that one side leaves out is the other's."""
+    found = [_BASED.fullmatch(_clean(text).replace(" ", "")) for text in (extracted, answer)]
+    if found[0] is None or found[1] is None or not (found[0][2] or found[1][2]):
+        return None
+    digits = [each[1].lstrip("0").lower() for each in found if each]
+    bases = {int(each[2]) for each in found if each and each[2]}
+    return digits[0] == digits[1] and len(bases) == 1
+
+
+def without_unit(extracted: str, answer: str) -> tuple[str, str]:
+    """Both answers, without a unit behind a formula that only one of them names."""
+    both = [_clean(text) for text in (extracted, answer)]
+    bare = [_UNIT_BEHIND.sub("", text) for text in both]
+    if (bare[0] != both[0]) == (bare[1] != both[1]):
+        return extracted, answer
+    return bare[0], bare[1]
+
+
+def extract_choice(text: str, *, truncated: bool = False) -> str | None:
     """Option, A to J, that a response chooses; ``None`` where there is none.
 
-    It is the only one in the final answer, if one is marked; otherwise the last that stands in
-    parentheses or after "option" or "choice", else the last single letter.
+    It is the label of the final answer or the only one in it, if one is marked; otherwise the last
+    that stands in parentheses or after "option" or "choice", else the last single letter.
+
+    Args:
+        truncated: see :func:`~nemo_paced.grading.evidence.find_answer`.
     """
-    boxed, lines = last_boxed(text), _ANSWER_LINE.findall(text)
-    if boxed is not None or lines:
-        final = _clean(extract_answer(text) or "")
-        found = re.fullmatch(r"\(?([A-Ja-j])\)?\.?", final)
-        letters = [found[1].upper()] if found else _CHOICE.findall(_PRONOUNS.sub("", final))
-        # two letters, as in "B or C", are no choice
-        return letters[0] if letters and len(set(letters)) == 1 else None
+    found = find_answer(text, truncated=truncated, last_number=False)
+    if found.evidence is not Evidence.none:
+        letters = (_letter(_clean(reading)) for reading in found.readings)
+        return next((letter for letter in letters if letter), None)
+    if truncated:
+        return None
+    text = without_thought(text)
     if marked := _MARKED_CHOICE.findall(text):
         return marked[-1][0] or marked[-1][1]
-    letters = _CHOICE.findall(_PRONOUNS.sub("", text))
-    return letters[-1] if letters else None
+    single = _CHOICE.findall(_PRONOUNS.sub("", text))
+    return single[-1] if single else None
+
+
+def _letter(final: str) -> str | None:
+    """The option that a final answer names."""
+    if found := _LETTER.fullmatch(final) or _LABELLED.match(final):
+        return found[1].upper()
+    # two letters, as in "B or C", are no choice
+    letters = set(_CHOICE.findall(_PRONOUNS.sub("", final)))
+    return letters.pop() if len(letters) == 1 else None
 
 
 def normalize(answer: str) -> str:
@@ -120,7 +196,9 @@ def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
     values = {value} | ({value / 100} if unit == "%" and not wanted_unit else set())
     targets = {wanted} | ({wanted / 100} if wanted_unit == "%" and not unit else set())
     inexact = "." in extracted or "." in answer
-    slack = Fraction(tolerance) if inexact else Fraction(0)
+    written = re.search(r"\d\s*[eE]|\^", extracted + answer)
+    whole = value.denominator == wanted.denominator == 1 and not written
+    slack = Fraction(tolerance) if inexact and not whole else Fraction(0)
     return any(abs(v - t) <= slack * abs(t) for v in values for t in targets)
 
 
@@ -142,35 +220,20 @@ def symbolically_equal(extracted: str, answer: str) -> bool:
     )
 
 
-def last_boxed(text: str) -> tuple[str, int] | None:
-    """Content of the last closed ``\\boxed`` and the offset of its end in ``text``; or ``None``."""
-    for start in reversed(list(_BOXED.finditer(text))):
-        begin = start.end()
-        if text[begin : begin + 1] != "{":
-            if bare := re.match(r"[^\s$\\]+", text[begin:]):
-                return bare[0], begin + bare.end()
-            continue
-        depth = 0
-        for index in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[index], 0)
-            if depth == 0:
-                return text[begin + 1 : index].strip(), index
-    return None
-
-
 def _clean(answer: str) -> str:
     """An answer without Markdown, math delimiters, spacing commands and Unicode forms of LaTeX."""
     answer = "".join(_UNICODE.get(character, character) for character in answer)
-    answer = unicodedata.normalize("NFKC", answer).strip().strip("*`").strip()
+    answer = unicodedata.normalize("NFKC", answer).strip()
+    answer = re.sub(r"(?<!\\)\$", "", answer.strip("*` ").rstrip("*`. ")).strip("*` ").rstrip(". ")
     answer = re.sub(r"^\\[(\[]|\\[)\]]\.?$", "", answer)
-    answer = re.sub(r"(?<!\\)\$", "", answer).strip().rstrip(".").strip()
     if (boxed := last_boxed(answer)) is not None:
-        answer = boxed[0]
+        answer = boxed
     answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", answer)
     answer = re.sub(r"(?i)^\s*answer\s*:\s*", "", answer)
     answer = re.sub(
         r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\[!,;: ]|\\q?quad(?![A-Za-z])|~", "", answer
     )
+    answer = answer.replace("\\varnothing", "\\emptyset").replace("\\{\\}", "\\emptyset")
     answer = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", answer)
     answer = re.sub(r"\^\s*\{?\\circ\}?", "°", answer.replace("{,}", ","))
     answer = answer.replace("\\%", "%").replace("\\degree", "°")
@@ -199,25 +262,7 @@ def _quantity(answer: str) -> tuple[Fraction, str] | None:
 
 
 def _number(answer: str) -> Fraction | None:
-    """Exact value of an integer, decimal, fraction, mixed number or power of ten; or ``None``."""
+    """Exact value of a written number; or ``None``."""
     answer = _SPACED_THOUSANDS.sub(lambda found: found[0].replace(" ", ""), answer.strip())
     answer = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), answer)
-    answer = _FRACTION.sub(
-        lambda f: f" {f[1] or f[2]}/{f[3] or f[4]}" if (f[3] or f[4]) != "0" else f[0], answer
-    )
-    answer = re.sub(r"^([-+])\s+", r"\1", answer.strip())
-    scale = Fraction(1)
-    if power := _POWER_OF_TEN.search(answer):
-        if power.end() != len(answer):
-            return None
-        answer, scale = answer[: power.start()], Fraction(10) ** int(power[1])
-    if mixed := _MIXED.fullmatch(answer):
-        sign, whole, top, bottom = mixed.groups()
-        if int(bottom) == 0:
-            return None
-        value = int(whole) + Fraction(int(top), int(bottom))
-        return (-value if sign else value) * scale
-    if ratio := _RATIO.fullmatch(answer.replace(" ", "")):
-        bottom_value = Fraction(ratio[2])
-        return Fraction(ratio[1]) / bottom_value * scale if bottom_value else None
-    return Fraction(answer) * scale if _DECIMAL.fullmatch(answer) else None
+    return rational(_TEN_TIMES.sub("*", answer))

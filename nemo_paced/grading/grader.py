@@ -18,14 +18,17 @@ from nemo_paced.config import GradingConfig
 from nemo_paced.errors import GradingError
 from nemo_paced.grading.answers import (
     MAX_SYMBOLIC_LENGTH,
-    extract_answer,
+    agree,
     extract_choice,
+    items,
     normalize,
-    numbers_agree,
+    without_unit,
 )
+from nemo_paced.grading.evidence import Evidence, find_answer, without_thought
 from nemo_paced.grading.verifier_pool import TimedOut, VerifierPool, WorkerDied, load_function
 
 SYMBOLIC = "nemo_paced.grading.answers:symbolically_equal"
+MOST_PARSED = 2  # readings of an answer that math-verify is asked about
 SYMBOLIC_MEMORY = 4 * 2**30  # bytes: a power tower must not take the trainer's memory
 
 
@@ -65,29 +68,40 @@ class Grader:
             self._pool.close()
 
     def grade(
-        self, text: str, answer: str, *, accepted: Sequence[str] = (), truncated: bool = False
+        self,
+        text: str,
+        answer: str,
+        *,
+        accepted: Sequence[str] = (),
+        truncated: bool = False,
+        said: str | None = None,
     ) -> Verdict:
-        """Verdict on the response ``text``; a truncated one is graded as it stands.
+        """Verdict on the response ``text``.
 
         Args:
             accepted: other answers that are right too.
+            said: what it says behind its thought, where tokens tell; your own verifier gets all.
+            truncated: whether it was cut at a limit: it is right only by an answer that it had
+                marked and ended before, and by no other.
         """
-        verdict = self._verify(text, answer)
+        text = text if said is None or self._is_own else said
+        verdict = self._verify(text, answer, truncated)
         for other in accepted:
             if verdict.correct:
                 break
-            second = self._verify(text, other)
+            second = self._verify(text, other, truncated)
             verdict = second if second.correct else verdict
         if truncated and not verdict.correct:
             return Verdict(False, verdict.extracted, f"truncated; {verdict.reason}")
         return verdict
 
-    def _verifier(self, name: str) -> Callable[[str, str], Verdict]:
+    def _verifier(self, name: str) -> Callable[[str, str, bool], Verdict]:
         self._pool: VerifierPool | None = None
+        self._is_own = False
         simple = {"exact": _exact, "multiple_choice": _multiple_choice}
         if name in simple:
             return simple[name]
-        own = name != "math"
+        own = self._is_own = name != "math"
         if own:
             load_function(name)  # a wrong name is refused before anything starts
         self._pool = VerifierPool(
@@ -98,20 +112,33 @@ class Grader:
         )
         return self._own if own else self._math
 
-    def _math(self, text: str, answer: str) -> Verdict:
-        extracted = extract_answer(text)
-        if extracted is None or not normalize(extracted):
-            return Verdict(False, extracted, "no answer found")
-        if normalize(extracted) == normalize(answer):
-            return Verdict(True, extracted, "equal after normalisation")
-        equal = numbers_agree(extracted, answer, self.config.numeric_tolerance)
-        if equal is not None:
-            return Verdict(equal, extracted, "compared as numbers")
-        if len(extracted) > MAX_SYMBOLIC_LENGTH:
-            return Verdict(False, extracted, "too long for a final answer")
-        return self._ask(extracted, answer, extracted=extracted, reason="math-verify")
+    def _math(self, text: str, answer: str, truncated: bool) -> Verdict:
+        found = find_answer(text, truncated=truncated)
+        if found.answer is None:
+            cut = found.evidence is Evidence.cut
+            return Verdict(False, None, "answer cut off" if cut else "no answer found")
+        readings = [each for each in found.readings if len(each) <= MAX_SYMBOLIC_LENGTH]
+        if len(found.boxes) > 1 and len(found.boxes) == len(items(answer)):
+            readings.insert(0, ", ".join(found.boxes))  # together they are the list asked for
+        open_ones, verdict = [], Verdict(False, found.answer, "too long for a final answer")
+        for number, reading in enumerate(readings):
+            if not normalize(reading):
+                continue
+            equal, how = agree(reading, answer, self.config.numeric_tolerance)
+            if equal:
+                return Verdict(True, reading, how)
+            if equal is None:
+                open_ones.append(reading)
+            elif number == 0:
+                verdict = Verdict(False, reading, how)
+        for reading in open_ones[:MOST_PARSED]:
+            ours, reference = without_unit(reading, answer)
+            verdict = self._ask(ours, reference, extracted=reading, reason="math-verify")
+            if verdict.correct:
+                break
+        return verdict
 
-    def _own(self, text: str, answer: str) -> Verdict:
+    def _own(self, text: str, answer: str, truncated: bool) -> Verdict:
         return self._ask(text, answer, extracted=None, reason=self.config.verifier)
 
     def _ask(self, text: str, answer: str, *, extracted: str | None, reason: str) -> Verdict:
@@ -126,15 +153,15 @@ class Grader:
         return Verdict(correct, extracted, reason)
 
 
-def _exact(text: str, answer: str) -> Verdict:
-    words = text.split()
-    if not words:
-        return Verdict(False, None, "empty response")
+def _exact(text: str, answer: str, truncated: bool) -> Verdict:
+    words = without_thought(text).split()
+    if not words or truncated:
+        return Verdict(False, None, "no last word" if text.strip() else "empty response")
     return Verdict(words[-1] == answer.strip(), words[-1], "last word")
 
 
-def _multiple_choice(text: str, answer: str) -> Verdict:
-    letter = extract_choice(text)
+def _multiple_choice(text: str, answer: str, truncated: bool) -> Verdict:
+    letter = extract_choice(text, truncated=truncated)
     if letter is None:
         return Verdict(False, None, "no choice found")
     return Verdict(letter == answer.strip().strip("().").upper(), letter, "last choice")

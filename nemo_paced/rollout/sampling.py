@@ -208,7 +208,13 @@ def _rollout(
 ) -> Rollout:
     truncated = completion.finish_reason == "length"
     text = prompts.decode(completion.token_ids)
-    verdict = grader.grade(text, problem.answer, accepted=problem.accepted, truncated=truncated)
+    verdict = grader.grade(
+        text,
+        problem.answer,
+        accepted=problem.accepted,
+        truncated=truncated,
+        said=_said(completion.token_ids, prompts),
+    )
     return Rollout(
         response_id=f"{problem.id}/{step}/{sample}",
         problem_id=problem.id,
@@ -224,3 +230,16 @@ def _rollout(
         extracted=verdict.extracted,
         reason=verdict.reason,
     )
+
+
+def _said(ids: tuple[int, ...], prompts: Prompts) -> str | None:
+    """Text behind a thought, of which tokens tell where it ends; ``None``: there is no thought.
+
+    A template may have opened it, and its marks may be special tokens, which the text lacks.
+    """
+    if not prompts.thoughts:
+        return None
+    length, ends = prompts.thoughts.length(ids)
+    if not length:
+        return None
+    return prompts.decode(ids[length:]) if ends else ""

@@ -25,7 +25,7 @@ from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.data.rows import paths_of
 from nemo_paced.errors import ConfigError
 from nemo_paced.files import digest, file_digest, replacing, write_json
-from nemo_paced.grading import answers
+from nemo_paced.grading import evidence
 from nemo_paced.records import Problem
 from nemo_paced.run.progress import watched
 
@@ -255,7 +255,7 @@ def _identity(files: Sequence[Path], key: str, data: DataConfig) -> str:
 
 
 # what another release may do otherwise
-_READERS = (problems, rows, schemas, answers, records, sys.modules[__name__])
+_READERS = (problems, rows, schemas, evidence, records, sys.modules[__name__])
 
 
 def _write(problems: Iterator[Problem], sink: Any, progress: Callable[[int], None]) -> None:

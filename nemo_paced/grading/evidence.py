@@ -1,0 +1,275 @@
+r"""What a response offers as its final answer, and by what mark: a box, a line, a last number.
+
+The last mark that a response begins decides. Where it is cut off, the response has no answer: what
+stood before was about to be corrected, or part of a derivation. All scans are linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Evidence(StrEnum):
+    """What an answer was read by."""
+
+    box = "box"  # \boxed{} or \fbox{}
+    line = "answer line"  # Answer: 42, or a sentence "the answer is 42"
+    hashes = "hashes"  # #### 42, as GSM8K's solutions end
+    number = "last number"  # no mark: the last number of the text
+    cut = "cut off"  # the last mark is not followed by a whole answer
+    none = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The final answer of a response.
+
+    Attributes:
+        answer: as it is written; ``None``: there is none.
+        readings: what it may be taken for, the likeliest first: a line, or its first sentence.
+        boxes: where several boxes stand in the last paragraph that has any: their contents.
+    """
+
+    answer: str | None
+    evidence: Evidence
+    readings: tuple[str, ...] = ()
+    boxes: tuple[str, ...] = ()
+
+
+NOTHING = Found(None, Evidence.none)
+CUT = Found(None, Evidence.cut)
+
+_MOST_MARKS = 200  # the last of a text that are looked at
+LONGEST = 1200  # characters of a line that are looked at: longer is no answer
+
+_THOUGHT_ENDS = ("</think>", "</seed:think>", "[/THINK]", "<|END_THINKING|>", "◁/think▷")
+_THOUGHT_BEGINS = ("<think>", "<seed:think>", "[THINK]", "<|START_THINKING|>", "◁think▷")
+_MARK = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|(?m:^)[ \t]{0,8}####(?!#)|(?i:\banswers?\b)")
+# what makes a line, or a sentence, of the word "answer"
+_SAYS = re.compile(
+    r"[*_\s]{0,4}(?P<strong>[:=：])|[*_ \t]{0,4}(?P<weak>\b(?:is|are)\b[ \t]{0,4}:?)"
+)
+_HEADING = re.compile(r"[*_#: \t]{0,8}(?=\n)")
+_BEFORE_HEADING = re.compile(r"[#*_ \t]{0,8}(?:(?i:the|final)[ \t]){0,2}")
+_SENTENCE_END = re.compile(r"[.!?]\**(?=\s+[A-Z(\\$*]|\s*\Z)|[ \t][-–—]{1,2}[ \t]")
+_CONJUNCTION = re.compile(r",?\s(?:since|because|as|so|which|where|when|whereas|but|for)\s")
+_FIRST_MATH = re.compile(
+    r"\**\s{0,4}(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])"
+)
+_WORDS = re.compile(r"[A-Za-z ,.'*-]*")
+_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
+_NUMBER = re.compile(r"-?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
+_MATH = re.compile(r"[\d\\=^∞∅π√]")
+# words that a sentence "the answer is ..." goes on with where it gives none
+_PROSE = frozenset(
+    (
+        *("a", "an", "also", "again", "already", "approximately", "as", "at", "because", "both"),
+        *("by", "clear", "clearly", "confirmed", "consistent", "correct", "either", "exactly"),
+        *("expected", "for", "found", "given", "in", "incorrect", "indeed", "just", "likely", "no"),
+        *("not", "now", "obtained", "obvious", "of", "on", "only", "or", "perhaps", "possible"),
+        *("possibly", "probably", "reasonable", "right", "simply", "so", "still", "that", "the"),
+        *("then", "there", "therefore", "this", "thus", "to", "unclear", "unique", "valid"),
+        *("verified", "we", "what", "when", "where", "which", "wrong", "your"),
+        # and headings of Markdown that look like GSM8K's mark
+        *("step", "part", "case", "solution", "conclusion", "note", "final", "let", "summary"),
+    )
+)
+
+
+def find_answer(text: str, *, truncated: bool = False, last_number: bool = True) -> Found:
+    """The final answer of a response, its thought left out.
+
+    Args:
+        truncated: whether the text was cut at a limit: an open line is no answer then, and without
+            a mark there is none.
+        last_number: whether the last number counts where nothing is marked.
+    """
+    text = without_thought(text)
+    for mark in reversed(_marks(text)):
+        found = _of_mark(text, mark, truncated)
+        if found is not None:
+            return found
+    if truncated or not last_number:
+        return NOTHING
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return NOTHING
+    return Found(numbers[-1], Evidence.number, (numbers[-1],))
+
+
+def _marks(text: str) -> list[re.Match[str]]:
+    """Marks of a text in order, without those that stand in a box."""
+    found: list[re.Match[str]] = []
+    box_end = -1
+    for mark in deque(_MARK.finditer(text), _MOST_MARKS):
+        is_box = mark[0].startswith("\\")
+        if is_box or mark.start() >= box_end:
+            found.append(mark)
+        if is_box:
+            box_end = max(box_end, _box_end(text, mark.end()))
+    return found
+
+
+def without_thought(text: str) -> str:
+    """What a response says behind its thought; nothing, where the thought does not end."""
+    for mark in _THOUGHT_ENDS:
+        text = text[text.rfind(mark) + len(mark) :] if mark in text else text
+    for mark in _THOUGHT_BEGINS:
+        text = text.partition(mark)[0]
+    return text
+
+
+def _of_mark(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
+    """The answer that a mark gives; ``None``: it is no mark, and an earlier one may be."""
+    if mark[0].startswith("\\"):
+        return _of_box(text, mark)
+    if mark[0].endswith("#"):
+        return _of_line(text, mark.end(), truncated, Evidence.hashes)
+    says = _SAYS.match(text, mark.end())
+    if says is None:
+        return _of_heading(text, mark, truncated)
+    if says["strong"]:
+        return _of_line(text, says.end(), truncated, Evidence.line)
+    return _of_sentence(text, says.end(), truncated)
+
+
+def _of_box(text: str, mark: re.Match[str]) -> Found | None:
+    content = _box_content(text, mark.end())
+    if content is None:
+        return CUT  # it was begun and never closed
+    if not content:
+        return None  # "put it into \boxed{}"
+    begin = max(text.rfind("\n\n", 0, mark.start()), 0)
+    near = list(_BOX.finditer(text, begin, mark.end()))[-_MOST_BOXES:]
+    contents = tuple(filter(None, (_box_content(text, each.end()) for each in near)))
+    return Found(content, Evidence.box, (content,), contents if len(contents) > 1 else ())
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_MOST_BOXES = 20
+_LONGEST_BOX = 4000  # characters: one that is not closed by then is none
+_BARE = re.compile(r"\s*([^\s$\\{}]+)")
+_OPEN = re.compile(r"\s*\{")
+_BRACE = re.compile(r"\\[{}]|[{}]")
+
+
+def _box_content(text: str, begin: int) -> str | None:
+    r"""Content of the box whose ``\boxed`` ends at ``begin``; ``None``: it is not closed."""
+    opened = _OPEN.match(text, begin)
+    if opened is None:
+        bare = _BARE.match(text, begin)
+        return bare[1] if bare else None
+    end = _box_end(text, begin)
+    return text[opened.end() : end].strip() if end >= 0 else None
+
+
+def _box_end(text: str, begin: int) -> int:
+    r"""Offset of the brace that closes the box whose ``\boxed`` ends at ``begin``, or -1."""
+    opened = _OPEN.match(text, begin)
+    if opened is None:
+        return -1
+    depth = 1
+    for brace in _BRACE.finditer(text, opened.end(), opened.end() + _LONGEST_BOX):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if not depth:
+            return brace.start()
+    return -1
+
+
+_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[{}]|[{}]")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last box that is closed, whatever follows; ``None``: there is none."""
+    last: tuple[int, str] | None = None
+    opened: list[int] = []  # of each open brace: where the content of its box begins, else -1
+    box_at = -1
+    for found in _BOX_OR_BRACE.finditer(text):
+        if found[0] in ("\\boxed", "\\fbox"):
+            brace = _OPEN.match(text, found.end())
+            box_at = brace.end() if brace else -1
+            if brace is None and (bare := _BARE.match(text, found.end())):
+                last = found.end(), bare[1]
+        elif found[0] == "{":
+            opened.append(found.end() if found.end() == box_at else -1)
+        elif found[0] == "}" and opened:
+            begin = opened.pop()
+            if begin >= 0 and (last is None or begin > last[0]):
+                last = begin, text[begin : found.start()].strip()
+    return None if last is None else last[1]
+
+
+def _of_line(text: str, begin: int, truncated: bool, evidence: Evidence) -> Found | None:
+    """The answer on the rest of a line, or on the next that holds something."""
+    begin = _behind(_BLANK, text, begin)
+    line, whole = _line(text, begin)
+    if not line or (truncated and not whole):
+        return CUT
+    if evidence is Evidence.hashes and not _is_answer(line):
+        return None  # a heading of Markdown
+    return Found(line, evidence, _readings(line))
+
+
+_BLANK = re.compile(r"[\s*_]*")
+_GAP = re.compile(r"[ \t*_:]*")
+
+
+def _behind(pattern: re.Pattern[str], text: str, begin: int) -> int:
+    """Offset behind what a pattern, which may match nothing, matches there."""
+    found = pattern.match(text, begin)
+    return found.end() if found else begin
+
+
+def _line(text: str, begin: int) -> tuple[str, bool]:
+    """What is left of a line, at most ``LONGEST`` of it, and whether the line is ended."""
+    end = text.find("\n", begin, begin + LONGEST)
+    return text[begin : end if end >= 0 else begin + LONGEST].strip(), end >= 0
+
+
+def _of_heading(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
+    """The line below a heading ``Final Answer``."""
+    near = text[max(0, mark.start() - 40) : mark.start()]
+    rest = _HEADING.match(text, mark.end())
+    if rest is None or not _BEFORE_HEADING.fullmatch(near[near.rfind("\n") + 1 :]):
+        return None
+    return _of_line(text, rest.end(), truncated, Evidence.line)
+
+
+def _of_sentence(text: str, begin: int, truncated: bool) -> Found | None:
+    """The answer of a sentence "the answer is ..."; ``None``: the sentence says something else."""
+    begin = _behind(_GAP, text, begin)
+    line, whole = _line(text, begin)
+    if not line:
+        return _of_line(text, begin, truncated, Evidence.line) if whole else None
+    if not _is_answer(line):
+        return None
+    sentence = _SENTENCE_END.search(line)
+    if truncated and not whole and (sentence is None or sentence.end() >= len(line)):
+        return CUT
+    return Found(line, Evidence.line, _readings(line))
+
+
+def _is_answer(line: str) -> bool:
+    """Whether what stands behind a weak mark may be an answer: no prose, no heading."""
+    words = line.strip("*_ ").split(maxsplit=6)
+    if not words or words[0].strip(".,;:!*").lower() in _PROSE:
+        return False
+    return bool(_MATH.search(line)) or len(words) <= 4
+
+
+def _readings(line: str) -> tuple[str, ...]:
+    """What a line may be taken for: whole, its first sentence, its first formula or bold text."""
+    readings = [line]
+    sentence = _SENTENCE_END.search(line)
+    if sentence is not None and sentence.start():
+        readings.append(line[: sentence.start()])
+    if conjunction := _CONJUNCTION.search(readings[-1]):
+        readings.append(readings[-1][: conjunction.start()])
+    if (math := _FIRST_MATH.match(line)) and _WORDS.fullmatch(line, math.end()):
+        readings.append(next(group for group in math.groups() if group))
+    if (bold := _BOLD.match(line)) and _WORDS.fullmatch(line, bold.end()):
+        readings.append(bold[1])
+    return tuple(dict.fromkeys(each.strip() for each in readings if each.strip()))

@@ -1,0 +1,194 @@
+r"""Exact values of written numbers: ``1,234``, ``2^{-98}``, ``0.\overline{3}``, ``3 \cdot 10^5``.
+
+Floats cannot tell ``2^{-98}`` from ``2^{-99}`` where answers are compared at some digits; fractions
+can. A number is read by its grammar, never evaluated as code, in time that grows with its length;
+one whose value would be too large to hold is read as none.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+LONGEST = 300  # characters of a written number
+_BITS = 1 << 16  # of a numerator or denominator
+_DEEPEST = 40  # brackets within brackets
+
+_TOKEN = re.compile(
+    r"\s*(?:(?:\d+\.\d*|\.\d*)(?:\(\d+\)|\\(?:overline|dot)\{?\d+\}?)|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    r"|\\(?:frac|cdot|times|div)(?![A-Za-z])|[-+*/^(){}\[\]!])"
+)
+_NUMBER = re.compile(
+    r"(\d*)\.?(\d*)(?:\((\d+)\)|\\(?:overline|dot)\{?(\d+)\}?)?(?:[eE]([-+]?\d+))?"
+)
+_MIXED = re.compile(r"(?<![\d.^/{])(\d+)\s+(\d+)/(\d+)(?![\d.])")
+_MIXED_FRAC = re.compile(r"(?<![\d.^/{])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})")
+_SHORT_FRAC = re.compile(r"\\frac\s*(\d)\s*(\d)")
+_HALF_SHORT_FRAC = re.compile(r"\\frac\s*(?:(\d)\s*(\{)|(\{[^{}]*\})\s*(\d))")
+
+
+def rational(text: str) -> Fraction | None:
+    """Exact value of a number written in digits, LaTeX or both; ``None``: it is no such number.
+
+    Integers, decimals, repeating decimals, fractions, mixed numbers, sums, products, powers and
+    factorials of them.
+    """
+    if not 0 < len(text) <= LONGEST:
+        return None
+    text = _SHORT_FRAC.sub(r"\\frac{\1}{\2}", text)
+    text = _HALF_SHORT_FRAC.sub(_braced, text)
+    text = _MIXED.sub(r"(\1+\2/\3)", text)
+    text = _MIXED_FRAC.sub(r"(\1+\2)", text)
+    tokens = _tokens(text)
+    if tokens is None:
+        return None
+    try:
+        return _Reader(tokens).whole()
+    except _NoNumber:
+        return None
+
+
+def _braced(found: re.Match[str]) -> str:
+    first, brace, given, second = found.groups()
+    return f"\\frac{{{first}}}{brace}" if first else f"\\frac{given}{{{second}}}"
+
+
+class _NoNumber(Exception):
+    """What is written is no number, or one beyond the bounds."""
+
+
+def _tokens(text: str) -> list[str] | None:
+    found, at, text = [], 0, text.strip()
+    while at < len(text):
+        token = _TOKEN.match(text, at)
+        if token is None:
+            return None
+        found.append(token[0].strip())
+        at = token.end()
+    return found or None
+
+
+class _Reader:
+    """Reader of ``sum := product {+- product}`` and what is below it, by recursive descent."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self._tokens = tokens
+        self._at = 0
+        self._depth = 0
+
+    def whole(self) -> Fraction:
+        value = self._sum()
+        if self._at < len(self._tokens):
+            raise _NoNumber
+        return value
+
+    def _next(self) -> str:
+        return self._tokens[self._at] if self._at < len(self._tokens) else ""
+
+    def _take(self, *tokens: str) -> str:
+        """The next token if it is one of these, and it is passed; else an empty text."""
+        token = self._next()
+        if token and token in tokens:
+            self._at += 1
+            return token
+        return ""
+
+    def _sum(self) -> Fraction:
+        value = self._product()
+        while sign := self._take("+", "-"):
+            other = self._product()
+            value = value + other if sign == "+" else value - other
+        return _bounded(value)
+
+    def _product(self) -> Fraction:
+        value = self._signed()
+        while sign := self._take("*", "/", "\\cdot", "\\times", "\\div"):
+            other = self._signed()
+            if sign in ("/", "\\div"):
+                value = _quotient(value, other)
+            else:
+                value = _bounded(value * other)
+        return value
+
+    def _signed(self) -> Fraction:
+        sign = 1
+        while found := self._take("-", "+"):
+            sign = -sign if found == "-" else sign
+        return sign * self._power()
+
+    def _power(self) -> Fraction:
+        base = self._atom()
+        while self._take("!"):
+            base = _factorial(base)
+        if not self._take("^"):
+            return base
+        exponent = self._signed()
+        if exponent.denominator != 1 or (not base and exponent <= 0):
+            raise _NoNumber
+        size = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if size * abs(exponent.numerator) > _BITS:
+            raise _NoNumber
+        return Fraction(base**exponent.numerator)
+
+    def _atom(self) -> Fraction:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise _NoNumber
+        token = self._next()
+        self._at += 1
+        if token == "\\frac":
+            value = _quotient(self._bracketed("{"), self._bracketed("{"))
+        elif token in ("(", "{", "["):
+            self._at -= 1
+            value = self._bracketed(token)
+        elif token and (token[0].isdigit() or token[0] == "."):
+            value = _value(token)
+        else:
+            raise _NoNumber
+        self._depth -= 1
+        return value
+
+    def _bracketed(self, opening: str) -> Fraction:
+        if not self._take(opening):
+            raise _NoNumber
+        value = self._sum()
+        if not self._take({"(": ")", "{": "}", "[": "]"}[opening]):
+            raise _NoNumber
+        return value
+
+
+def _value(token: str) -> Fraction:
+    """Value of digits with a point, a repeating part or an exponent."""
+    found = _NUMBER.fullmatch(token)
+    if found is None:
+        raise _NoNumber
+    whole, after, bracketed, overlined, exponent = found.groups()
+    value = Fraction(int(whole + after or "0"), 10 ** len(after))
+    if repeating := bracketed or overlined:
+        value += Fraction(int(repeating), 10 ** len(after) * (10 ** len(repeating) - 1))
+    if exponent:
+        if abs(int(exponent)) > 9999:
+            raise _NoNumber
+        value *= Fraction(10) ** int(exponent)
+    return value
+
+
+def _quotient(top: Fraction, bottom: Fraction) -> Fraction:
+    if not bottom:
+        raise _NoNumber
+    return _bounded(top / bottom)
+
+
+def _factorial(value: Fraction) -> Fraction:
+    if value.denominator != 1 or not 0 <= value <= 1000:
+        raise _NoNumber
+    product = 1
+    for factor in range(2, value.numerator + 1):
+        product *= factor
+    return _bounded(Fraction(product))
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > _BITS:
+        raise _NoNumber
+    return value
