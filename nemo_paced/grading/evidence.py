@@ -16,7 +16,8 @@ class Evidence(StrEnum):
     """What an answer was read by."""
 
     box = "box"  # \boxed{} or \fbox{}
-    line = "answer line"  # Answer: 42, or a sentence "the answer is 42"
+    line = "answer line"  # Answer: 42
+    sentence = "sentence"  # the answer is 42
     hashes = "hashes"  # #### 42, as GSM8K's solutions end
     number = "last number"  # no mark: the last number of the text
     cut = "cut off"  # the last mark is not followed by a whole answer
@@ -47,21 +48,35 @@ LONGEST = 1200  # characters of a line that are looked at: longer is no answer
 
 _THOUGHT_ENDS = ("</think>", "</seed:think>", "[/THINK]", "<|END_THINKING|>", "◁/think▷")
 _THOUGHT_BEGINS = ("<think>", "<seed:think>", "[THINK]", "<|START_THINKING|>", "◁think▷")
-_MARK = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|(?m:^)[ \t]{0,8}####(?!#)|(?i:\banswers?\b)")
+_MARK = re.compile(
+    r"\\(?:boxed|fbox)(?![A-Za-z])|(?m:^)[ \t]{0,8}####(?!#)"
+    r"|(?i:\banswers?\b)(?=[*_\s]{0,4}[:=：]|[*_ \t]{0,4}(?:is|are)\b|[*_#: \t]{0,8}(?:\r?\n|\Z))"
+)
 # what makes a line, or a sentence, of the word "answer"
 _SAYS = re.compile(
     r"[*_\s]{0,4}(?P<strong>[:=：])|[*_ \t]{0,4}(?P<weak>\b(?:is|are)\b[ \t]{0,4}:?)"
 )
-_HEADING = re.compile(r"[*_#: \t]{0,8}(?=\n)")
+_HEADING = re.compile(r"[*_#: \t]{0,8}(?:\r?\n|(?P<end>\Z))")
 _BEFORE_HEADING = re.compile(r"[#*_ \t]{0,8}(?:(?i:the|final)[ \t]){0,2}")
-_SENTENCE_END = re.compile(r"[.!?]\**(?=\s+[A-Z(\\$*]|\s*\Z)|[ \t][-–—]{1,2}[ \t]")
-_CONJUNCTION = re.compile(r",?\s(?:since|because|as|so|which|where|when|whereas|but|for)\s")
+_SENTENCE_END = re.compile(r"\.\**(?=\s+[A-Z(\\$*]|\s*\Z)")
+_CONJUNCTION = re.compile(r",?\s(?:since|because)\s")
+_CORRECTED = re.compile(
+    r"(?i)\b(?:no|not|or|wait|actually|but|hmm|correction|wrong|incorrect|mistake|either)\b"
+)
 _FIRST_MATH = re.compile(
     r"\**\s{0,4}(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])"
 )
+_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
+_DENIED = re.compile(r"(?i)(?:not|neither|either|unclear|unknown)\b")
+_TAIL = re.compile(r"(?:\s+of\s+(?:the|a|an|all)\s[A-Za-z ]*)?[\s.,]*")
+_ITEM = re.compile(r"(?:\*\*)?(?:\d{1,2}[.)]|[-•>])\s+(?=\S)")  # a list's marker
+_NUMBER = re.compile(r"[-−]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
+# a number that stands by itself, not within a formula, a time or a word
+_BEFORE, _AFTER = re.compile(r"[\w^_{/:.)\]]"), re.compile(r"[\w^{}!:]|\s?π|\s+(?:is|was)\s+not")
+_GSM8K = re.compile(r"\**\s{0,4}[-−$€£\\]{0,3}\d(?!\d?[.):]\s+\S)")
+_MATH = re.compile(r"\**\s{0,4}(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])")
 _WORDS = re.compile(r"[A-Za-z ,.'*-]*")
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
-_NUMBER = re.compile(r"-?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
 _MATH = re.compile(r"[\d\\=^∞∅π√]")
 # words that a sentence "the answer is ..." goes on with where it gives none
 _PROSE = frozenset(
@@ -88,16 +103,29 @@ def find_answer(text: str, *, truncated: bool = False, last_number: bool = True)
         last_number: whether the last number counts where nothing is marked.
     """
     text = without_thought(text)
+    words: Found | None = None  # "the answer is positive": only where nothing else is marked
     for mark in reversed(_marks(text)):
         found = _of_mark(text, mark, truncated)
         if found is not None:
-            return found
-    if truncated or not last_number:
+            if found.evidence is not Evidence.sentence or _MATH.search(found.answer or ""):
+                return found
+            words = words or found
+    if words is not None:
+        return words
+    return NOTHING if truncated or not last_number else _last_number(text)
+
+
+def _last_number(text: str) -> Found:
+    """The last number of a text, if it stands by itself."""
+    last = deque(_NUMBER.finditer(text), 1)
+    if not last:
         return NOTHING
-    numbers = _NUMBER.findall(text)
-    if not numbers:
+    begin, end = last[0].span()
+    if _BEFORE.match(text, begin - 1) if begin else None:
         return NOTHING
-    return Found(numbers[-1], Evidence.number, (numbers[-1],))
+    if _AFTER.match(text, end):
+        return NOTHING
+    return Found(last[0][0], Evidence.number, (last[0][0],))
 
 
 def _marks(text: str) -> list[re.Match[str]]:
@@ -117,15 +145,13 @@ def without_thought(text: str) -> str:
     """What a response says behind its thought; nothing, where the thought does not end."""
     for mark in _THOUGHT_ENDS:
         text = text[text.rfind(mark) + len(mark) :] if mark in text else text
-    for mark in _THOUGHT_BEGINS:
-        text = text.partition(mark)[0]
-    return text
+    return "" if any(mark in text for mark in _THOUGHT_BEGINS) else text
 
 
 def _of_mark(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
     """The answer that a mark gives; ``None``: it is no mark, and an earlier one may be."""
     if mark[0].startswith("\\"):
-        return _of_box(text, mark)
+        return _of_box(text, mark, truncated)
     if mark[0].endswith("#"):
         return _of_line(text, mark.end(), truncated, Evidence.hashes)
     says = _SAYS.match(text, mark.end())
@@ -136,7 +162,11 @@ def _of_mark(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
     return _of_sentence(text, says.end(), truncated)
 
 
-def _of_box(text: str, mark: re.Match[str]) -> Found | None:
+def _of_box(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
+    if (bare := _bare(text, mark.end())) and truncated and bare.end() == len(text):
+        return CUT  # 4 may be 42
+    if not _OPEN.match(text, mark.end()) and not bare:
+        return None  # "in \\boxed format"
     content = _box_content(text, mark.end())
     if content is None:
         return CUT  # it was begun and never closed
@@ -144,26 +174,43 @@ def _of_box(text: str, mark: re.Match[str]) -> Found | None:
         return None  # "put it into \boxed{}"
     begin = max(text.rfind("\n\n", 0, mark.start()), 0)
     near = list(_BOX.finditer(text, begin, mark.end()))[-_MOST_BOXES:]
-    contents = tuple(filter(None, (_box_content(text, each.end()) for each in near)))
-    return Found(content, Evidence.box, (content,), contents if len(contents) > 1 else ())
+    contents = [content]
+    for earlier, later in zip(reversed(near[:-1]), reversed(near), strict=False):
+        end = _box_end(text, earlier.end())
+        joins = end >= 0 and _JOINS.fullmatch(text, end + 1, later.start())
+        before = _box_content(text, earlier.end())
+        if not joins or not before:
+            break
+        contents.insert(0, before)
+    return Found(content, Evidence.box, (content,), tuple(contents) if len(contents) > 1 else ())
 
 
+# between two boxes that are items of one list
+_JOINS = re.compile(
+    r"[\s$.\\()\[\]]*(?:[,;&]|and|or)[\s$,;\\()\[\]]*(?:(?:and|or)[\s$]*)?"
+    r"(?:[A-Za-z](?:_\w)?\s*=\s*)?[\s$]*"
+)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _MOST_BOXES = 20
 _LONGEST_BOX = 4000  # characters: one that is not closed by then is none
-_BARE = re.compile(r"\s*([^\s$\\{}]+)")
+_BARE = re.compile(r"\s{0,4}(-?[\d.,]*\d|[A-Z])(?![A-Za-z\d])")
 _OPEN = re.compile(r"\s*\{")
-_BRACE = re.compile(r"\\[{}]|[{}]")
+_BRACE = re.compile(r"\\.|[{}]", re.S)
 
 
 def _box_content(text: str, begin: int) -> str | None:
     r"""Content of the box whose ``\boxed`` ends at ``begin``; ``None``: it is not closed."""
     opened = _OPEN.match(text, begin)
     if opened is None:
-        bare = _BARE.match(text, begin)
+        bare = _bare(text, begin)
         return bare[1] if bare else None
     end = _box_end(text, begin)
     return text[opened.end() : end].strip() if end >= 0 else None
+
+
+def _bare(text: str, begin: int) -> re.Match[str] | None:
+    r"""What ``\boxed 7`` holds."""
+    return None if _OPEN.match(text, begin) else _BARE.match(text, begin)
 
 
 def _box_end(text: str, begin: int) -> int:
@@ -179,7 +226,7 @@ def _box_end(text: str, begin: int) -> int:
     return -1
 
 
-_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[{}]|[{}]")
+_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\.|[{}]", re.S)
 
 
 def last_boxed(text: str) -> str | None:
@@ -204,16 +251,21 @@ def last_boxed(text: str) -> str | None:
 
 def _of_line(text: str, begin: int, truncated: bool, evidence: Evidence) -> Found | None:
     """The answer on the rest of a line, or on the next that holds something."""
-    begin = _behind(_BLANK, text, begin)
+    mark_end, begin = begin, _behind(_BLANK, text, begin)
     line, whole = _line(text, begin)
+    if text.find("\n", mark_end, begin) >= 0:
+        line = line[_behind(_ITEM, line, 0) :]
+    if evidence is Evidence.hashes and line and not _GSM8K.match(line):
+        return None  # a heading of Markdown
     if not line or (truncated and not whole):
         return CUT
-    if evidence is Evidence.hashes and not _is_answer(line):
-        return None  # a heading of Markdown
     return Found(line, evidence, _readings(line))
 
 
-_BLANK = re.compile(r"[\s*_]*")
+# what stands between a mark and its answer: a formula or a fence that begins on a line of its own
+_BLANK = re.compile(
+    r"(?:\s|\*\*|__|>(?=\s)|\$\$(?=\s)|\\\[(?=\s)|```[a-z]{0,9}(?=\s)|-{3,9}(?=\s))*"
+)
 _GAP = re.compile(r"[ \t*_:]*")
 
 
@@ -235,6 +287,8 @@ def _of_heading(text: str, mark: re.Match[str], truncated: bool) -> Found | None
     rest = _HEADING.match(text, mark.end())
     if rest is None or not _BEFORE_HEADING.fullmatch(near[near.rfind("\n") + 1 :]):
         return None
+    if rest["end"] is not None and not truncated:
+        return None
     return _of_line(text, rest.end(), truncated, Evidence.line)
 
 
@@ -242,14 +296,18 @@ def _of_sentence(text: str, begin: int, truncated: bool) -> Found | None:
     """The answer of a sentence "the answer is ..."; ``None``: the sentence says something else."""
     begin = _behind(_GAP, text, begin)
     line, whole = _line(text, begin)
+    if text.find("\n", begin, _behind(_BLANK, text, begin)) >= 0 or (truncated and not line):
+        return _of_line(text, begin, truncated, Evidence.line)
     if not line:
-        return _of_line(text, begin, truncated, Evidence.line) if whole else None
-    if not _is_answer(line):
         return None
     sentence = _SENTENCE_END.search(line)
     if truncated and not whole and (sentence is None or sentence.end() >= len(line)):
         return CUT
-    return Found(line, Evidence.line, _readings(line))
+    if _DENIED.match(line):
+        return NOTHING
+    if not _is_answer(_CONJUNCTION.split(line, maxsplit=1)[0]):
+        return None
+    return Found(line, Evidence.sentence, _readings(line))
 
 
 def _is_answer(line: str) -> bool:
@@ -261,15 +319,19 @@ def _is_answer(line: str) -> bool:
 
 
 def _readings(line: str) -> tuple[str, ...]:
-    """What a line may be taken for: whole, its first sentence, its first formula or bold text."""
+    """What a line may be taken for: whole, its first sentence, its first formula or bold text.
+
+    A part stands for the line only where what follows takes nothing back and adds nothing.
+    """
     readings = [line]
     sentence = _SENTENCE_END.search(line)
-    if sentence is not None and sentence.start():
+    if sentence and sentence.start() and not _CORRECTED.search(line, sentence.end()):
         readings.append(line[: sentence.start()])
-    if conjunction := _CONJUNCTION.search(readings[-1]):
+    conjunction = _CONJUNCTION.search(readings[-1])
+    if conjunction and not _CORRECTED.search(line, conjunction.end()):
         readings.append(readings[-1][: conjunction.start()])
-    if (math := _FIRST_MATH.match(line)) and _WORDS.fullmatch(line, math.end()):
-        readings.append(next(group for group in math.groups() if group))
-    if (bold := _BOLD.match(line)) and _WORDS.fullmatch(line, bold.end()):
-        readings.append(bold[1])
+    for form in (_FIRST_MATH, _BOLD):
+        found = form.match(readings[-1])
+        if found and _TAIL.fullmatch(readings[-1], found.end()):
+            readings.append(next(group for group in found.groups() if group))
     return tuple(dict.fromkeys(each.strip() for each in readings if each.strip()))

@@ -118,8 +118,11 @@ class Grader:
             cut = found.evidence is Evidence.cut
             return Verdict(False, None, "answer cut off" if cut else "no answer found")
         readings = [each for each in found.readings if len(each) <= MAX_SYMBOLIC_LENGTH]
-        if len(found.boxes) > 1 and len(found.boxes) == len(items(answer)):
-            readings.insert(0, ", ".join(found.boxes))  # together they are the list asked for
+        if len(set(map(normalize, found.boxes))) > 1:
+            together = ", ".join(found.boxes)
+            if len(items(answer)) == 1:
+                return Verdict(False, together, "several answers")
+            readings.insert(0, together)  # they are the list asked for
         open_ones, verdict = [], Verdict(False, found.answer, "too long for a final answer")
         for number, reading in enumerate(readings):
             if not normalize(reading):
@@ -130,7 +133,7 @@ class Grader:
             if equal is None:
                 open_ones.append(reading)
             elif number == 0:
-                verdict = Verdict(False, reading, how)
+                return Verdict(False, reading, how)  # no part of it says something else
         for reading in open_ones[:MOST_PARSED]:
             ours, reference = without_unit(reading, answer)
             verdict = self._ask(ours, reference, extracted=reading, reason="math-verify")
