@@ -173,7 +173,8 @@ class _Seen:
     def rollout(self, rollout: Rollout) -> Rollout:
         self.rollouts += 1
         self.truncated += rollout.truncated
-        self.unanswered += not rollout.correct and rollout.extracted is None
+        answered = rollout.correct or rollout.extracted is not None
+        self.unanswered += not rollout.truncated and not answered
         return rollout
 
 
