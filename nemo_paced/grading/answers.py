@@ -265,6 +265,11 @@ def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
     return any(abs(v - t) <= min(slack * abs(t), digit) for v in values for t in targets)
 
 
+def prepare_worker() -> None:
+    """Import math-verify, and its grammar by a first use: seconds that no answer should pay."""
+    symbolically_equal("x+1", "1+x")
+
+
 def _different_kinds(extracted: str, answer: str) -> bool:
     """Whether answers are named apart, or one is a date, a score, a time or a ratio, and not equal.
 

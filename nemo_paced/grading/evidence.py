@@ -74,16 +74,13 @@ _NUMBER = re.compile(r"[-−]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
 # a number that stands by itself, not within a formula, a time or a word
 _BEFORE, _AFTER = re.compile(r"[\w^_{/:.)\]]"), re.compile(r"[\w^{}!:]|\s?π|\s+(?:is|was)\s+not")
 _GSM8K = re.compile(r"\**\s{0,4}[-−$€£\\]{0,3}\d(?!\d?[.):]\s+\S)")
-_MATH = re.compile(r"\**\s{0,4}(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])")
-_WORDS = re.compile(r"[A-Za-z ,.'*-]*")
-_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 _MATH = re.compile(r"[\d\\=^∞∅π√]")
 # words that a sentence "the answer is ..." goes on with where it gives none
 _PROSE = frozenset(
     (
         *("a", "an", "also", "again", "already", "approximately", "as", "at", "because", "both"),
         *("by", "clear", "clearly", "confirmed", "consistent", "correct", "either", "exactly"),
-        *("expected", "for", "found", "given", "in", "incorrect", "indeed", "just", "likely", "no"),
+        *("expected", "for", "found", "given", "in", "incorrect", "indeed", "just", "likely"),
         *("not", "now", "obtained", "obvious", "of", "on", "only", "or", "perhaps", "possible"),
         *("possibly", "probably", "reasonable", "right", "simply", "so", "still", "that", "the"),
         *("then", "there", "therefore", "this", "thus", "to", "unclear", "unique", "valid"),

@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import queue
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -32,7 +33,8 @@ class VerifierPool:
     """Pool of processes that call a ``module:function``; several threads may use it.
 
     Args:
-        target: the ``module:function``, importable in a new process.
+        target: the ``module:function``, importable in a new process. Its module may have a
+            ``prepare_worker()``, which takes what time it needs before the first call.
         num_workers: processes at most; each starts when it is first needed.
         time_limit_s: of a call, seconds.
         memory_limit: of a worker's address space, bytes; ``None`` for no limit.
@@ -148,6 +150,9 @@ def _serve(pipe: Connection, target: str, memory_limit: int | None) -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     function = load_function(target)
+    prepare = getattr(sys.modules[function.__module__], "prepare_worker", None)
+    if prepare is not None:
+        prepare()
     pipe.send((True, None))
     while True:
         try:

@@ -225,3 +225,9 @@ EVIDENCE = (
     *("\\overline{", "<think>", "</think>", "e5", "!", "\\cdot", "_8", " and ", "A) "),
     *("x = ", "\\{", "\\}", "**"),
 )
+
+
+def test_no_answer_pays_for_the_start_of_a_worker():
+    own = "tests.unit.grading.slow_to_start:judge"
+    with Grader(GradingConfig(own, num_workers=1, time_limit_s=0.9)) as grader:
+        assert grader.grade("a", "a").correct
