@@ -98,12 +98,15 @@ def _problem(config: PacedConfig, options: argparse.Namespace) -> tuple[PlanRequ
         rollout.max_num_seqs,
         replicas=len(rollout.endpoints) or rollout.num_replicas,
     )
+    colocated = rollout.placement is RolloutPlacement.colocated
+    sampled = config.asks_student(resumed=False)
     request = PlanRequest(
         student=Architecture.read(config.student.hf_path, "student.hf_path"),
         teacher=Architecture.read(config.teacher_hf_path, "teacher.hf_path"),
         cluster=cluster,
-        server=server if rollout.placement is RolloutPlacement.colocated else None,
+        server=server if colocated and sampled else None,
         served=server,
+        sampled=sampled,
         assume=replace(Assumptions(), training_mfu=options.mfu),
     )
     return request, work

@@ -236,7 +236,8 @@ def gpu_memory(inputs: Inputs) -> Iterator[Finding]:
     stages = stages_memory(inputs.student, inputs.teacher, layout, teacher, work)
     rollout = inputs.config.rollout
     elsewhere = bool(rollout.endpoints) or rollout.placement is RolloutPlacement.separate
-    served = 0.0 if elsewhere else rollout.gpu_memory_utilization * total
+    none_here = elsewhere or not inputs.config.asks_student(resumed=False)
+    served = 0.0 if none_here else rollout.gpu_memory_utilization * total
     server = Server(
         rollout.tensor_parallel_size, served, rollout.max_num_seqs, rollout.num_replicas
     )

@@ -81,6 +81,9 @@ def time_lines(candidate: Candidate, request: PlanRequest) -> Iterator[str]:
         f"{responses / time.total:,.0f} response tokens/s; {work.max_steps} steps: {hours:.2f} h, "
         f"{candidate.gpu_hours:.1f} GPU-hours"
     )
+    if not request.sampled:
+        yield "rollout servers: none, nothing is sampled from the student"
+        return
     held = kv_cache_tokens(request.student, work, request.served, request.assume)
     estimate = rollout_seconds(
         request.student,

@@ -30,6 +30,7 @@ class PlanRequest:
         server: the rollout servers on the trainer's first GPUs; ``None``: they run elsewhere.
         served: the rollout servers, wherever they run, by which rollouts are timed.
         assume: what is assumed of the hardware.
+        sampled: whether anything is sampled from the student: else no server is started.
     """
 
     student: Architecture
@@ -38,6 +39,7 @@ class PlanRequest:
     server: Server | None
     served: Server
     assume: Assumptions
+    sampled: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,3 +49,16 @@ def test_shapes_are_those_that_the_models_are_published_with():
         "Llama-3.1-8B-Instruct": shapes.LLAMA3_8B,
     }.items():
         assert shapes.sizes(Architecture.read(MODELS / name, "hf_path")) == known
+
+
+def test_a_plan_counts_no_server_where_nothing_is_sampled(capsys):
+    name = "qwen3_1.7b_from_8b_2n8g_tp4"
+    arguments = ["plan", "--config-name", name, "--nodes", "2", *OF_RECIPE[name]]
+    colocated = "rollout.placement=colocated"
+    free = []
+    for settings in ([], ["schedule=forward_kl", "weights.scheme=unweighted"]):
+        assert main([*arguments, colocated, *settings]) == 0
+        told = capsys.readouterr().out
+        free.append(float(re.search(r"fits with ([\d.]+) GiB", told).group(1)))
+        assert ("rollout servers: none, nothing is sampled" in told) is bool(settings)
+    assert free[1] > free[0] + 5, "the server's memory is the trainer's"
