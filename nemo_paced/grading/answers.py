@@ -27,7 +27,13 @@ _REFUSED_CHOICE = re.compile(
 _PRONOUNS = re.compile(r"\b(?:I|A)(?=\s+[a-z])")  # "I think", "A train": no choices
 _LETTER = re.compile(r"\(?([A-Ja-j])\)?\.?")
 _CAPITAL = re.compile(r"\(?[A-J]\)?\.?")
-_HEDGED = re.compile(r"(?i)\b(?:and|or|not|no|wrong|incorrect|actually)\b")
+# what takes a choice back or adds one; the text of a choice may hold "and", "not" and "no" as well
+_HEDGED = re.compile(
+    r"(?i:\bnot)\s+\(?[A-J](?![A-Za-z])"
+    r"|\b[A-J]\)?,?\s*(?i:\b(?:and|or))\s+\(?[A-J](?![A-Za-z])"
+    r"|^\(?[A-J]\)?\s+is\s+(?:wrong|incorrect|false|not)\b"
+    r"|(?i:\b(?:actually|no|wait)\b),?\s+(?:it\s+is\s+)?\(?[A-J](?![A-Za-z])"
+)
 _LABELLED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s|\Z))\s*")  # "E: vitamin D", "(B) 12 m"
 
 _BETWEEN_ITEMS = re.compile(

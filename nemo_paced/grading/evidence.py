@@ -31,7 +31,7 @@ class Found:
     Attributes:
         answer: as it is written; ``None``: there is none.
         readings: what it may be taken for, the likeliest first: a line, or its first sentence.
-        boxes: where several boxes stand in the last paragraph that has any: their contents.
+        boxes: contents of several boxes that commas, "and" or "or" join, the last among them.
     """
 
     answer: str | None

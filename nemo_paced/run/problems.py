@@ -219,7 +219,8 @@ class RunProblems:
             found = json.loads(self._place(key, identity, "json").read_text())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        whole = isinstance(found, dict) and found.keys() == {"files", "contents", "checked"}
+        return found if whole else {}
 
 
 def _open(place: Path) -> pyarrow.Table | None:

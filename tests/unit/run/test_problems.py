@@ -137,7 +137,7 @@ def test_only_what_is_asked_removes_what_is_kept_of_other_files(path, tmp_path, 
 
 
 @pytest.mark.parametrize("damaged", ["*.arrow", "*.json"])
-@pytest.mark.parametrize("left", [b"", b"[1]", b"ARROW1 cut"])
+@pytest.mark.parametrize("left", [b"", b"[1]", b'{"checked": []}', b"ARROW1 cut"])
 def test_what_is_damaged_is_made_anew(path, tmp_path, reads, damaged, left):
     plain = list(read(path, tmp_path))
     (file,) = tmp_path.glob(f"problems/{damaged}")
