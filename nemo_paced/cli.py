@@ -16,7 +16,7 @@ from nemo_paced.versions import check_versions
 
 PARENT_POLL_S = 0.5
 # Commands that need neither Megatron nor vLLM: they run where only files are.
-OFFLINE = ("plan", "weights", "report")
+OFFLINE = ("plan", "weights", "report", "grade")
 
 RUN_HELP = """\
 Configuration:
@@ -260,6 +260,29 @@ carried along. The layout may be another than the run's: one process by default,
 a model that does not fit one, as for import-hf.
 
 example: nemo-paced export-hf RUN HF_DIR trainer.devices=2 model.pipeline_model_parallel_size=2""",
+    ),
+    "grade": Command(
+        "nemo_paced.commands.evaluate:grade",
+        "verdicts on the responses of a file, and what they rest on; no model",
+        f"""\
+usage: nemo-paced grade FILE [--response COLUMN] [--show 2] [--out FILE] [grading.KEY=value ...]
+
+FILE is JSONL, JSON or Parquet, or a pattern. A row has a response (`response`, `completion`,
+`output`, `generated_text`, ... or --response COLUMN), or a list of them, and the answer, by the
+columns of problem files or those that data.columns names. `truncated`, or `finish_reason: length`,
+says that a response was cut at its limit.
+
+Prints some verdicts of each outcome and kind of evidence (--show 0: none), then how many there are:
+right, wrong, no answer, truncated (cut before an answer) and timed out, by what the answer was read
+by. Where rows have verdicts of their own (`correct`: true or false, or a list) it prints how many
+are the same, and some that are not. --out writes a line for each response.
+
+examples:
+  nemo-paced grade responses.jsonl grading.last_number=false --out verdicts.jsonl
+  nemo-paced grade samples_gsm8k.jsonl --response resps 'data.columns={{answer: target}}'
+  nemo-paced grade mine.jsonl grading.verifier=multiple_choice
+
+{RUN_HELP}""",
     ),
     "evaluate": Command(
         "nemo_paced.commands.evaluate:main",

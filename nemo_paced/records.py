@@ -7,6 +7,7 @@ sampler produced (its EOS included when it stopped by itself) or that a tokenize
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 
@@ -59,6 +60,19 @@ class Response:
     truncated: bool = False
 
 
+class Outcome(StrEnum):
+    """What became of a response when it was graded.
+
+    All but ``timed_out`` count in a pass rate, and only ``right`` as right.
+    """
+
+    right = "right"
+    wrong = "wrong"
+    unanswered = "no answer"  # it ended by itself and gives no answer that the verifier reads
+    truncated = "truncated"  # cut at its limit before it gave an answer
+    timed_out = "timed out"  # no verdict: the verifier took too long, or ran out of memory
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout(Response):
     """A response sampled from a served model, with what the server said of it.
@@ -72,11 +86,13 @@ class Rollout(Response):
         weight_versions: (version, tokens) of each run of tokens that one version of the served
             weights sampled, in order; empty where the server did not say.
         text: decoded response, for grading and reading only; never tokenised again.
-        correct: the verifier's verdict; ``None`` before grading.
+        outcome: the verifier's verdict; ``None`` before grading.
         extracted: the answer that the verifier read out of ``text``.
-        reason: why the verdict is what it is.
-        asked: a digest of prompt, sampling settings and what the verdict depends on; empty in
-            stores of earlier releases.
+        evidence: by what mark it was read, such as ``box`` or ``last number``.
+        comparison: how it was compared with the reference answer, such as ``numbers``.
+        reason: why the verdict is what it is, for a human reader.
+        asked: a digest of prompt and sampling settings; empty: not said, taken for any.
+        graded: a digest of what the verdict depends on besides the text; empty: not said.
     """
 
     sample: int = 0
@@ -85,10 +101,23 @@ class Rollout(Response):
     logprobs: tuple[float, ...] = field(default=(), repr=False)
     weight_versions: tuple[tuple[str, int], ...] = ()
     text: str = ""
-    correct: bool | None = None
+    outcome: Outcome | None = None
     extracted: str | None = None
+    evidence: str = ""
+    comparison: str = ""
     reason: str = ""
     asked: str = ""
+    graded: str = ""
+
+    @property
+    def correct(self) -> bool:
+        """Whether it was found right."""
+        return self.outcome is Outcome.right
+
+    @property
+    def has_verdict(self) -> bool:
+        """Whether it counts in a pass rate: it was graded, and the verifier came to an end."""
+        return self.outcome is not None and self.outcome is not Outcome.timed_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +127,15 @@ class PassRate:
     Attributes:
         id: the problem's.
         num_correct: right ones among the rollouts since the last full estimate.
-        num_rollouts: all rollouts since then.
+        num_rollouts: all rollouts since then that have a verdict.
         effective_correct: ``num_correct``, earlier rollouts discounted by ``weights.discount``.
         effective_rollouts: ``num_rollouts``, discounted alike.
         pass_rate: ``effective_correct / effective_rollouts``.
         weight: a function of the two effective counts; its mean over the training set is 1.
         student_step: optimizer steps that the student had taken at the latest estimate.
+        num_truncated: of ``num_rollouts``, those cut at their limit before they gave an answer.
+        num_unanswered: of ``num_rollouts``, those that ended without an answer.
+        num_timed_out: rollouts without a verdict, beside ``num_rollouts``.
     """
 
     id: str
@@ -114,3 +146,6 @@ class PassRate:
     pass_rate: float
     weight: float
     student_step: int
+    num_truncated: int = 0
+    num_unanswered: int = 0
+    num_timed_out: int = 0

@@ -9,10 +9,12 @@ import pandas
 
 from nemo_paced.config import PacedConfig, WeightsConfig, to_dict
 from nemo_paced.grading.accuracy import Accuracy
-from nemo_paced.records import Problem, Rollout
+from nemo_paced.grading.verdicts import Ground, Verdicts
+from nemo_paced.records import Outcome, Problem, Rollout
 from nemo_paced.run.environment import ENVIRONMENT_FILE, Start
 from nemo_paced.teacher.fp8.certificate import Certificate
 from nemo_paced.weights.pass_rates import PassRateTable
+from tests.outcomes import right_or_wrong
 
 PROBLEMS = [Problem(f"p{i:03d}", "x", "1", group="ab"[i % 2]) for i in range(120)]
 SUITE_MEANS = {"heldout": 0.5, "forgetting": 0.7}
@@ -26,7 +28,7 @@ def accuracy(mean, *, seed=0, problems=PROBLEMS, samples=8):
         share = min(max(draw.gauss(mean, 0.25), 0), 1)
         rollouts += [
             Rollout(f"{problem.id}/{k}", problem.id, (1,) * (5 + k), sample=k,
-                    correct=draw.random() < share, truncated=draw.random() < 0.05)
+                    outcome=right_or_wrong(draw.random() < share), truncated=draw.random() < 0.05)
             for k in range(samples)
         ]  # fmt: skip
     return Accuracy.of(rollouts, problems)
@@ -44,12 +46,24 @@ def results(**gains):
 def pass_rate_table(step, mean):
     draw = random.Random(step)
     rollouts = [
-        Rollout(f"{p.id}/{k}", p.id, (1,), correct=draw.random() < share)
+        Rollout(f"{p.id}/{k}", p.id, (1,), outcome=right_or_wrong(draw.random() < share))
         for p in PROBLEMS
         for share in [draw.betavariate(2 * mean, 2 * (1 - mean))]
         for k in range(8)
     ]
     return PassRateTable.estimate(rollouts, PROBLEMS, WeightsConfig(), student_step=step)
+
+
+def verdicts(step):
+    """Counts of 960 verdicts, a fifth of the right ones by the last number."""
+    of = {
+        (Outcome.right, "box", "text"): 400 + step,
+        (Outcome.right, "last number", "numbers"): 100,
+        (Outcome.wrong, "box", "numbers"): 360 - step,
+        (Outcome.truncated, "cut off", "none"): 99,
+        (Outcome.timed_out, "box", "math-verify"): 1,
+    }
+    return Verdicts((Ground(*kind), count) for kind, count in of.items())
 
 
 def metric_lines(steps):
@@ -133,6 +147,7 @@ def write_run(directory, *, steps=60, **overrides):
     for step, mean in ((0, 0.45), (steps // 2, 0.65)):
         table = pass_rate_table(step, mean)
         table.write(directory / "pass_rates" / f"step_{step:08d}.parquet")
+        verdicts(step).write(directory / "pass_rates" / f"step_{step:08d}.verdicts.json")
         table.write(directory / "pass_rates.parquet")
     assert len(pandas.read_parquet(directory / "pass_rates.parquet")) == len(PROBLEMS)
     return directory

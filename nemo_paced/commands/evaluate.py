@@ -1,4 +1,4 @@
-"""The command ``evaluate``, which asks its models by :mod:`nemo_paced.evaluation.run`."""
+"""The commands ``evaluate``, which asks models, and ``grade``, which takes what they answered."""
 
 from __future__ import annotations
 
@@ -61,6 +61,25 @@ def main(arguments: list[str]) -> None:
     with_config(
         [*recipe, *_short_overrides(known), *overrides],
         lambda config: _evaluate(config, known, load_named(known.problems, config)),
+    )
+
+
+def grade(arguments: list[str]) -> None:
+    """The command ``grade``: verdicts on the responses of a file, without any model."""
+    from nemo_paced.evaluation.graded_file import grade_file
+
+    parser = Parser("grade")
+    parser.add_argument("file")
+    parser.add_argument("--response", metavar="COLUMN")
+    parser.add_argument("--show", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--config-name")
+    parser.add_argument("--config-path")
+    known, overrides = parser.parse_known_args(arguments)
+    asked = {"response": known.response, "shown": known.show, "out": known.out}
+    with_config(
+        [*recipe_arguments(known, None), *overrides],
+        lambda config: grade_file(known.file, config, **asked, console=Console()),
     )
 
 

@@ -14,6 +14,8 @@ from rich.table import Table
 from nemo_paced.compose import Parser, with_config
 from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
+from nemo_paced.grading.verdicts import Ground, Verdicts
+from nemo_paced.records import Outcome
 from nemo_paced.report import weight_errors
 from nemo_paced.snr.power_law import PowerLaw, measured_ratio
 from nemo_paced.snr.record import SnrRecord
@@ -89,10 +91,12 @@ def show(
     rates = weighted.pass_rates.tolist()
     values = list(weighted.weights().values())
     counts = _counts(table)
+    known = counts[1] > 0
     lines = [
         f"{len(rates)} problems, {counts[1].mean():.3g} rollouts each (mean), student step "
-        f"{table.student_step}; pass rate {np.mean(rates):.3f} (mean)",
-        _exponents_line(rates, counts[1].tolist()),
+        f"{table.student_step}; pass rate {np.mean(weighted.pass_rates[known]):.3f} (mean)",
+        *_outcome_lines(table),
+        _exponents_line(weighted.pass_rates[known].tolist(), counts[1][known].tolist()),
         "prior that fits the counts: weights.prior=[{:.3g},{:.3g}]".format(*fit_prior(*counts)),
         f"scheme {config.scheme.value}, estimator {config.estimator.value}, "
         f"alpha {config.alpha:g}, beta {config.beta:g}",
@@ -158,6 +162,24 @@ def _counts(table: PassRateTable) -> tuple[np.ndarray, np.ndarray]:
         table.frame["effective_correct"].to_numpy(),
         table.frame["effective_rollouts"].to_numpy(),
     )
+
+
+def _outcome_lines(table: PassRateTable) -> list[str]:
+    """Shares of the outcomes of all rollouts; nothing where an earlier table does not tell them."""
+    names = ("num_truncated", "num_unanswered", "num_timed_out")
+    cut, silent, open_ones = (int(table.frame[name].sum()) for name in names)
+    if not cut + silent + open_ones:
+        return []
+    right, count = int(table.frame["num_correct"].sum()), int(table.frame["num_rollouts"].sum())
+    given = {
+        Outcome.right: right,
+        Outcome.wrong: count - right - cut - silent,
+        Outcome.unanswered: silent,
+        Outcome.truncated: cut,
+        Outcome.timed_out: open_ones,
+    }
+    found = Verdicts((Ground(outcome, "", ""), number) for outcome, number in given.items())
+    return [f"of {len(found)} responses: {found.outcomes_line()}"]
 
 
 def _exponents_line(rates: list[float], num_rollouts: list[float]) -> str:

@@ -45,6 +45,7 @@ class Reference:
             **what,
             "truncated": rollout.truncated,
             "correct": rollout.correct,
+            "outcome": rollout.outcome,
             "attempts": self.attempts,
             "response": rollout.text,
         }

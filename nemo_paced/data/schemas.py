@@ -133,7 +133,7 @@ class Reading:
     def _reads_own(self, row: Row, where: str) -> bool:
         """Whether a file, of which this is the first row, has the columns that the user names."""
         named = [column for column in self.columns.values() if column]
-        absent = [column for column in named if _at(row, column) is _ABSENT]
+        absent = [column for column in named if field_of(row, column) is ABSENT]
         if absent and len(absent) == len(named) and not self.required:
             self.noticed["data.columns names none of its columns: it is read by its own"] += 1
             return False
@@ -146,8 +146,8 @@ class Reading:
 
     def _own_columns(self, row: Row) -> Row:
         """The user's columns by our names; those that a row lacks are ``None``."""
-        values = {name: _at(row, column) for name, column in self.columns.items() if column}
-        return {name: None if value is _ABSENT else value for name, value in values.items()}
+        values = {name: field_of(row, column) for name, column in self.columns.items() if column}
+        return {name: None if value is ABSENT else value for name, value in values.items()}
 
     def _unpacked(self, row: Row, where: str, *, chat: bool) -> Row:
         """The row with what lies in chats and blocks (verl, Open-Reasoner-Zero) as columns.
@@ -157,7 +157,7 @@ class Reading:
         """
         answer, extra = _truth(row, where), row.get("extra_info")
         turns = _chat(row) if chat else None
-        if answer is not _ABSENT:
+        if answer is not ABSENT:
             row = row | {"ground_truth": answer, "answer": None}
         if isinstance(extra, dict) and extra.get("index") is not None and "id" not in row:
             row = row | {"id": extra["index"]}
@@ -235,12 +235,12 @@ class Reading:
         return list(dict.fromkeys(answers)), solution
 
 
-_ABSENT = object()
+ABSENT = object()
 _LISTS = ("final_answer", "ground_truth")  # columns whose lists are several accepted answers
 
 
 def _truth(row: Row, where: str) -> Any:
-    """The answer of a row that keeps it in a block; ``_ABSENT``: it is a column, if anything."""
+    """The answer of a row that keeps it in a block; ``ABSENT``: it is a column, if anything."""
     if {"0", "1"} <= row.keys():
         try:
             return row["1"]["ground_truth"]["value"]
@@ -250,7 +250,7 @@ def _truth(row: Row, where: str) -> Any:
                 f"ground_truth.value ({error!r})"
             ) from error
     reward = row.get("reward_model")
-    return reward.get("ground_truth", _ABSENT) if isinstance(reward, dict) else _ABSENT
+    return reward.get("ground_truth", ABSENT) if isinstance(reward, dict) else ABSENT
 
 
 def _chat(row: Row) -> list[Any] | None:
@@ -278,14 +278,14 @@ def _first(row: Row, names: tuple[str, ...]) -> tuple[str | None, Any]:
     return None, None
 
 
-def _at(row: Row, column: str) -> Any:
-    """A column, or a field of one by its dotted name; ``_ABSENT`` where there is none."""
+def field_of(row: Row, column: str) -> Any:
+    """A column, or a field of one by its dotted name; ``ABSENT`` where there is none."""
     if column in row:
         return row[column]
     value: Any = row
     for part in column.split("."):
         if not isinstance(value, dict) or part not in value:
-            return _ABSENT
+            return ABSENT
         value = value[part]
     return value
 

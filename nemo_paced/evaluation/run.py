@@ -117,14 +117,13 @@ class Job:
     def _purpose(self, suite: str, prompts: Prompts) -> str:
         """The name of a suite's samples in the store, by what they depend on besides the model.
 
-        A store that was filled with other settings, prompts or answers holds none of them. The
-        number of samples may grow.
+        A store that was filled with other settings or prompts holds none of them. The number of
+        samples may grow, and other answers or another verifier grade them again.
         """
-        kind = PromptKind.evaluation
-        asked = [(p.id, p.answer, prompts.of(p, kind), *p.accepted) for p in self.problems[suite]]
-        settings = {k: v for k, v in self.settings.items() if k not in (*IN_WORDS, "lm_eval")}
-        grading = to_dict(self.config.grading)
-        content = [settings, grading, prompts.stop_token_ids, asked]
+        asked = [(p.id, prompts.of(p, PromptKind.evaluation)) for p in self.problems[suite]]
+        others = (*IN_WORDS, "lm_eval", "verifier")
+        settings = {k: v for k, v in self.settings.items() if k not in others}
+        content = [settings, prompts.stop_token_ids, asked]
         return f"evaluation {suite} {digest(content, DIGITS)}"
 
     def _ask_lm_eval(

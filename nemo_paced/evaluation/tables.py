@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_paced.evaluation.results import Results
-from nemo_paced.grading.accuracy import Difference
+from nemo_paced.grading.accuracy import Accuracy, Difference
+from nemo_paced.grading.verdicts import in_words, percent
 
 WIDE = 100  # columns of a terminal, for pass@k at every k
 NOTE = (
@@ -28,6 +29,9 @@ def show(console: Console, results: Results, settings: dict[str, Any]) -> None:
     sampled = [suite for suite, accuracy in suites.items() if not accuracy.metric]
     for suite in sampled:
         console.print(_sampled_table(results, suite, wide=console.width >= WIDE))
+        for label, measured in results.items():
+            if line := verdict_line(measured[suite]):
+                console.print(f"{label}: {line}", style="dim", highlight=False)
     if len(sampled) < len(suites):
         console.print(_lm_eval_table(results, [s for s in suites if s not in sampled]))
     if "baseline" in results:
@@ -35,6 +39,16 @@ def show(console: Console, results: Results, settings: dict[str, Any]) -> None:
     console.print(NOTE, style="dim")
     if limit := settings.get("max_tokens_from"):
         console.print(f"responses: at most {settings['max_tokens']} tokens ({limit})", style="dim")
+
+
+def verdict_line(accuracy: Accuracy) -> str:
+    """What became of a suite's samples, and what the right ones rest on, in words.
+
+    Empty where that was not counted.
+    """
+    line = in_words(accuracy.outcomes)
+    by = ", ".join(f"{kind} {percent(share)}" for kind, share in accuracy.right_by.items())
+    return f"{line}; right ones by {by}" if by else line
 
 
 def forgetting_table(results: Results) -> Table:

@@ -6,14 +6,15 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.files import without_nan
 from nemo_paced.grading.answers import normalize
 from nemo_paced.grading.sign_flip import sign_flip_p_value
-from nemo_paced.records import Problem, Rollout
+from nemo_paced.grading.verdicts import Verdicts, shares
+from nemo_paced.records import Outcome, Problem, Rollout
 
 LEVEL = 0.05  # significance level of the exact test behind a verdict
 RIGHT = "right"  # the vote of a right answer
@@ -38,6 +39,9 @@ class Accuracy:
         majority: share of problems whose most frequent answer is right (maj@k), ties by lot; NaN
             where the verifier reads no answer out of a response.
         metric: lm-eval's name of what is averaged (``acc``); empty for sampled responses.
+        outcomes: share of the samples by :class:`~nemo_paced.records.Outcome`, those there are. A
+            sample without a verdict is none that is right.
+        right_by: share of the right samples by what their answer was read by.
     """
 
     mean: float
@@ -51,6 +55,8 @@ class Accuracy:
     p95_length: float = math.nan
     majority: float = math.nan
     metric: str = ""
+    outcomes: dict[str, float] = field(default_factory=dict)
+    right_by: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(rollouts: Iterable[Rollout], problems: Sequence[Problem]) -> Accuracy:
@@ -61,9 +67,9 @@ class Accuracy:
         """
         votes: dict[str, list[str | None]] = {problem.id: [] for problem in problems}
         lengths: list[int] = []
-        truncated, answered = 0, False
+        truncated, answered, verdicts = 0, False, Verdicts()
         for rollout in rollouts:
-            assert rollout.correct is not None, "rollouts are graded when they are stored"
+            verdicts.add(rollout)
             votes[rollout.problem_id].append(_vote(rollout))
             lengths.append(len(rollout.response_ids))
             truncated += rollout.truncated
@@ -87,6 +93,8 @@ class Accuracy:
                 if answered
                 else math.nan
             ),
+            outcomes={each.value: s for each in Outcome if (s := verdicts.share(each))},
+            right_by=shares(verdicts.by("evidence", Outcome.right)),
         )
 
     @staticmethod

@@ -10,10 +10,33 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import replace
+from enum import StrEnum
 from fractions import Fraction
 
-from nemo_paced.grading.evidence import Evidence, find_answer, last_boxed, without_thought
+from nemo_paced.grading.evidence import (
+    NOTHING,
+    Evidence,
+    Found,
+    find_answer,
+    last_boxed,
+    without_thought,
+)
 from nemo_paced.grading.exact import rational
+
+
+class Comparison(StrEnum):
+    """How a final answer was compared with the reference answer."""
+
+    text = "text"  # equal after normalisation
+    numbers = "numbers"
+    lists = "lists"
+    letter = "letter"  # of a choice
+    word = "last word"
+    symbolic = "math-verify"
+    own = "own verifier"
+    none = "none"  # there was nothing to compare
+
 
 ROUNDING = 1e-4  # tolerances up to here are there for rounded decimals
 MAX_SYMBOLIC_LENGTH = 1000  # characters; longer text is no final answer
@@ -106,7 +129,7 @@ _RAISED, _LOWERED = re.compile("[⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+"), re.compi
 _DIGITS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "+-01234567890123456789")
 
 
-def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, str]:
+def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, Comparison]:
     """Whether two answers agree, and how it was found; ``None``: it takes a parser of mathematics.
 
     Args:
@@ -114,20 +137,20 @@ def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, s
         tolerance: see :func:`numbers_agree`.
     """
     if normalize(extracted) == normalize(answer):
-        return True, "equal after normalisation"
+        return True, Comparison.text
     if _CAPITAL.fullmatch(_clean(answer)) and _LABELLED.match(_clean(extracted)):
-        return _letter(_clean(extracted)) == _clean(answer).strip("()."), "letter of a choice"
+        return _letter(_clean(extracted)) == _clean(answer).strip("()."), Comparison.letter
     equal = _bases_agree(extracted, answer)
     if equal is None:
         equal = numbers_agree(extracted, answer, tolerance)
     if equal is not None:
-        return equal, "compared as numbers"
+        return equal, Comparison.numbers
     ours, reference = items(extracted), items(answer)
     if len(ours) > 1 and len(ours) == len(reference):
         equal = _items_agree(ours, reference, tolerance)
         if equal is not None:
-            return equal, "compared as lists"
-    return None, ""
+            return equal, Comparison.lists
+    return None, Comparison.symbolic
 
 
 def items(answer: str) -> list[str]:
@@ -191,26 +214,28 @@ def without_unit(extracted: str, answer: str) -> tuple[str, str]:
     return bare[0], bare[1]
 
 
-def extract_choice(text: str, *, truncated: bool = False) -> str | None:
-    """Option, A to J, that a response chooses; ``None`` where there is none.
+def find_choice(text: str, *, truncated: bool = False, unmarked: bool = True) -> Found:
+    """Option, A to J, that a response chooses, as its final answer.
 
     It is the label of the final answer or the only one in it, if one is marked; otherwise the last
     that stands in parentheses or after "option" or "choice", else the last single letter.
 
     Args:
         truncated: see :func:`~nemo_paced.grading.evidence.find_answer`.
+        unmarked: whether an option counts where no answer is marked.
     """
     found = find_answer(text, truncated=truncated, last_number=False)
     if found.evidence is not Evidence.none:
         letters = (_letter(_clean(reading)) for reading in found.readings)
-        return next((letter for letter in letters if letter), None)
-    if truncated:
-        return None
+        letter = next((letter for letter in letters if letter), None)
+        return replace(found, answer=letter)
+    if truncated or not unmarked:
+        return NOTHING
     text = _REFUSED_CHOICE.sub("", without_thought(text))
     if marked := _MARKED_CHOICE.findall(text):
-        return marked[-1][0] or marked[-1][1]
+        return Found(marked[-1][0] or marked[-1][1], Evidence.option)
     single = _CHOICE.findall(_PRONOUNS.sub("", text))
-    return single[-1] if single else None
+    return Found(single[-1], Evidence.option) if single else NOTHING
 
 
 def _letter(final: str) -> str | None:
@@ -318,13 +343,18 @@ def symbolically_equal(extracted: str, answer: str) -> bool:
         texts = [re.sub(_VARIABLE, _told_apart, text) for text in texts]
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unreadable answer is no event
     latex = [LatexExtractionConfig()]
-    gold, ours = (
-        parse(f"${text}$", extraction_config=latex, parsing_timeout=None) for text in texts
-    )
-    # x <= 3 and (-oo, 3] say the same
-    return bool(
-        gold and ours and verify(gold, ours, timeout_seconds=None, allow_set_relation_comp=True)
-    )
+    try:
+        gold, ours = (
+            parse(f"${text}$", extraction_config=latex, parsing_timeout=None) for text in texts
+        )
+        # x <= 3 and (-oo, 3] say the same
+        return bool(
+            gold and ours and verify(gold, ours, timeout_seconds=None, allow_set_relation_comp=True)
+        )
+    except MemoryError:
+        raise  # no verdict
+    except Exception:  # sympy raises what it likes on what is no mathematics
+        return False
 
 
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|lt|gt|ne|in|leq|geq|mid|neq)(?![a-z])|\\cup|or|and")

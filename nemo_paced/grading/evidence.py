@@ -20,6 +20,9 @@ class Evidence(StrEnum):
     sentence = "sentence"  # the answer is 42
     hashes = "hashes"  # #### 42, as GSM8K's solutions end
     number = "last number"  # no mark: the last number of the text
+    option = "last option"  # no mark: the last option that a text names
+    word = "last word"
+    own = "own verifier"  # which does not say
     cut = "cut off"  # the last mark is not followed by a whole answer
     none = "none"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import queue
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 from nemo_paced.errors import GradingError
 
+OUT_OF_MEMORY = 12  # exit status, ENOMEM
 START_LIMIT_S = 120.0  # of a worker's start: imports of a verifier do not count as grading
 
 
@@ -161,6 +163,8 @@ def _serve(pipe: Connection, target: str, memory_limit: int | None) -> None:
             return
         try:
             answer = (True, function(*arguments))
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)  # there may be none left to say so
         except Exception:
             answer = (False, traceback.format_exc(limit=-3))
         pipe.send(answer)

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import Results, ResultsFile
+from nemo_paced.grading.verdicts import Verdicts
 from nemo_paced.run.config_file import METRICS_FILE, leaves
 from nemo_paced.run.environment import Start, read_starts
 from nemo_paced.teacher.fp8.certificate import Certificate
@@ -25,6 +26,7 @@ class RunFiles:
         config: text of ``config.yaml``; empty where there is none.
         rows: lines of ``metrics.jsonl``.
         tables: pass-rate tables (pandas) by the student's optimizer step.
+        verdicts: counts of the verdicts behind an estimate, by the student's optimizer step.
         evaluated: ``results.json``; empty where nothing was evaluated.
         certificate: of a teacher in FP8; ``None`` where there is none.
         starts: what the run ran on, one entry a start; empty for a run that never trained.
@@ -34,6 +36,7 @@ class RunFiles:
     config: str
     rows: Rows
     tables: dict[int, Any]
+    verdicts: dict[int, Verdicts]
     evaluated: ResultsFile
     certificate: Certificate | None
     starts: list[Start]
@@ -61,6 +64,10 @@ class RunFiles:
             config=config.read_text() if config.exists() else "",
             rows=read_metrics(directory / METRICS_FILE),
             tables=read_tables(directory),
+            verdicts={
+                int(path.name[len("step_") :].partition(".")[0]): Verdicts.read(path)
+                for path in sorted((directory / "pass_rates").glob("step_*.verdicts.json"))
+            },
             evaluated=ResultsFile.read(path) if path.exists() else ResultsFile({}, {}),
             certificate=Certificate.read(directory),
             starts=read_starts(directory),

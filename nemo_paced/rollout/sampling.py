@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -15,11 +17,14 @@ from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.files import digest
 from nemo_paced.grading.grader import Grader
 from nemo_paced.records import Problem, Rollout
-from nemo_paced.rollout.store import RolloutStore, StoredRollouts
+from nemo_paced.rollout.store import Key, RolloutStore, StoredRollouts
 from nemo_paced.serving.client import RolloutClient
 from nemo_paced.serving.completions import Completion, SampleRequest
 
-DIGITS = 12  # hex digits of what a rollout was asked with
+logger = logging.getLogger(__name__)
+
+DIGITS = 12  # hex digits of what a rollout was asked and graded with
+GRADED_AT_ONCE = 512  # stored rollouts that are graded again before they are written
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +67,10 @@ def sample_rollouts(
 ) -> StoredRollouts:
     """Rollouts of every problem, samples in order; each is stored as soon as it is finished.
 
-    Grading and writing run in threads beside the requests. A stored rollout of another prompt, of
-    other settings or graded by another answer is sampled again. Prompts are made when they are
-    asked, and rollouts read when they are looked at: a training set's would fill the memory.
+    Grading and writing run in threads beside the requests. A stored rollout of another prompt or of
+    other settings is sampled again, one that was graded otherwise is graded again. Prompts are made
+    when they are asked, and rollouts read when they are looked at: a training set's would fill the
+    memory.
 
     Args:
         num_samples: responses by problem id, where they differ; else ``settings.num_samples``.
@@ -75,16 +81,20 @@ def sample_rollouts(
         progress: called with (problems finished, problems in all).
     """
     by_id = {problem.id: problem for problem in problems}
-    asked = _Asked(prompts, settings, grader)
+    asked, graded = _Asked(prompts, settings), _GradedBy(grader)
     wanted = num_samples or dict.fromkeys(by_id, settings.num_samples)
     missing: list[Missing] = []
+    outdated: list[Key] = []
     for name, problem in by_id.items():
-        lacking = [
-            sample
-            for sample in range(wanted[name])
-            if not store.holds((purpose, step, name, sample), asked.of(problem))
-        ]
+        lacking = []
+        for sample in range(wanted[name]):
+            key = (purpose, step, name, sample)
+            if not store.holds(key, asked.of(problem)):
+                lacking.append(sample)
+            elif store.graded(key) != graded.of(problem):
+                outdated.append(key)
         missing += [Missing(name, few) for few in in_requests(lacking, samples_per_request)]
+    _grade_again(outdated, by_id, store, graded, prompts, grader)
     requests = (
         _request(by_id[each.problem_id], each.samples, prompts, settings, run_seed, purpose, step)
         for each in long_tail_first(missing, store, run_seed)
@@ -95,16 +105,12 @@ def sample_rollouts(
     def keep(request: SampleRequest, completions: list[Completion]) -> None:
         nonlocal finished
         problem = by_id[request.key]
-        store.append(
-            purpose,
-            [
-                replace(
-                    _rollout(problem, completion, sample, step, request.seed, prompts, grader),
-                    asked=asked.of(problem),
-                )
-                for sample, completion in enumerate(completions, request.first_sample)
-            ],
+        rollouts = (
+            _rollout(problem, completion, sample, step, request.seed, prompts, asked.of(problem))
+            for sample, completion in enumerate(completions, request.first_sample)
         )
+        by = graded.of(problem)
+        store.append(purpose, [_graded(each, problem, prompts, grader, by) for each in rollouts])
         with counting:
             open_requests[request.key] -= 1
             if open_requests[request.key]:
@@ -126,25 +132,59 @@ def sample_rollouts(
 class _Asked:
     """What a problem's rollouts depend on besides model, step and seed, as a digest."""
 
-    def __init__(self, prompts: Prompts, settings: SamplingSettings, grader: Grader) -> None:
+    def __init__(self, prompts: Prompts, settings: SamplingSettings) -> None:
         self._prompts, self._kind = prompts, settings.prompt
-        grading = grader.config
-        self._common = [
-            settings.temperature,
-            settings.top_p,
-            settings.max_tokens,
-            prompts.stop_token_ids,
-            grading.verifier,
-            grading.numeric_tolerance,
-        ]
+        lengths = [settings.max_tokens, prompts.stop_token_ids]
+        self._common = [settings.temperature, settings.top_p, *lengths]
         self._known: dict[str, str] = {}
 
     def of(self, problem: Problem) -> str:
         if problem.id not in self._known:
             text = self._prompts.text(problem, self._kind)
-            content = [*self._common, text, problem.answer, *problem.accepted]
-            self._known[problem.id] = digest(content, DIGITS)
+            self._known[problem.id] = digest([*self._common, text], DIGITS)
         return self._known[problem.id]
+
+
+class _GradedBy:
+    """What the verdicts on a problem's rollouts depend on besides their text, as a digest."""
+
+    def __init__(self, grader: Grader) -> None:
+        self._rules = grader.rules()
+        self._known: dict[tuple[str, ...], str] = {}
+
+    def of(self, problem: Problem) -> str:
+        answers = (problem.answer, *problem.accepted)
+        if answers not in self._known:
+            self._known[answers] = digest([*self._rules, *answers], DIGITS)
+        return self._known[answers]
+
+
+def _grade_again(
+    keys: Sequence[Key],
+    problems: Mapping[str, Problem],
+    store: RolloutStore,
+    graded: _GradedBy,
+    prompts: Prompts,
+    grader: Grader,
+) -> None:
+    """Replace stored verdicts of other answers, settings or rules; nothing is sampled."""
+    if not keys:
+        return
+
+    def grade(key: Key) -> tuple[Rollout, bool]:
+        before, problem = store.get(*key), problems[key[2]]
+        assert before is not None, "it was looked for in this store"
+        now = _graded(before, problem, prompts, grader, graded.of(problem))
+        return now, now.outcome is not before.outcome
+
+    logger.info("%d stored rollouts were graded otherwise: they are graded again", len(keys))
+    changed = 0
+    with ThreadPoolExecutor(grader.config.num_workers) as threads:
+        for begin in range(0, len(keys), GRADED_AT_ONCE):
+            found = list(threads.map(grade, keys[begin : begin + GRADED_AT_ONCE]))
+            store.append(keys[begin][0], [rollout for rollout, _ in found])
+            changed += sum(is_other for _, is_other in found)
+    logger.info("graded again: %d of %d verdicts are others", changed, len(keys))
 
 
 def in_requests(missing: Sequence[int], limit: int) -> list[list[int]]:
@@ -204,31 +244,42 @@ def _rollout(
     step: int,
     seed: int,
     prompts: Prompts,
-    grader: Grader,
+    asked: str,
 ) -> Rollout:
-    truncated = completion.finish_reason == "length"
-    text = prompts.decode(completion.token_ids)
-    verdict = grader.grade(
-        text,
-        problem.answer,
-        accepted=problem.accepted,
-        truncated=truncated,
-        said=_said(completion.token_ids, prompts),
-    )
     return Rollout(
         response_id=f"{problem.id}/{step}/{sample}",
         problem_id=problem.id,
         response_ids=completion.token_ids,
-        truncated=truncated,
+        truncated=completion.finish_reason == "length",
         sample=sample,
         step=step,
         seed=seed,
         logprobs=completion.logprobs,
         weight_versions=completion.weight_versions,
-        text=text,
-        correct=verdict.correct,
+        text=prompts.decode(completion.token_ids),
+        asked=asked,
+    )
+
+
+def _graded(
+    rollout: Rollout, problem: Problem, prompts: Prompts, grader: Grader, graded: str
+) -> Rollout:
+    """A rollout with its verdict, by what ``graded`` stands for."""
+    verdict = grader.grade(
+        rollout.text,
+        problem.answer,
+        accepted=problem.accepted,
+        truncated=rollout.truncated,
+        said=_said(rollout.response_ids, prompts),
+    )
+    return replace(
+        rollout,
+        outcome=verdict.outcome,
         extracted=verdict.extracted,
+        evidence=verdict.evidence.value,
+        comparison=verdict.comparison.value,
         reason=verdict.reason,
+        graded=graded,
     )
 
 

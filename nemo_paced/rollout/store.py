@@ -12,22 +12,32 @@ import fcntl
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from nemo_paced.errors import RolloutError
-from nemo_paced.records import Rollout
+from nemo_paced.records import Outcome, Rollout
 
 logger = logging.getLogger(__name__)
 
 HOLD_S = 10.0  # wait for the last process of a killed run to be gone
 
 Key = tuple[str, int, str, int]  # purpose, step, problem id, sample
+
+
+class _Place(NamedTuple):
+    """Where the line of a rollout is, and the digests that say what it is good for."""
+
+    offset: int
+    length: int
+    asked: str
+    graded: str
 
 
 class RolloutStore:
@@ -40,7 +50,7 @@ class RolloutStore:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "rollouts.log"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._places: dict[Key, tuple[int, int, str]] = {}  # offset, length of the line, asked
+        self._places: dict[Key, _Place] = {}
         self._lengths: dict[str, int] = {}  # tokens of a problem's latest rollout
         self._waiting: dict[Key, tuple[Rollout, bytes]] = {}  # with their lines, not written yet
         self._writing = threading.Lock()
@@ -72,7 +82,11 @@ class RolloutStore:
     def holds(self, key: Key, asked: str) -> bool:
         """Whether a rollout is stored that was asked for so; one that does not say counts."""
         place = self._places.get(key)
-        return place is not None and place[2] in (asked, "")
+        return place is not None and place.asked in (asked, "")
+
+    def graded(self, key: Key) -> str:
+        """What the verdict of a stored rollout depended on, as a digest; empty: it does not say."""
+        return self._places[key].graded
 
     def get(self, purpose: str, step: int, problem_id: str, sample: int) -> Rollout | None:
         """Read a rollout back from disk.
@@ -83,9 +97,8 @@ class RolloutStore:
         place = self._places.get((purpose, step, problem_id, sample))
         if place is None:
             return None
-        offset, length, _ = place
-        line = os.pread(self._file.fileno(), length, offset)
-        return self._parse(line.removesuffix(b"\n"), offset)[1]
+        line = os.pread(self._file.fileno(), place.length, place.offset)
+        return self._parse(line.removesuffix(b"\n"), place.offset)[1]
 
     def known_length(self, problem_id: str) -> int | None:
         """Tokens of a problem's latest rollout, whatever its purpose: a guess of the next one's."""
@@ -94,7 +107,8 @@ class RolloutStore:
     def append(self, purpose: str, rollouts: Iterable[Rollout]) -> None:
         """Write rollouts and sync; one that is stored already is left as it is.
 
-        One that was asked for otherwise is replaced: the file keeps both, and the later one counts.
+        One that was asked for or graded otherwise is replaced: the file keeps both, and the later
+        one counts.
 
         A sync takes milliseconds, tens of them on a network file system, so the thread whose turn
         it is writes what all of them bring, with one sync.
@@ -102,7 +116,7 @@ class RolloutStore:
         self._waiting |= {_key(purpose, r): (r, _line(purpose, r)) for r in rollouts}
         with self._writing:
             found = self._waiting.copy()
-            new = {k: entry for k, entry in found.items() if not self.holds(k, entry[0].asked)}
+            new = {k: entry for k, entry in found.items() if not self._is_stored(k, entry[0])}
             if new:  # else another thread has written all of them with its own
                 self._write(new)
             for key in found:
@@ -122,8 +136,13 @@ class RolloutStore:
             self._enter(key, rollout, self._end, len(line))
             self._end += len(line)
 
+    def _is_stored(self, key: Key, rollout: Rollout) -> bool:
+        return self.holds(key, rollout.asked) and self.graded(key) == rollout.graded
+
     def _enter(self, key: Key, rollout: Rollout, offset: int, length: int) -> None:
-        self._places[key] = offset, length, rollout.asked
+        # many rollouts share a digest: it is kept once
+        asked, graded = sys.intern(rollout.asked), sys.intern(rollout.graded)
+        self._places[key] = _Place(offset, length, asked, graded)
         self._lengths[rollout.problem_id] = len(rollout.response_ids)
 
     def _drop_cut_line(self) -> None:
@@ -205,8 +224,11 @@ def _checksum(body: bytes) -> bytes:
 def _rollout(fields: dict[str, Any]) -> Rollout:
     fields["response_ids"] = tuple(fields["response_ids"])
     fields["logprobs"] = tuple(fields["logprobs"])
-    versions = fields.get("weight_versions", ())  # stores of earlier releases have none
+    versions = fields.get("weight_versions", ())  # earlier stores have none
     fields["weight_versions"] = tuple((version, count) for version, count in versions)
+    fields.pop("correct", None)  # of earlier stores, which had no outcome: graded again when used
+    outcome = fields.get("outcome")
+    fields["outcome"] = None if outcome is None else Outcome(outcome)
     return Rollout(**fields)
 
 

@@ -60,7 +60,21 @@ METRICS = {
         "responses", "whose teacher signal came from `teacher.cache_dir`", "steps with a cache"
     ),
     "rollout/accuracy": Metric(
-        "share", "of this step's sampled responses that were right", ON_POLICY
+        "share",
+        "of this step's sampled responses that were right, among those with a verdict",
+        ON_POLICY,
+    ),
+    "rollout/wrong": Metric(
+        "share", "of this step's sampled responses that gave a wrong answer", ON_POLICY
+    ),
+    "rollout/no_answer": Metric(
+        "share", "of this step's sampled responses that ended without an answer", ON_POLICY
+    ),
+    "rollout/cut_before_answer": Metric(
+        "share", "of this step's sampled responses cut before they gave an answer", ON_POLICY
+    ),
+    "rollout/timed_out": Metric(
+        "share", "of this step's sampled responses that the verifier took too long for", ON_POLICY
     ),
     "rollout/truncated": Metric(
         "share", "of this step's sampled responses cut at the token limit", ON_POLICY

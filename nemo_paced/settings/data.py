@@ -223,9 +223,12 @@ class GradingConfig:
 
     # math (final answer, then math-verify) | exact | multiple_choice, or module:function of yours
     verifier: str = "math"
-    time_limit_s: float = 5.0  # seconds an item; then its worker is killed and the verdict is wrong
+    time_limit_s: float = 5.0  # seconds an item; then its worker is killed and there is no verdict
     num_workers: int = 2  # worker processes of the verifier
     numeric_tolerance: float = 1e-6  # largest relative error, for numbers with a decimal point
+    # Whether the last number (of choices: the last option named) counts where no answer is marked.
+    # false, where the prompt asks for \boxed{} or the like: what is not marked is no answer.
+    last_number: bool = True
 
     def __post_init__(self) -> None:
         positive("grading", self, "time_limit_s", "num_workers")

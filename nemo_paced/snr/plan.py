@@ -65,7 +65,8 @@ def plan_bins(rows: Sequence[PassRate], settings: SnrConfig) -> list[PlannedBin]
     count = np.array([row.effective_rollouts for row in rows])
     a0, b0 = fit_prior(right, count)
     expected = (right + a0) / (count + a0 + b0)
-    rates = right / count
+    rates = np.full(len(right), np.nan)
+    np.divide(right, count, out=rates, where=count > 0)
     number = np.minimum(np.floor(rates * settings.bins + 1e-9), settings.bins - 1)
     rng = np.random.default_rng(settings.seed)
     bins = []

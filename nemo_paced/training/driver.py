@@ -23,7 +23,7 @@ from nemo_paced.data.loader import ProblemOrder
 from nemo_paced.data.packing import TrainItem
 from nemo_paced.data.prompts import PromptKind
 from nemo_paced.grading.accuracy import Accuracy
-from nemo_paced.records import Problem, Response, Rollout
+from nemo_paced.records import Outcome, Problem, Response, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings, sampling_seed
 from nemo_paced.run.config_file import PASS_RATES_FILE
@@ -302,15 +302,24 @@ class Driver:
         if not rollouts:
             return {}
         metrics = {
-            "rollout/accuracy": statistics.fmean(bool(r.correct) for r in rollouts),
+            "rollout/wrong": _share(rollouts, Outcome.wrong),
+            "rollout/no_answer": _share(rollouts, Outcome.unanswered),
+            "rollout/cut_before_answer": _share(rollouts, Outcome.truncated),
+            "rollout/timed_out": _share(rollouts, Outcome.timed_out),
             "rollout/truncated": statistics.fmean(r.truncated for r in rollouts),
             "rollout/mean_length": statistics.fmean(len(r.response_ids) for r in rollouts),
         }
+        if judged := [r for r in rollouts if r.has_verdict]:
+            metrics["rollout/accuracy"] = _share(judged, Outcome.right)
         if self.prompts.thoughts:
             found = [self.prompts.thoughts.length(r.response_ids) for r in rollouts]
             metrics["rollout/mean_thinking_length"] = statistics.fmean(n for n, _ in found)
             metrics["rollout/unfinished_thoughts"] = statistics.fmean(not ends for _, ends in found)
         return metrics
+
+
+def _share(rollouts: list[Rollout], outcome: Outcome) -> float:
+    return statistics.fmean(rollout.outcome is outcome for rollout in rollouts)
 
 
 def _aligned(rollouts: list[Rollout], problems: list[Problem]) -> list[Response | None]:

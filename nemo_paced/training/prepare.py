@@ -10,13 +10,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.progress import Progress
 
 from nemo_paced.config import PacedConfig
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.grading.verdicts import Verdicts, percent
 from nemo_paced.hf.tokenizer import check_same_tokens
-from nemo_paced.records import Problem, Rollout
+from nemo_paced.records import Outcome, Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.rollout.served import evaluation_length, served_dtype, training_length
@@ -160,6 +162,7 @@ def estimate_pass_rates(
         map(seen.rollout, rollouts), problems, config.weights, student_step=step
     )
     save_table(table, run_dir, step)
+    seen.verdicts.write(run_dir / "pass_rates" / f"step_{step:08d}.verdicts.json")
     _tell_of_estimate(config, table, seen, step)
     return table
 
@@ -168,13 +171,11 @@ class _Seen:
     """Counts of what rollouts pass by, which are many."""
 
     def __init__(self) -> None:
-        self.rollouts = self.truncated = self.unanswered = 0
+        self.verdicts, self.cut = Verdicts(), 0
 
     def rollout(self, rollout: Rollout) -> Rollout:
-        self.rollouts += 1
-        self.truncated += rollout.truncated
-        answered = rollout.correct or rollout.extracted is not None
-        self.unanswered += not rollout.truncated and not answered
+        self.verdicts.add(rollout)
+        self.cut += rollout.truncated
         return rollout
 
 
@@ -184,18 +185,22 @@ def _tell_of_estimate(config: PacedConfig, table: PassRateTable, seen: _Seen, st
     Raises:
         RolloutError: more responses were cut than ``rollout.max_truncated_share``.
     """
-    rates = table.pass_rates.tolist()
-    cut = seen.truncated / seen.rollouts
-    silent = seen.unanswered / seen.rollouts
-    if ":" in config.grading.verifier:
-        silent = 0.0  # a verifier of one's own does not say what it read
+    rates, number = table.pass_rates.tolist(), len(seen.verdicts)
+    cut, silent = seen.cut / number, seen.verdicts.share(Outcome.unanswered)
     limit = config.data.max_response_length
     logger.info(
-        "pass rates at step %d: mean %.3f, %d of %d problems at 0, %d at 1; of %d responses "
-        "%.0f %% were cut at %d tokens, %.0f %% had no answer",
-        step, sum(rates) / len(rates), rates.count(0.0), len(rates), rates.count(1.0),
-        seen.rollouts, 100 * cut, limit, 100 * silent,
+        "pass rates at step %d: mean %.3f, %d of %d problems at 0, %d at 1; of %d responses: %s; "
+        "%s were cut at %d tokens",
+        step, np.nanmean(rates), rates.count(0.0), len(rates), rates.count(1.0), number,
+        seen.verdicts.outcomes_line(), percent(cut), limit,
     )  # fmt: skip
+    logger.info("verdicts at step %d: %s", step, seen.verdicts.grounds_line())
+    if open_ones := seen.verdicts.number(Outcome.timed_out):
+        logger.warning(
+            "%d of %d responses have no verdict and do not count: the verifier took above "
+            "grading.time_limit_s %g, or its process ended",
+            open_ones, number, config.grading.time_limit_s,
+        )  # fmt: skip
     settled = rates.count(0.0) + rates.count(1.0)
     if settled >= _SETTLED * len(rates):
         why = []
@@ -213,7 +218,7 @@ def _tell_of_estimate(config: PacedConfig, table: PassRateTable, seen: _Seen, st
         )  # fmt: skip
     if cut > config.rollout.max_truncated_share:
         raise RolloutError(
-            f"{cut:.0%} of {seen.rollouts} responses were cut at data.max_response_length {limit}, "
+            f"{cut:.0%} of {number} responses were cut at data.max_response_length {limit}, "
             f"above rollout.max_truncated_share {config.rollout.max_truncated_share:g}. {WHY_CUT}. "
             "The table is kept"
         )

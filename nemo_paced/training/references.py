@@ -38,6 +38,7 @@ from nemo_paced.data.references import (
     solutions,
     write_references,
 )
+from nemo_paced.grading.verdicts import Verdicts
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
@@ -144,14 +145,16 @@ class Tally:
 
     def __init__(self) -> None:
         self._all = self._right = self._later = self._truncated = self._attempts = 0
+        self._verdicts = Verdicts()
 
     def reference(self, reference: Reference) -> Reference:
         """Count one, which is returned."""
         self._all += 1
-        self._right += bool(reference.rollout.correct)
-        self._later += bool(reference.rollout.correct) and reference.attempts > 1
+        self._right += reference.rollout.correct
+        self._later += reference.rollout.correct and reference.attempts > 1
         self._truncated += reference.rollout.truncated
         self._attempts += reference.attempts
+        self._verdicts.add(reference.rollout)
         return reference
 
     def told(self, wrong: WrongReferences) -> str:
@@ -159,8 +162,9 @@ class Tally:
         became = "dropped" if wrong is WrongReferences.drop else "kept"
         return (
             f"references: {self._right} of {self._all} teacher responses are right, {self._later} "
-            f"of them at a later attempt; {self._all - self._right} wrong ones are {became}; "
-            f"{self._truncated} truncated; {self._attempts} sampled"
+            f"of them at a later attempt; {self._all - self._right} others are {became}; "
+            f"{self._truncated} truncated; {self._attempts} sampled; "
+            f"{self._verdicts.outcomes_line()}; {self._verdicts.grounds_line()}"
         )
 
 
@@ -194,7 +198,7 @@ def _choose(
         rollouts = sample(asked, {problem.id: attempt for problem in asked})
         tried |= {problem.id: [] for problem in asked}
         for place, rollout in enumerate(rollouts):
-            tried[rollout.problem_id].append(_Attempt(rollouts, place, bool(rollout.correct)))
+            tried[rollout.problem_id].append(_Attempt(rollouts, place, rollout.correct))
         asked = [problem for problem in asked if not tried[problem.id][-1].correct]
         if not asked:
             break

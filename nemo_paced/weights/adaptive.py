@@ -70,7 +70,12 @@ def variance_reduction(
 
 
 def allocate(
-    config: WeightsConfig, num_correct: np.ndarray, num_rollouts: np.ndarray, budget: int
+    config: WeightsConfig,
+    num_correct: np.ndarray,
+    num_rollouts: np.ndarray,
+    budget: int,
+    *,
+    num_asked: np.ndarray | None = None,
 ) -> np.ndarray:
     """Number of the next ``budget`` rollouts that each problem gets, integers ``[problems]``.
 
@@ -81,6 +86,8 @@ def allocate(
 
     Args:
         num_correct, num_rollouts: float64 arrays ``[problems]``.
+        num_asked: integers ``[problems]``, rollouts that were sampled, those without a verdict
+            included; ``None``: as many as ``num_rollouts``.
     """
     states, of = np.unique(np.stack([num_correct, num_rollouts], 1), axis=0, return_inverse=True)
     prior = prior_of(config, num_correct, num_rollouts)
@@ -92,7 +99,7 @@ def allocate(
         for n in range(1, LOOK_AHEAD + 1)
     ]
     worth = _envelope_slopes(np.stack(falls, 1))[of.reshape(-1)]
-    room = config.adaptive.max_rollouts - num_rollouts
+    room = config.adaptive.max_rollouts - (num_rollouts if num_asked is None else num_asked)
     worth[np.arange(LOOK_AHEAD) >= room[:, None]] = -np.inf
     best = np.argsort(-worth, axis=None, kind="stable")[:budget]
     best = best[worth.reshape(-1)[best] > -np.inf]

@@ -1,6 +1,6 @@
 """Table of the pass rates of a training set and the weights that follow, kept as Parquet.
 
-``num_correct`` and ``num_rollouts`` count all rollouts since the last full estimate,
+``num_correct`` and ``num_rollouts`` count all rollouts with a verdict since the last full estimate,
 ``effective_correct`` and ``effective_rollouts`` are discounted counts, the same where nothing was
 discounted; ``pass_rate`` is their quotient and the weight is a function of them alone. (Under
 adaptive sampling the quotient leans to the ends, since a problem is left alone once it looks
@@ -20,7 +20,7 @@ import numpy as np
 from nemo_paced.config import Estimator, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.files import replacing
-from nemo_paced.records import PassRate, Problem, Rollout
+from nemo_paced.records import Outcome, PassRate, Problem, Rollout
 from nemo_paced.weights.schemes import problem_weights
 from nemo_paced.weights.summary import drift_metrics
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas
 
 COLUMNS = tuple(field.name for field in fields(PassRate))
+_OUTCOMES = ("num_truncated", "num_unanswered", "num_timed_out")  # earlier tables lack these
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,16 +72,16 @@ class PassRateTable:
             ConfigError: all weights would be 0.
         """
         counts = _counts(rollouts, problems)
-        correct, count = np.array(list(counts.values())).T
-        table = PassRateTable(_counted(list(counts), correct, count, correct, count))
-        return _weighted(table.frame, config, student_step)
+        correct, count, *others = np.array(list(counts.values())).T
+        frame = _counted(list(counts), correct, count, correct, count, others)
+        return _weighted(frame, config, student_step)
 
     @staticmethod
     def unknown(problems: Sequence[Problem]) -> PassRateTable:
         """The table of an unweighted run that estimates nothing: weight 1, pass rates NaN."""
         ids = [problem.id for problem in problems]
         nothing = np.zeros(len(ids), dtype=np.int64)
-        frame = _counted(ids, nothing, nothing, nothing, nothing)
+        frame = _counted(ids, nothing, nothing, nothing, nothing, [nothing] * len(_OUTCOMES))
         return PassRateTable(frame.assign(pass_rate=math.nan, weight=1.0))
 
     @property
@@ -124,26 +125,34 @@ class PassRateTable:
             ConfigError: all weights would be 0.
         """
         frame, index = self.frame, self.frame.index
-        correct, count, right, all_ = (frame[name].to_numpy(copy=True) for name in COLUMNS[1:5])
+        names = (*COLUMNS[1:5], *_OUTCOMES)
+        columns = [frame[name].to_numpy(copy=True) for name in names]
+        correct, count, right, all_, *others = columns
         for rollout in rollouts:
-            assert rollout.correct is not None, "rollouts are graded when they are stored"
             if rollout.problem_id not in index:
                 continue
             at = index.get_loc(rollout.problem_id)
+            for column, is_one in zip(others, _outcomes(rollout), strict=True):
+                column[at] += is_one
+            if not rollout.has_verdict:
+                continue
             correct[at] += rollout.correct
             count[at] += 1
             right[at] = config.discount * right[at] + rollout.correct
             all_[at] = config.discount * all_[at] + 1
-        return _weighted(_counted(index, correct, count, right, all_), config, student_step)
+        counted = _counted(index, correct, count, right, all_, others)
+        return _weighted(counted, config, student_step)
 
     def check_estimator(self, config: WeightsConfig, where: Path) -> None:
         """Refuse counts that ``weights.estimator`` cannot be fair with.
+
+        A few rollouts that have no verdict make no difference: K is what was asked for.
 
         Raises:
             ConfigError: unequal numbers of rollouts and the plug-in estimate, whose mean is
                 (1-1/K) p(1-p) at alpha = beta = 1: problems of larger K would weigh more.
         """
-        counts = self.frame["effective_rollouts"]
+        counts = self.frame["effective_rollouts"] + self.frame["num_timed_out"]
         if config.estimator is Estimator.plug_in and counts.nunique() > 1:
             raise ConfigError(
                 f"{where} holds {counts.min():g} to {counts.max():g} rollouts a problem and "
@@ -184,6 +193,7 @@ class PassRateTable:
             read = pandas.read_parquet(path)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is no pass-rate table that can be read: {error}") from error
+        read = read.assign(**{name: 0 for name in _OUTCOMES if name not in read.columns})
         if missing := set(COLUMNS) - set(read.columns):
             raise ConfigError(f"{path} lacks the columns {', '.join(sorted(missing))}")
         if read.empty:
@@ -214,7 +224,7 @@ def _frame(ids: Sequence[str], columns: dict[str, Any]) -> pandas.DataFrame:
     return pandas.DataFrame(arrays, index=index)
 
 
-_WHOLE = ("num_correct", "num_rollouts", "student_step")
+_WHOLE = ("num_correct", "num_rollouts", "student_step", *_OUTCOMES)
 
 
 def _numbers(values: pandas.Series, name: str, path: Path) -> np.ndarray:
@@ -239,13 +249,21 @@ def _numbers(values: pandas.Series, name: str, path: Path) -> np.ndarray:
 
 
 def _counts(rollouts: Iterable[Rollout], problems: Sequence[Problem]) -> dict[str, list[int]]:
-    """Numbers of right and of all rollouts, ``[right, all]``, by problem id."""
-    counts = {problem.id: [0, 0] for problem in problems}
+    """Numbers of rollouts that are right, that have a verdict, and by outcome, by problem id."""
+    counts = {problem.id: [0] * (2 + len(_OUTCOMES)) for problem in problems}
     for rollout in rollouts:
-        assert rollout.correct is not None, "rollouts are graded when they are stored"
-        counts[rollout.problem_id][0] += rollout.correct
-        counts[rollout.problem_id][1] += 1
+        of = counts[rollout.problem_id]
+        found = (rollout.correct, rollout.has_verdict, *_outcomes(rollout))
+        for place, is_one in enumerate(found):
+            of[place] += is_one
     return counts
+
+
+def _outcomes(rollout: Rollout) -> tuple[bool, ...]:
+    """Which of ``_OUTCOMES`` a rollout counts in."""
+    assert rollout.outcome is not None, "rollouts are graded when they are stored"
+    named = (Outcome.truncated, Outcome.unanswered, Outcome.timed_out)
+    return tuple(rollout.outcome is outcome for outcome in named)
 
 
 def _counted(
@@ -254,13 +272,14 @@ def _counted(
     num_rollouts: np.ndarray,
     effective_correct: np.ndarray,
     effective_rollouts: np.ndarray,
+    outcomes: Sequence[np.ndarray],
 ) -> pandas.DataFrame:
     """Rows of these counts, without weights yet."""
     nothing = np.zeros(len(ids))
     with np.errstate(invalid="ignore"):  # of no rollout there is no rate
         rates = effective_correct / effective_rollouts
     counts = (num_correct, num_rollouts, effective_correct, effective_rollouts)
-    values = (*counts, rates, nothing, nothing)
+    values = (*counts, rates, nothing, nothing, *outcomes)
     return _frame(ids, dict(zip(COLUMNS[1:], values, strict=True)))
 
 

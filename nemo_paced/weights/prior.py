@@ -22,7 +22,10 @@ def fit_prior(num_correct: np.ndarray, num_rollouts: np.ndarray) -> tuple[float,
 
     Args:
         num_correct, num_rollouts: float arrays, one element a problem; may be discounted counts.
+            Without any rollout the prior is uniform.
     """
+    if not num_rollouts.any():
+        return 1.0, 1.0
     counts, repeats = np.unique(
         np.stack([num_correct, num_rollouts], 1), axis=0, return_counts=True
     )

@@ -36,22 +36,23 @@ def sample_in_rounds(
     wanted = np.full(len(ids), adaptive.initial_rollouts)
     while True:
         rollouts = sample(dict(zip(ids, wanted.tolist(), strict=True)))
-        correct = _num_correct(rollouts, ids)
-        state = (correct, wanted.astype(np.float64))
+        state = _counts(rollouts, ids)
         error = expected_error(config, *state)
         logger.info(
             "adaptive pass rates: %.2f rollouts a problem, expected RMS error of a weight %.3f",
             wanted.mean(), error,
         )  # fmt: skip
-        more = allocate(config, *state, min(per_round, budget - int(wanted.sum())))
+        left = min(per_round, budget - int(wanted.sum()))
+        more = allocate(config, *state, left, num_asked=wanted)
         if error <= adaptive.target_error or not more.any():
             return rollouts
         wanted = wanted + more
 
 
-def _num_correct(rollouts: Sequence[Rollout], ids: Sequence[str]) -> np.ndarray:
-    correct = dict.fromkeys(ids, 0.0)
+def _counts(rollouts: Sequence[Rollout], ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of right rollouts and of those with a verdict, ``[problems]``."""
+    correct, count = dict.fromkeys(ids, 0.0), dict.fromkeys(ids, 0.0)
     for rollout in rollouts:
-        assert rollout.correct is not None, "rollouts are graded when they are stored"
         correct[rollout.problem_id] += rollout.correct
-    return np.array([correct[name] for name in ids])
+        count[rollout.problem_id] += rollout.has_verdict
+    return np.array([correct[name] for name in ids]), np.array([count[name] for name in ids])

@@ -20,16 +20,19 @@ def problem_weights(
 
     Args:
         num_correct, num_rollouts: of every problem of the training set; may be discounted counts.
+            Without any rollout, a problem has weight 0 where the estimate is the plug-in one.
 
     Raises:
         ConfigError: every weight is 0: nothing could be trained on.
     """
     right = np.asarray(num_correct, dtype=np.float64)
     count = np.asarray(num_rollouts, dtype=np.float64)
-    raw = _raw_weights(config, right, count)
+    rates = np.full_like(right, np.nan)
+    np.divide(right, count, out=rates, where=count > 0)
+    raw = _raw_weights(config, right, count, rates)
     total = raw.sum()
     if total == 0:
-        raise ConfigError(_no_weight(config, right / count))
+        raise ConfigError(_no_weight(config, rates))
     return (raw * (len(raw) / total)).tolist()
 
 
@@ -59,8 +62,9 @@ def weights_with_references(
     return {i: 0.0 if i in dropped else scale * weight for i, weight in weights.items()}
 
 
-def _raw_weights(config: WeightsConfig, right: np.ndarray, count: np.ndarray) -> np.ndarray:
-    rates = right / count
+def _raw_weights(
+    config: WeightsConfig, right: np.ndarray, count: np.ndarray, rates: np.ndarray
+) -> np.ndarray:
     if config.scheme is WeightScheme.unweighted:
         return np.ones_like(rates)
     if config.scheme is WeightScheme.hard_filter:
@@ -68,14 +72,16 @@ def _raw_weights(config: WeightsConfig, right: np.ndarray, count: np.ndarray) ->
     if config.estimator is Estimator.posterior:
         prior = prior_of(config, right, count)
         return posterior_weight(right, count, config.alpha, config.beta, prior)
-    return beta_weight(rates, alpha=config.alpha, beta=config.beta)
+    return np.nan_to_num(beta_weight(rates, alpha=config.alpha, beta=config.beta))
 
 
 def _no_weight(config: WeightsConfig, rates: np.ndarray) -> str:
     zeros, ones = int((rates == 0).sum()), int((rates == 1).sum())
+    unknown = int(np.isnan(rates).sum())
+    others = f" ({unknown} have no verdict within grading.time_limit_s)" if unknown else ""
     return (
         f"weights.scheme {config.scheme.value} gives all {len(rates)} problems weight 0: {zeros} "
-        f"have pass rate 0 and {ones} have 1. Choose problems that the student solves sometimes, "
-        "raise weights.num_rollouts, check the verifier (grading.verifier) and the prompt on a few "
-        "rollouts, or set weights.scheme=unweighted"
+        f"have pass rate 0 and {ones} have 1{others}. Choose problems that the student solves "
+        "sometimes, raise weights.num_rollouts, check the verifier (grading.verifier) and the "
+        "prompt on a few rollouts, or set weights.scheme=unweighted"
     )

@@ -32,16 +32,23 @@ def in_bins(
     """Number of problems, or sum of their weights, between each two neighbouring edges.
 
     A rate on an edge belongs to the bin above it: in floats the edge 0.30000000000000004 stands
-    above 3/10, hence the margin.
+    above 3/10, hence the margin. A rate that is not known, NaN, belongs to none.
     """
-    index = np.searchsorted(edges - 1e-9, pass_rates, side="right") - 1
+    known = ~np.isnan(rates := np.asarray(pass_rates, dtype=np.float64))
+    index = np.searchsorted(edges - 1e-9, rates[known], side="right") - 1
     num_bins = len(edges) - 1
-    return np.bincount(np.minimum(index, num_bins - 1), weights, minlength=num_bins)
+    held = None if weights is None else np.asarray(weights)[known]
+    return np.bincount(np.minimum(index, num_bins - 1), held, minlength=num_bins)
 
 
 def drift_metrics(pass_rates: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
-    """Metrics of how hard the training set is for the student by now, by their names in the log."""
+    """Metrics of how hard the training set is for the student by now, by their names in the log.
+
+    Args:
+        pass_rates: NaN where one is not known; such problems are left out.
+    """
     rates = np.asarray(pass_rates, dtype=np.float64)
+    rates = rates[~np.isnan(rates)]
     below, above = float((rates < HARD).mean()), float((rates > EASY).mean())
     return {
         "weights/mean_pass_rate": float(rates.mean()),

@@ -18,6 +18,7 @@ from nemo_paced.snr.measure import measure
 from nemo_paced.snr.record import SnrRecord
 from nemo_paced.weights.pass_rates import PassRateTable
 from tests.distributed.harness import run_ranks
+from tests.outcomes import right_or_wrong
 
 LAYOUTS = {"tp1": (1, 1, 1), "tp2": (2, 1, 2), "pp2": (1, 2, 2)}  # tensor, pipeline, ranks
 
@@ -57,7 +58,7 @@ def run_dir(tmp_path):
     problems = load_problems(tmp_path / "problems.jsonl")
     rng = np.random.default_rng(0)
     rollouts = [
-        Rollout(f"{p.id}/{k}", p.id, (1,), correct=bool(rng.random() < rate))
+        Rollout(f"{p.id}/{k}", p.id, (1,), outcome=right_or_wrong(rng.random() < rate))
         for p, rate in zip(problems, rng.uniform(size=60), strict=True)
         for k in range(8)
     ]

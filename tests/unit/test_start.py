@@ -36,6 +36,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("a", "b"):
         write_run(folder / name, steps=4)
+    (folder / "responses.jsonl").write_text('{"response": "it is 7", "answer": "7"}\n')
     return str(folder)
 
 
@@ -45,6 +46,7 @@ def runs(tmp_path_factory):
         (["plan", "--config-name", RECIPE, *MODELS], 800),
         (["train", "--config-name", "quickstart", "--cfg", "job"], 800),
         (["weights", "--pass-rates", "RUNS/a/pass_rates.parquet", "weights.beta=2"], 2500),
+        (["grade", "RUNS/responses.jsonl"], 2500),
         (["report", "RUNS/a"], 2500),
         (["report", "--compare", "RUNS/a", "RUNS/b"], 2500),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from nemo_paced.grading.verdicts import percent
+from nemo_paced.records import Outcome
 from nemo_paced.report import figures
 from nemo_paced.report.run_files import Rows, RunFiles
 from nemo_paced.report.sections.section import Section, values_of
@@ -40,8 +42,34 @@ def pass_rate_sections(run: RunFiles) -> list[Section]:
             svg=figures.weights_by_pass_rate(frame["pass_rate"], frame["weight"], k),
             note=_weights_note(frame, run.rows),
         ),
+        *_verdict_sections(run),
         _drift_section(run),
     ]
+
+
+def _verdict_sections(run: RunFiles) -> list[Section]:
+    """What became of the responses behind each estimate, and what the right ones rest on.
+
+    None for a run whose pass rates came from elsewhere.
+    """
+    if not run.verdicts:
+        return []
+    counted = dict(sorted(run.verdicts.items()))
+    there = [outcome for outcome in Outcome if any(v.number(outcome) for v in counted.values())]
+    by = {step: verdicts.by("evidence", Outcome.right) for step, verdicts in counted.items()}
+    kinds = list(dict.fromkeys(kind for right in by.values() for kind in right))
+    heads = [*(outcome.value for outcome in there), *(f"right by {kind}" for kind in kinds)]
+    rows = [["step", "responses", *heads]]
+    for step, verdicts in counted.items():
+        shares = [verdicts.share(outcome) for outcome in there]
+        shares += [by[step].get(kind, 0) / len(verdicts) for kind in kinds]
+        rows.append([str(step), f"{len(verdicts):,}", *map(percent, shares)])
+    note = (
+        "Shares of all responses. Cut before an answer and without one count as wrong; what the "
+        "verifier took too long for does not count. A last number is what a response ends with "
+        "where it marks no answer; grading.last_number=false lets marked ones count alone."
+    )
+    return [Section("Verdicts behind the pass rates", table=rows, note=note)]
 
 
 def _weights_note(frame: Any, rows: Rows) -> str:

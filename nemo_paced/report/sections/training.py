@@ -47,8 +47,9 @@ def rollout_sections(rows: Rows) -> list[Section]:
     shares = [
         metric_line("right", rows, "rollout/accuracy"),
         metric_line("cut at the token limit", rows, "rollout/truncated", colour=1),
+        metric_line("without an answer", rows, "rollout/no_answer", colour=2),
     ]
-    if not gap and shares == [None, None]:
+    if not gap and not any(shares):
         return []
     return [
         curve_section(

@@ -6,6 +6,7 @@ from nemo_paced.config import WeightsConfig
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.weights.pass_rates import PassRateTable
 from tests.block_sums import snr_record
+from tests.outcomes import right_or_wrong
 
 PROBLEMS = [Problem(f"p{i:03d}", "x", "1") for i in range(200)]
 
@@ -14,7 +15,7 @@ def write_table(path, counts):
     """Pass rates that follow p (1-p)^2, with so many rollouts a problem."""
     rng = np.random.default_rng(0)
     rollouts = [
-        Rollout(f"{problem.id}/{k}", problem.id, (1,), correct=bool(rng.random() < rate))
+        Rollout(f"{problem.id}/{k}", problem.id, (1,), outcome=right_or_wrong(rng.random() < rate))
         for problem, rate, count in zip(PROBLEMS, rng.beta(2, 3, size=200), counts, strict=True)
         for k in range(count)
     ]

@@ -46,9 +46,7 @@ def purpose(job):
         {"top_p": 1.0},
         {"response": 15},
         {"template": "hint {problem}"},
-        {"problems": {"few": [Problem("a", "solve s1 f2 =", "s4")]}},
         {"problems": {"few": [Problem("a", "solve s1 f3 =", "s3")]}},
-        {"verifier": "multiple_choice"},
         {"dtype": "float32"},
         {"seed": 2},
     ],
@@ -58,6 +56,9 @@ def test_samples_that_were_asked_otherwise_are_asked_again(changed):
 
 
 def test_more_samples_go_on_from_those_that_are_there_whatever_else_is_evaluated():
+    other_answer = {"few": [Problem("a", "solve s1 f2 =", "s4")]}
+    assert purpose(job(problems=other_answer)) == purpose(job()), "they are graded again"
+    assert purpose(job(verifier="multiple_choice")) == purpose(job())
     assert purpose(job(samples=16)) == purpose(job(samples=8, tasks=TASKS))
     limited = replace(job(), limits=Limits(16, "the context of the model, 64", 4096, 64))
     assert purpose(limited) == purpose(job()), "whatever the limit comes from"

@@ -10,14 +10,15 @@ from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile, Source
 from nemo_paced.grading.accuracy import Accuracy, Difference
 from nemo_paced.grading.sign_flip import sign_flip_p_value
-from nemo_paced.records import Problem, Rollout
+from nemo_paced.records import Outcome, Problem, Rollout
+from tests.outcomes import right_or_wrong
 
 
 def graded(verdicts):
     """Accuracy of problem id -> verdicts of its samples."""
     problems = [Problem(name, "x", "1", group=name[0]) for name in verdicts]
     rollouts = [
-        Rollout(f"{name}/{k}", name, (1,) * (k + 1), sample=k, correct=bool(right))
+        Rollout(f"{name}/{k}", name, (1,) * (k + 1), sample=k, outcome=right_or_wrong(right))
         for name, samples in verdicts.items()
         for k, right in enumerate(samples)
     ]
@@ -149,7 +150,7 @@ def test_another_file_is_no_results_file(tmp_path, text):
 def answered(*samples):
     """Accuracy on one problem of (extracted answer, right or not)."""
     rollouts = [
-        Rollout(f"p/{k}", "p", (1,), sample=k, correct=right, extracted=answer)
+        Rollout(f"p/{k}", "p", (1,), sample=k, outcome=right_or_wrong(right), extracted=answer)
         for k, (answer, right) in enumerate(samples)
     ]
     return Accuracy.of(rollouts, [Problem("p", "x", "1")])
@@ -176,9 +177,28 @@ def test_a_verifier_that_reads_no_answer_has_no_majority():
     assert math.isnan(answered((None, True), (None, False)).majority)
 
 
+def test_what_became_of_the_samples_is_kept_with_an_accuracy():
+    graded = [(Outcome.right, "box"), (Outcome.wrong, "last number"), (Outcome.timed_out, "box")]
+    rollouts = [
+        Rollout(f"p/{k}", "p", (1,), sample=k, outcome=outcome, evidence=evidence)
+        for k, (outcome, evidence) in enumerate([*graded, (Outcome.right, "last number")])
+    ]
+    accuracy = Accuracy.of(rollouts, [Problem("p", "x", "1")])
+    assert accuracy.mean == 0.5, "what has no verdict is none that is right"
+    assert accuracy.outcomes == {"right": 0.5, "wrong": 0.25, "timed out": 0.25}
+    assert accuracy.right_by == {"box": 0.5, "last number": 0.5}
+    assert Accuracy.from_dict(accuracy.to_dict()).right_by == accuracy.right_by
+    earlier = accuracy.to_dict()
+    del earlier["outcomes"], earlier["right_by"]
+    assert Accuracy.from_dict(earlier).outcomes == {}
+
+
 def test_95_percent_of_the_samples_are_no_longer_than_the_percentile():
     problems = [Problem("p", "x", "1")]
-    rollouts = [Rollout(f"p/{k}", "p", (1,) * (k + 1), sample=k, correct=True) for k in range(100)]
+    rollouts = [
+        Rollout(f"p/{k}", "p", (1,) * (k + 1), sample=k, outcome=right_or_wrong(True))
+        for k in range(100)
+    ]
     assert Accuracy.of(rollouts, problems).p95_length == 95
     assert Accuracy.of(rollouts[:1], problems).p95_length == 1
 

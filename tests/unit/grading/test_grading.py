@@ -10,15 +10,17 @@ from nemo_paced.config import GradingConfig
 from nemo_paced.errors import ConfigError, GradingError
 from nemo_paced.grading.answers import (
     MAX_SYMBOLIC_LENGTH,
+    Comparison,
     agree,
-    extract_choice,
+    find_choice,
     items,
     normalize,
     numbers_agree,
     without_unit,
 )
-from nemo_paced.grading.evidence import find_answer, last_boxed
+from nemo_paced.grading.evidence import Evidence, find_answer, last_boxed
 from nemo_paced.grading.grader import Grader
+from nemo_paced.records import Outcome
 
 CASES = [
     json.loads(line)
@@ -112,7 +114,7 @@ def test_decimals_agree_within_the_tolerance_and_integers_exactly():
     ],
 )
 def test_the_choice_is_found(text, letter):
-    assert extract_choice(text) == letter
+    assert find_choice(text).answer == letter
 
 
 def test_one_hanging_item_costs_one_worker_and_no_other_verdict():
@@ -151,6 +153,73 @@ def test_what_breaks_the_contract_of_a_verifier_is_an_error():
         Grader(GradingConfig("nope"))
     with pytest.raises(GradingError, match="cannot be called"):
         Grader(GradingConfig("tests.unit.grading.verifiers:NOT_CALLABLE"))
+
+
+OUTCOMES = [
+    ("math", "Answer: 7\n", "7", {}, Outcome.right, Evidence.line, Comparison.text),
+    ("math", r"so \boxed{8}", "7", {}, Outcome.wrong, Evidence.box, Comparison.numbers),
+    ("math", r"\boxed{x+1}", "1+x", {}, Outcome.right, Evidence.box, Comparison.symbolic),
+    ("math", "so it is 7", "7", {}, Outcome.right, Evidence.number, Comparison.text),
+    ("math", "I do not know", "7", {}, Outcome.unanswered, Evidence.none, Comparison.none),
+    ("math", r"\boxed{7", "7", {}, Outcome.unanswered, Evidence.cut, Comparison.none),
+    ("math", "so 7 and", "7", {"truncated": True}, Outcome.truncated, Evidence.none, None),
+    ("math", r"\boxed{7", "7", {"truncated": True}, Outcome.truncated, Evidence.cut, None),
+    ("math", "Answer: 7\nso", "7", {"truncated": True}, Outcome.right, Evidence.line, None),
+    ("math", "Answer: 8\nso", "7", {"truncated": True}, Outcome.wrong, Evidence.line, None),
+    ("math", r"\boxed{9^{9^{9^9}}}", "3", {}, Outcome.timed_out, Evidence.box, None),
+    ("math", "#### 1, 2", "2, 1", {}, Outcome.right, Evidence.hashes, Comparison.lists),
+    ("multiple_choice", "Answer: B", "B", {}, Outcome.right, Evidence.line, Comparison.letter),
+    ("multiple_choice", "option (B)", "A", {}, Outcome.wrong, Evidence.option, Comparison.letter),
+    ("multiple_choice", "none", "A", {}, Outcome.unanswered, Evidence.none, Comparison.none),
+    ("multiple_choice", "(B)", "B", {"truncated": True}, Outcome.truncated, Evidence.none, None),
+    ("exact", "a b", "b", {}, Outcome.right, Evidence.word, Comparison.word),
+    ("exact", "a b", "a", {}, Outcome.wrong, Evidence.word, Comparison.word),
+    ("exact", " ", "a", {}, Outcome.unanswered, Evidence.none, Comparison.none),
+    ("exact", "a b", "b", {"truncated": True}, Outcome.truncated, Evidence.none, None),
+    (OWN, "a", "a", {}, Outcome.right, Evidence.own, Comparison.own),
+    (OWN, "a", "b", {}, Outcome.wrong, Evidence.own, Comparison.own),
+    (OWN, "a", "b", {"truncated": True}, Outcome.truncated, Evidence.own, Comparison.own),
+    (OWN, "hang", "b", {}, Outcome.timed_out, Evidence.own, Comparison.own),
+    (OWN, "die", "b", {}, Outcome.timed_out, Evidence.own, Comparison.own),
+    (OWN, "forget", "b", {}, Outcome.timed_out, Evidence.own, Comparison.own),
+    (OWN, "hang", "b", {"accepted": ["hang"]}, Outcome.timed_out, Evidence.own, None),
+    (OWN, "a", "b", {"accepted": ["c", "a"]}, Outcome.right, Evidence.own, None),
+]
+
+
+@pytest.mark.parametrize("verifier", sorted({case[0] for case in OUTCOMES}))
+def test_five_things_become_of_a_response_and_what_they_rest_on_is_told(verifier):
+    with Grader(GradingConfig(verifier, time_limit_s=1.0)) as grader:
+        for name, text, answer, how, outcome, evidence, comparison in OUTCOMES:
+            if name != verifier:
+                continue
+            verdict = grader.grade(text, answer, **how)
+            found = verdict.outcome, verdict.evidence, comparison and verdict.comparison
+            assert found == (outcome, evidence, comparison), (text, verdict)
+            assert verdict.correct is (outcome is Outcome.right) and verdict.reason
+
+
+def test_an_answer_that_another_accepted_one_left_open_has_no_verdict():
+    with Grader(GradingConfig(time_limit_s=1.0)) as grader:
+        text, tower = r"\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}"
+        assert grader.grade(text, "x", accepted=[tower]).outcome is Outcome.timed_out
+        assert grader.grade(text, tower, accepted=[text]).correct
+
+
+@pytest.mark.parametrize(
+    ("verifier", "unmarked", "marked"),
+    [("math", "so it is 7", r"\boxed{7}"), ("multiple_choice", "option (B)", r"\boxed{B}")],
+)
+def test_only_what_is_marked_counts_where_one_says_so(verifier, unmarked, marked):
+    answer = "7" if verifier == "math" else "B"
+    with (
+        Grader(GradingConfig(verifier)) as both,
+        Grader(GradingConfig(verifier, last_number=False)) as marks,
+    ):
+        assert both.grade(unmarked, answer).correct and both.grade(marked, answer).correct
+        assert marks.grade(unmarked, answer).outcome is Outcome.unanswered
+        assert marks.grade(marked, answer).correct
+        assert both.rules() != marks.rules()
 
 
 def test_the_exact_verifier_and_truncation():
@@ -210,7 +279,7 @@ def test_hostile_text_holds_nothing_up(name):
         found = find_answer(text, truncated=truncated)
         for reading in found.readings:
             agree(reading[:MAX_SYMBOLIC_LENGTH], "7", 1e-6)
-        extract_choice(text, truncated=truncated)
+        find_choice(text, truncated=truncated)
     last_boxed(text)
     assert time.process_time() - began < 5, "something hangs"
 
@@ -225,7 +294,7 @@ def test_fuzzed_text_is_graded_without_an_error():
             found = find_answer(text, truncated=truncated)
             for reading in (*found.readings, *found.boxes):
                 agree(reading, answer, 1e-6)
-            extract_choice(text, truncated=truncated)
+            find_choice(text, truncated=truncated)
         last_boxed(text)
         items(answer)
         without_unit(text, answer)

@@ -9,6 +9,8 @@ def judge(text, answer):
         time.sleep(600)
     if text == "die":
         os._exit(3)
+    if text == "forget":
+        raise MemoryError
     if text == "raise":
         raise ZeroDivisionError("in my verifier")
     if text == "slow":

@@ -100,6 +100,19 @@ def test_a_missing_part_is_said_to_be_missing(tmp_path, removed, said):
     assert said in page and page.count('class="missing"') == 1
 
 
+def test_what_became_of_the_responses_is_told_with_what_right_ones_rest_on(tmp_path):
+    run = write_run(tmp_path / "run")
+    shown = section(write_report(run).read_text(), "Verdicts behind the pass rates")
+    heads = ("right", "wrong", "truncated", "timed out", "right by box", "right by last number")
+    assert [f">{head}<" in shown for head in heads] == [True] * len(heads)
+    assert "no answer" not in shown.partition("</table>")[0], "there was none"
+    for cell in ("960", "52 %", "38 %", "10 %", "0.1 %", "42 %"):
+        assert f">{cell}<" in shown
+    for path in (run / "pass_rates").glob("*.json"):
+        path.unlink()
+    assert "Verdicts behind" not in write_report(run).read_text()
+
+
 def test_the_certificate_of_an_fp8_teacher_is_shown(tmp_path):
     run = write_run(tmp_path / "run")
     assert "Teacher in FP8" not in write_report(run).read_text()

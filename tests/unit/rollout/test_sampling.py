@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from nemo_paced.config import DataConfig, GradingConfig, PrivilegedContext
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.errors import RolloutError
 from nemo_paced.grading.grader import Grader
-from nemo_paced.records import Problem, Rollout
+from nemo_paced.records import Outcome, Problem, Rollout
 from nemo_paced.rollout.sampling import (
     Missing,
     SamplingSettings,
@@ -35,6 +36,7 @@ def sample(
     progress=None,
     template="{problem}",
     max_tokens=16,
+    grading=None,
 ):
     data = DataConfig(
         prompt_template=template,
@@ -43,7 +45,8 @@ def sample(
         max_response_length=16,
     )
     prompts = Prompts(ASSETS / "student", data, PrivilegedContext.none)
-    with RolloutStore(folder) as store, Grader(GradingConfig(verifier="exact")) as grader:
+    grading = grading or GradingConfig(verifier="exact")
+    with RolloutStore(folder) as store, Grader(grading) as grader:
         found = sample_rollouts(
             problems,
             prompts=prompts,
@@ -106,8 +109,6 @@ def test_a_killed_client_loses_only_what_was_in_flight_and_counts_nothing_twice(
         {"template": "solve {problem}"},
         {"max_tokens": 12},
         {"problems": [replace(p, problem=f"{p.problem} s1") for p in PROBLEMS[:3]]},
-        {"problems": [replace(p, answer="s5") for p in PROBLEMS[:3]]},
-        {"problems": [replace(p, accepted=("s5",)) for p in PROBLEMS[:3]]},
     ],
 )
 def test_rollouts_that_were_asked_for_otherwise_are_sampled_again(tmp_path, changed):
@@ -123,14 +124,53 @@ def test_rollouts_that_were_asked_for_otherwise_are_sampled_again(tmp_path, chan
         assert len(store) == 12
 
 
-def test_rollouts_of_an_earlier_release_count(tmp_path):
+def always_s5(body):
+    return {"choices": [choice(i, (12, 1)) for i in range(body["n"])]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "outcome"),
+    [
+        ({"problems": [replace(p, answer="s5") for p in PROBLEMS[:3]]}, Outcome.right),
+        ({"problems": [replace(p, accepted=("s5",)) for p in PROBLEMS[:3]]}, Outcome.right),
+        ({"grading": GradingConfig(verifier="multiple_choice")}, Outcome.unanswered),
+        ({"grading": GradingConfig(verifier="tests.unit.grading.verifiers:judge")}, Outcome.wrong),
+    ],
+)
+def test_what_was_graded_otherwise_is_graded_again_and_nothing_is_sampled(
+    tmp_path, changed, outcome, caplog
+):
+    """A response costs seconds of a GPU, a verdict a millisecond."""
+    server = Server(always_s5)
+    try:
+        first = sample(tmp_path, server.endpoint, PROBLEMS[:3])
+        assert {rollout.outcome for rollout in first} == {Outcome.wrong}
+        asked = len(server.bodies)
+        with caplog.at_level(logging.INFO):
+            changed_ones = sample(
+                tmp_path, server.endpoint, **{"problems": PROBLEMS[:3], **changed}
+            )
+        assert {rollout.outcome for rollout in changed_ones} == {outcome}
+        assert sample(tmp_path, server.endpoint, PROBLEMS[:3]) == first, "and back"
+        assert len(server.bodies) == asked
+    finally:
+        server.stop()
+    number = 0 if outcome is Outcome.wrong else 12
+    assert f"graded again: {number} of 12 verdicts are others" in caplog.text
+    assert [rollout.response_ids for rollout in changed_ones] == [r.response_ids for r in first]
+    assert len(stored(tmp_path)) == 36, "the file keeps all, and the latest counts"
+
+
+def test_rollouts_of_an_earlier_store_are_graded_again_and_count(tmp_path):
     server = Server(good)
     try:
         whole = sample(tmp_path / "new", server.endpoint, PROBLEMS[:3])
         with RolloutStore(tmp_path / "old") as store:
-            store.append("pass_rates", [replace(rollout, asked="") for rollout in whole])
+            earlier = [replace(r, asked="", graded="", outcome=None) for r in whole]
+            store.append("pass_rates", earlier)
         server.bodies.clear()
-        assert len(sample(tmp_path / "old", server.endpoint, PROBLEMS[:3])) == 12
+        again = sample(tmp_path / "old", server.endpoint, PROBLEMS[:3])
+        assert [replace(rollout, asked=whole[0].asked) for rollout in again] == whole
     finally:
         server.stop()
     assert not server.bodies

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from nemo_paced.errors import RolloutError
-from nemo_paced.records import Rollout
+from nemo_paced.records import Outcome, Rollout
 from nemo_paced.rollout.store import RolloutStore
 
 
@@ -24,7 +24,7 @@ def rollout(problem, sample, step=0):
         logprobs=(-0.5, -1.25, -0.1),
         weight_versions=(("3", 2), ("4", 1)),
         text="é x",
-        correct=True,
+        outcome=Outcome.right,
         extracted="x",
     )
 

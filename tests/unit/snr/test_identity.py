@@ -16,6 +16,7 @@ from nemo_paced.snr import driver as snr_driver
 from nemo_paced.snr.driver import SnrDriver
 from nemo_paced.snr.estimates import BlockSums
 from nemo_paced.weights.pass_rates import PassRateTable
+from tests.outcomes import right_or_wrong
 
 CHECKPOINT = "checkpoints/step_00000000"
 
@@ -27,7 +28,7 @@ def run_dir(tmp_path):
     (tmp_path / "problems.jsonl").write_text("".join(lines))
     problems = load_problems(tmp_path / "problems.jsonl")
     rollouts = [
-        Rollout(f"{p.id}/{k}", p.id, (1,), correct=k < i % 5)
+        Rollout(f"{p.id}/{k}", p.id, (1,), outcome=right_or_wrong(k < i % 5))
         for i, p in enumerate(problems)
         for k in range(4)
     ]

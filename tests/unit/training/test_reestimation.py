@@ -23,7 +23,8 @@ from nemo_paced.config import (
 )
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError, RolloutError
-from nemo_paced.records import Problem, Rollout
+from nemo_paced.grading.verdicts import Verdicts
+from nemo_paced.records import Outcome, Problem, Rollout
 from nemo_paced.run.progress import RunLog, progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
 from nemo_paced.training import prepare
@@ -31,6 +32,7 @@ from nemo_paced.training.driver import Driver
 from nemo_paced.training.schedule import reestimation_due, stages
 from nemo_paced.weights.beta_kernel import beta_weight
 from nemo_paced.weights.pass_rates import PassRateTable
+from tests.outcomes import right_or_wrong
 from tests.scripted_client import ScriptedClient
 
 TRUE_RATES = {f"p{i:02d}": rate for i, rate in enumerate(np.linspace(0, 1, 20))}
@@ -158,7 +160,13 @@ def test_an_estimate_says_how_many_responses_were_cut_and_had_no_answer(
         _, table = estimate(make_config(POSTERIOR), tmp_path, wrong_finish="length")
     wrong = 1 - np.mean([row.pass_rate for row in table.rows])
     (line,) = [r.message for r in caplog.records if "problems at 0" in r.message]
-    assert f"of 160 responses {100 * wrong:.0f} % were cut at 16 tokens, 0 % had no answer" in line
+    shares = f"{100 - 100 * wrong:.0f} % right, {100 * wrong:.0f} % cut before an answer"
+    assert f"of 160 responses: {shares}; {100 * wrong:.0f} % were cut at 16 tokens" in line
+    (grounds,) = [r.message for r in caplog.records if r.message.startswith("verdicts at step 0")]
+    assert "right ones by last word 100 %" in grounds
+    verdicts = Verdicts.read(tmp_path / "pass_rates" / "step_00000000.verdicts.json")
+    assert len(verdicts) == 160 and verdicts.share(Outcome.truncated) == pytest.approx(wrong)
+    assert sum(row.num_truncated for row in table.rows) == verdicts.number(Outcome.truncated)
     assert not [r for r in caplog.records if r.levelno > logging.INFO]
 
 
@@ -211,7 +219,7 @@ def test_a_resumed_run_weighs_as_an_uninterrupted_one(make_config, tmp_path, wei
         assert driver.table == whole
         assert again == batches[3:]
         assert driver.sampler.client.requests < sum(8 for _ in again), "the store had steps 3 to 5"
-    versions = {p.name for p in (tmp_path / "killed" / "pass_rates").iterdir()}
+    versions = {p.name for p in (tmp_path / "killed" / "pass_rates").glob("*.parquet")}
     assert versions == {"step_00000000.parquet", "step_00000003.parquet"}
     assert (
         pandas.read_parquet(tmp_path / "killed" / "pass_rates.parquet")["student_step"] == 3
@@ -317,7 +325,7 @@ def drifting_tables(discount, *, epochs=12, seed=0):
 
     def rollouts(rates, count):
         right = rng.random((500, count)) < rates[:, None]
-        return [Rollout(f"{i}/{k}", str(i), (1,), correct=bool(right[i, k]))
+        return [Rollout(f"{i}/{k}", str(i), (1,), outcome=right_or_wrong(right[i, k]))
                 for i in range(500) for k in range(count)]  # fmt: skip
 
     weights = dataclasses.replace(FREE, discount=discount)
@@ -344,10 +352,15 @@ def test_free_updates_follow_a_student_that_learns():
 
 def test_each_rollout_discounts_what_was_known_of_its_problem():
     problems = [Problem(name, "x", "1") for name in "ab"]
-    old = [Rollout(f"{n}/{k}", n, (1,), correct=k < 3) for n in "ab" for k in range(4)]
+    old = [
+        Rollout(f"{n}/{k}", n, (1,), outcome=right_or_wrong(k < 3)) for n in "ab" for k in range(4)
+    ]
     config = dataclasses.replace(FREE, discount=0.5)
     table = PassRateTable.estimate(old, problems, config, student_step=2)
-    new = [Rollout("a/9", "a", (1,), correct=True), Rollout("a/10", "a", (1,), correct=False)]
+    new = [
+        Rollout("a/9", "a", (1,), outcome=right_or_wrong(True)),
+        Rollout("a/10", "a", (1,), outcome=right_or_wrong(False)),
+    ]
     a, b = table.updated(new, config, student_step=7).rows
     assert (a.effective_correct, a.effective_rollouts) == (0.5 * (0.5 * 3 + 1), 0.5 * (2 + 1) + 1)
     assert (a.num_correct, a.num_rollouts, a.student_step) == (4, 6, 7)

@@ -121,7 +121,7 @@ def test_wrong_references_are_kept_unless_told_otherwise(make_config, tmp_path, 
     assert teacher[1][0].samples_asked == 24
     assert (
         f"{right} of 24 teacher responses are right, 0 of them at a later attempt; {24 - right} "
-        "wrong ones are kept; 0 truncated; 24 sampled" in caplog.text
+        "others are kept; 0 truncated; 24 sampled" in caplog.text
     )
 
 
@@ -140,7 +140,7 @@ def test_resampling_stops_at_the_first_right_one_and_keeps_what_stays_wrong(
     attempts = [row["attempts"] for row in rows.values()]
     assert teacher[1][1].samples_asked == sum(attempts) and len(set(attempts)) > 2
     later = sum(row["correct"] and row["attempts"] > 1 for row in rows.values())
-    assert f"{later} of them at a later attempt; {len(wrong)} wrong ones are kept" in caplog.text
+    assert f"{later} of them at a later attempt; {len(wrong)} others are kept" in caplog.text
 
 
 @pytest.mark.parametrize("break_after", [0, 10, 24, 30, 45])

@@ -72,6 +72,9 @@ def test_rollouts_end_at_the_most_of_one_problem():
     )
     given = allocate(config, np.array([1.0, 4.0]), np.array([8.0, 9.0]), 100)
     assert given.tolist() == [1, 0]
+    asked = np.array([9, 8])
+    given = allocate(config, np.array([1.0, 4.0]), np.array([2.0, 8.0]), 100, num_asked=asked)
+    assert given.tolist() == [0, 1], "what has no verdict was asked for all the same"
 
 
 def test_the_greedy_choice_beats_the_same_number_everywhere():

@@ -1,13 +1,15 @@
 from dataclasses import replace
 
+import numpy as np
 import pandas
 import pytest
 
 from nemo_paced.config import Estimator, WeightScheme, WeightsConfig
 from nemo_paced.errors import ConfigError
 from nemo_paced.grading.accuracy import Accuracy, Difference
-from nemo_paced.records import Problem, Rollout
+from nemo_paced.records import Outcome, Problem, Rollout
 from nemo_paced.weights.pass_rates import PassRateTable
+from tests.outcomes import right_or_wrong
 
 PROBLEMS = [Problem(name, "x", "1", group=name[:1]) for name in ("a1", "a2", "b1")]
 CORRECT = {"a1": 1, "a2": 4, "b1": 2}
@@ -15,7 +17,14 @@ CORRECT = {"a1": 1, "a2": 4, "b1": 2}
 
 def rollouts():
     return [
-        Rollout(f"{name}/{k}", name, (1, 2), sample=k, correct=k < count, truncated=k == 3)
+        Rollout(
+            f"{name}/{k}",
+            name,
+            (1, 2),
+            sample=k,
+            outcome=right_or_wrong(k < count),
+            truncated=k == 3,
+        )
         for name, count in CORRECT.items()
         for k in range(4)
     ]
@@ -35,12 +44,64 @@ def test_the_table_has_the_promised_columns_and_unit_mean_weights(tmp_path):
         "pass_rate",
         "weight",
         "student_step",
+        "num_truncated",
+        "num_unanswered",
+        "num_timed_out",
     ]
     assert frame["pass_rate"].tolist() == [0.25, 1.0, 0.5]
     assert frame["weight"].mean() == pytest.approx(1.0) and frame["weight"][1] == 0
     assert PassRateTable.read(path, PROBLEMS) == table
     again = table.reweighted(WeightsConfig(scheme=WeightScheme.unweighted))
     assert set(again.weights().values()) == {1.0}
+
+
+def of_outcomes(name, *outcomes):
+    return [Rollout(f"{name}/{k}", name, (1,), outcome=each) for k, each in enumerate(outcomes)]
+
+
+def test_what_has_no_verdict_does_not_count_and_what_has_no_answer_counts_as_wrong(tmp_path):
+    right, wrong, none = Outcome.right, Outcome.wrong, Outcome.unanswered
+    cut, late = Outcome.truncated, Outcome.timed_out
+    graded = [
+        *of_outcomes("a1", right, wrong, none, cut),
+        *of_outcomes("a2", right, late, wrong, late),
+        *of_outcomes("b1", late, late, late, late),
+    ]
+    for estimator in Estimator:
+        config = WeightsConfig(estimator=estimator)
+        table = PassRateTable.estimate(graded, PROBLEMS, config, student_step=0)
+        assert table.pass_rates[:2].tolist() == [0.25, 0.5] and np.isnan(table.pass_rates[2])
+        assert table.frame["num_rollouts"].tolist() == [4, 2, 0]
+        assert table.frame["num_truncated"].tolist() == [1, 0, 0]
+        assert table.frame["num_unanswered"].tolist() == [1, 0, 0]
+        assert table.frame["num_timed_out"].tolist() == [0, 2, 4]
+        table.check_estimator(config, tmp_path)  # four were asked of each
+        weights = table.frame["weight"]
+        assert weights.mean() == pytest.approx(1) and (weights[:2] > 0).all()
+        assert (weights.iloc[2] > 0) == (estimator is Estimator.posterior), "the prior's"
+        drift = table.drift()
+        assert drift["weights/mean_pass_rate"] == 0.375
+        assert drift["weights/share_between"] == 1
+        table.write(tmp_path / "t.parquet")
+        assert PassRateTable.read(tmp_path / "t.parquet") == table
+        later = table.updated(of_outcomes("b1", late, right, cut), config, student_step=1).rows[2]
+        assert (later.num_correct, later.num_rollouts) == (1, 2)
+        assert (later.num_timed_out, later.num_truncated) == (5, 1)
+
+
+def test_a_set_without_any_verdict_is_told_so():
+    late = [each for p in PROBLEMS for each in of_outcomes(p.id, Outcome.timed_out)]
+    with pytest.raises(ConfigError, match=r"3 have no verdict within grading.time_limit_s"):
+        PassRateTable.estimate(late, PROBLEMS, WeightsConfig(), student_step=0)
+
+
+def test_a_table_of_earlier_columns_is_read(tmp_path):
+    path = tmp_path / "t.parquet"
+    table = PassRateTable.estimate(rollouts(), PROBLEMS, WeightsConfig(), student_step=0)
+    table.write(path)
+    columns = ["num_truncated", "num_unanswered", "num_timed_out"]
+    pandas.read_parquet(path).drop(columns=columns).to_parquet(path)
+    assert PassRateTable.read(path, PROBLEMS) == table
 
 
 def test_a_table_of_other_problems_is_refused(tmp_path):
@@ -75,7 +136,10 @@ def test_an_update_counts_what_the_definition_says():
     config = WeightsConfig(estimator=Estimator.posterior, discount=0.9)
     table = PassRateTable.estimate(rollouts(), PROBLEMS, config, student_step=0)
     first, verdicts = table.rows[0], (True, False, True)
-    new = [replace(rollouts()[0], problem_id=first.id, correct=verdict) for verdict in verdicts]
+    new = [
+        replace(rollouts()[0], problem_id=first.id, outcome=right_or_wrong(verdict))
+        for verdict in verdicts
+    ]
     got = table.updated(new, config, student_step=4).rows
     right, count = first.effective_correct, first.effective_rollouts
     for verdict in verdicts:
