@@ -222,7 +222,7 @@ class _Labelled:
 
     def __init__(self, size: int, seed: int) -> None:
         self.number = self.counted = 0
-        self.others = _Sample(max(size, 1), seed)
+        self.others = _Sample(size, seed)
 
     def see(self, answered: Answered, verdict: Verdict) -> None:
         if answered.label is None:

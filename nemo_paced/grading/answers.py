@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from fractions import Fraction
@@ -22,7 +23,15 @@ from nemo_paced.grading.evidence import (
     last_boxed,
     without_thought,
 )
-from nemo_paced.grading.exact import rational
+from nemo_paced.grading.exact import half_digit
+from nemo_paced.grading.units import (
+    NO_UNIT,
+    PERCENT,
+    Quantity,
+    number,
+    quantity,
+    without_thousands,
+)
 
 
 class Comparison(StrEnum):
@@ -62,6 +71,9 @@ _LABELLED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s|\Z))\s*")  # "E: vitamin D", 
 _BETWEEN_ITEMS = re.compile(
     r"\s*(?:,\s*(?:and|or)\s|,\s|;|\s(?:and|or)\s|\\(?:land|lor)(?![a-z]))\s*"
 )
+_MARKS = re.compile(rf"[()\[\]]|{_BETWEEN_ITEMS.pattern}")
+_TUPLE = re.compile(r"([(\[])(.*)[)\]]", re.S)
+_PHRASE = re.compile(r"[A-Za-z ]{4,}")
 _BASED = re.compile(r"\(?([0-9A-Za-z]{1,100})\)?(?:_\{?(\d{1,2})\}?)?", re.A)
 _LENGTH = (
     r"(?:mm|cm|km|m|in|ft|yd|inch(?:es)?|f(?:oo|ee)t|(?:centi|milli|kilo)?met(?:er|re)s?|units?)"
@@ -72,51 +84,10 @@ _UNIT_BEHIND = re.compile(
 
 _NAMED = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?)\s*=(?!=)")
 _DATE = re.compile(r"\d{1,4}\s*[-–]\s*\d{1,4}(?:\s*[-–]\s*\d{1,4})?")
-_COLON = re.compile(r"(\d{1,9})\s*:\s*(\d{1,9})")
-
-_THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,)\]}])")
-_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
-_TEN_TIMES = re.compile(r"(?<=\d)\s{0,4}x\s{0,4}(?=10\s{0,4}\^)")  # 3 x 10^5
-_ONE_NUMBER = re.compile(r"[-+]?(?:[\d.,\s/{}]|\\frac|\\overline)+(?:\\times\s*10\^\{?-?\d+\}?)?")
-_QUANTITY = re.compile(r"(.*?\d[})]?)(\s*)(%|[A-Za-z°][A-Za-z°/ .]*(?:\^\{?-?\d\}?)?)")
-_PREFIX = re.compile(r"^(?:\\?[$€£]|[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|\\approx)(?!=))\s*")
-
-_FACTORS = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-_SHORT_UNITS = frozenset(
-    (
-        *"mgshlLNJWVKCFA",
-        *("ft", "in", "yd", "mi", "lb", "lbs", "oz", "mph", "ml", "mL", "ms", "Hz", "Pa", "kW"),
-        *("am", "pm", "hr", "hrs", "min", "mins", "sec", "secs", "deg", "rad"),
-    )
+_COLON = re.compile(r"(\d{1,9})\s*:\s*(\d{1,9})\s*(?:([AaPp])\.?\s?[Mm]\.?)?")
+_RESIDUE = re.compile(
+    r"(?:[A-Za-z]\s*(?:\\equiv|=|≡)\s*)?(-?\d{1,99})\s*\(?\\?[pb]?mod\s*\{?(\d{1,99})\}?\)?"
 )
-# words behind a number that are no unit
-_NO_UNITS = frozenset(
-    (
-        *("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "arcsin", "arccos", "arctan"),
-        *("or", "and", "mod", "modulo", "times", "choose", "plus", "minus", "over", "squared"),
-        *("cubed", "factorial", "halves", "half", "thirds", "third", "quarters", "quarter"),
-        *("fourths", "fifths", "tenths", "hundredths", "remainder", "more", "less", "least"),
-        *("most", "below", "above", "to", "is", "not", "no", "wrong", "if", "when", "so"),
-        *("fails", "does", "for", "otherwise", "but", "because", "since", "extraneous", "then"),
-    )
-)
-# unit: (dimension, its size in units of the dimension); units not listed are compared as text
-_UNITS: dict[str, tuple[str, int | Fraction]] = {
-    "%": ("%", 1), "percent": ("%", 1), "°": ("angle", 1), "degree": ("angle", 1),
-    "dollar": ("dollar", 1), "cent": ("dollar", Fraction(1, 100)),
-    "mm": ("length", 1), "cm": ("length", 10), "m": ("length", 1000), "km": ("length", 10**6),
-    "millimeter": ("length", 1), "centimeter": ("length", 10), "meter": ("length", 1000),
-    "kilometer": ("length", 10**6), "g": ("mass", 1), "gram": ("mass", 1), "kg": ("mass", 1000),
-    "kilogram": ("mass", 1000), "s": ("time", 1), "second": ("time", 1), "min": ("time", 60),
-    "minute": ("time", 60), "h": ("time", 3600), "hour": ("time", 3600), "day": ("time", 86400),
-}  # fmt: skip
 
 _UNICODE = {
     "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ",
@@ -138,16 +109,22 @@ def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, C
     """
     if normalize(extracted) == normalize(answer):
         return True, Comparison.text
-    if _CAPITAL.fullmatch(_clean(answer)) and _LABELLED.match(_clean(extracted)):
-        return _letter(_clean(extracted)) == _clean(answer).strip("()."), Comparison.letter
+    ours, reference = clean(extracted), clean(answer)
+    for one, other in ((ours, reference), (reference, ours)):
+        if _CAPITAL.fullmatch(one) and _LABELLED.match(other):
+            return _letter(other) == one.strip("()."), Comparison.letter
+    if _singular(ours) == _singular(reference) and _PHRASE.fullmatch(ours):
+        return True, Comparison.text
     equal = _bases_agree(extracted, answer)
+    if equal is None:
+        equal = _written_alike(ours, reference)
     if equal is None:
         equal = numbers_agree(extracted, answer, tolerance)
     if equal is not None:
         return equal, Comparison.numbers
-    ours, reference = items(extracted), items(answer)
-    if len(ours) > 1 and len(ours) == len(reference):
-        equal = _items_agree(ours, reference, tolerance)
+    our_items, their_items = items(extracted), items(answer)
+    if len(our_items) > 1 and len(our_items) == len(their_items):
+        equal = _items_agree(our_items, their_items, tolerance)
         if equal is not None:
             return equal, Comparison.lists
     return None, Comparison.symbolic
@@ -155,38 +132,66 @@ def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, C
 
 def items(answer: str) -> list[str]:
     """Items of a list such as ``1, 2 and 3``; a tuple, an interval or a matrix is one item."""
-    text = _clean(answer)
+    text = clean(answer)
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]
-    if re.search(r"[()\[\]]|\\begin", text):
+    if "\\begin" in text:
         return [text]
     if not re.search(r",\s", text):  # 1,000 is one number, and 1,000, 2,000 are two
-        text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+        text = without_thousands(text)
         text = text.replace(",", ", ")
-    parts = _BETWEEN_ITEMS.split(text)
-    return [part.strip() for part in parts if part.strip()]
+    items, depth, begin = [], 0, 0
+    for mark in _MARKS.finditer(text):
+        if mark[0] in "([":
+            depth += 1
+        elif mark[0] in ")]":
+            depth -= 1
+        elif not depth:
+            items.append(text[begin : mark.start()])
+            begin = mark.end()
+    return [part.strip() for part in (*items, text[begin:]) if part.strip()]
 
 
 def _items_agree(ours: list[str], reference: list[str], tolerance: float) -> bool | None:
     """Whether two lists hold the same, in any order; ``None``: some item is no number."""
     names = [[_NAMED.match(item) for item in each] for each in (ours, reference)]
     if any(map(any, names)) and not all(map(all, names)):
-        return None
+        named = 0 if all(names[0]) else 1
+        if any(names[1 - named]) or len({each and each[1] for each in names[named]}) > 1:
+            return None
+        # x=1 or x=-2 are 1 and -2
+        bare = [_NAMED.sub("", item, count=1) for item in (ours, reference)[named]]
+        ours, reference = (bare, reference) if not named else (ours, bare)
     left = list(reference)
     for item in ours:
-        equal = [
-            normalize(item) == normalize(other) or numbers_agree(item, other, tolerance)
-            for other in left
-        ]
+        equal = [_item_agrees(item, other, tolerance) for other in left]
         if True not in equal:
             return None if None in equal else False
         del left[equal.index(True)]
     return True
 
 
+def _item_agrees(item: str, other: str, tolerance: float) -> bool | None:
+    """Whether two items of lists agree, or two tuples part by part; ``None``: not told."""
+    if normalize(item) == normalize(other):
+        return True
+    tuples = [_TUPLE.fullmatch(clean(each)) for each in (item, other)]
+    if tuples[0] is None or tuples[1] is None:
+        return numbers_agree(item, other, tolerance)
+    parts = [items(each[2]) for each in tuples if each]
+    if len(parts[0]) != len(parts[1]) or tuples[0][1] != tuples[1][1] or len(parts[0]) < 2:
+        return None
+    found = [_item_agrees(a, b, tolerance) for a, b in zip(*parts, strict=True)]
+    return False if False in found else (None if None in found else True)
+
+
+def _singular(words: str) -> str:
+    return " ".join(words.lower().split()).removesuffix("s")
+
+
 def _bases_agree(extracted: str, answer: str) -> bool | None:
     """Whether numbers such as ``321_8`` agree; a base that one side leaves out is the other's."""
-    found = [_BASED.fullmatch(_clean(text).replace(" ", "")) for text in (extracted, answer)]
+    found = [_BASED.fullmatch(clean(text).replace(" ", "")) for text in (extracted, answer)]
     if found[0] is None or found[1] is None or not (found[0][2] or found[1][2]):
         return None
     (ours, our_base), (reference, base) = (each.groups() for each in found if each)
@@ -207,7 +212,7 @@ def _is_of_base(digits: str, base: str | None) -> bool:
 
 def without_unit(extracted: str, answer: str) -> tuple[str, str]:
     """Both answers, without a unit behind a formula that only one of them names."""
-    both = [_clean(text) for text in (extracted, answer)]
+    both = [clean(text) for text in (extracted, answer)]
     bare = [_UNIT_BEHIND.sub("", text) for text in both]
     if (bare[0] != both[0]) == (bare[1] != both[1]):
         return extracted, answer
@@ -226,7 +231,7 @@ def find_choice(text: str, *, truncated: bool = False, unmarked: bool = True) ->
     """
     found = find_answer(text, truncated=truncated, last_number=False)
     if found.evidence is not Evidence.none:
-        letters = (_letter(_clean(reading)) for reading in found.readings)
+        letters = (_letter(clean(reading)) for reading in found.readings)
         letter = next((letter for letter in letters if letter), None)
         return replace(found, answer=letter)
     if truncated or not unmarked:
@@ -256,7 +261,7 @@ def normalize(answer: str) -> str:
 
     Words lose their case; symbols keep it (``X`` and ``x`` may be two variables).
     """
-    answer = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), _clean(answer))
+    answer = without_thousands(clean(answer))
     answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer)  # "1 1/2" must not become 11/2
     return answer.lower() if re.fullmatch(r"[A-Za-z]{2,}", answer) else answer
 
@@ -267,110 +272,90 @@ def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
     A unit that only one side names is let pass; a percentage is its number or a hundredth of it.
 
     Args:
-        tolerance: relative, where a side is written with a decimal point.
+        tolerance: relative, where a side is written with a decimal point. Up to ``ROUNDING`` it is
+            there for rounding, and forgives no digit that was written.
     """
-    if _different_kinds(extracted, answer):
+    written = clean(extracted), clean(answer)
+    if _different_kinds(*written):
         return False
-    ours, reference = _quantity(extracted), _quantity(answer)
+    ours, reference = map(quantity, written)
     if ours is None or reference is None:
         return None
-    (value, unit), (wanted, wanted_unit) = ours, reference
-    if unit and wanted_unit:
-        dimension, factor = _UNITS.get(unit, (unit, 1))
-        wanted_dimension, wanted_factor = _UNITS.get(wanted_unit, (wanted_unit, 1))
-        if dimension != wanted_dimension:
+    value, wanted = ours.value, reference.value
+    if NO_UNIT not in (ours.unit, reference.unit):
+        if ours.unit.dimension != reference.unit.dimension:
             return False
-        value, wanted = value * factor, wanted * wanted_factor
-    values = {value} | ({value / 100} if unit == "%" and not wanted_unit else set())
-    targets = {wanted} | ({wanted / 100} if wanted_unit == "%" and not unit else set())
-    written = [_clean(text) for text in (extracted, answer)]
-    decimals = [len(found[1]) for text in written if (found := re.search(r"\.(\d+)", text))]
+        value, wanted = ours.size, reference.size
+    values = {value} | ({value / 100} if is_percentage(ours, reference) else set())
+    targets = {wanted} | ({wanted / 100} if is_percentage(reference, ours) else set())
+    return any(agree_rounded(v, t, written, tolerance) for v in values for t in targets)
+
+
+def is_percentage(one: Quantity, other: Quantity) -> bool:
+    """Whether one number is a percentage and the other has no unit."""
+    return one.unit.dimension == PERCENT and other.unit == NO_UNIT
+
+
+def agree_rounded(
+    value: Fraction, target: Fraction, written: Sequence[str], tolerance: float
+) -> bool:
+    """Whether two values agree but for the rounding of decimals.
+
+    Args:
+        written: both, as they are written.
+        tolerance: see :func:`numbers_agree`.
+    """
     powers = any(re.search(r"\d\s*[eE]|\^", text) for text in written)
-    whole = value.denominator == wanted.denominator == 1 and not powers
-    inexact = bool(decimals) and not whole
-    slack = Fraction(tolerance) if inexact and not whole else Fraction(0)
-    # a tolerance for rounding forgives no digit that was written
-    digit = Fraction(1, 2 * 10 ** min(decimals)) if inexact and not powers else None
-    if digit is None or tolerance > ROUNDING:
-        return any(abs(v - t) <= slack * abs(t) for v in values for t in targets)
-    return any(abs(v - t) <= min(slack * abs(t), digit) for v in values for t in targets)
+    whole = value.denominator == target.denominator == 1 and not powers
+    if whole or not any(re.search(r"\.\d", text) for text in written):
+        return value == target
+    slack = Fraction(tolerance) * abs(target)
+    if tolerance <= ROUNDING:
+        digits = [half for text in written if (half := half_digit(text)) is not None]
+        slack = min(slack, max(digits, default=Fraction(0)))
+    return abs(value - target) <= slack
 
 
-def prepare_worker() -> None:
-    """Import math-verify, and its grammar by a first use: seconds that no answer should pay."""
-    symbolically_equal("x+1", "1+x")
-
-
-def _different_kinds(extracted: str, answer: str) -> bool:
-    """Whether answers are named apart, or one is a date, a score, a time or a ratio, and not equal.
+def _different_kinds(ours: str, reference: str) -> bool:
+    """Whether answers are named apart, or one is a date, a time, a ratio or a residue, and other.
 
     A parser of mathematics would take these for differences and quotients.
     """
-    ours, reference = _clean(extracted), _clean(answer)
     names = [_NAMED.match(text) for text in (ours, reference)]
     if names[0] and names[1] and names[0][1] != names[1][1]:
         return True
     if _DATE.fullmatch(reference) or (_DATE.fullmatch(ours) and ours.count("-") > 1):
         return ours.replace(" ", "") != reference.replace(" ", "")
     ratios = [_COLON.fullmatch(text) for text in (ours, reference)]
-    if ratios[0] and ratios[1]:
-        if len(ratios[0][2]) == len(ratios[1][2]) == 2:  # times
-            return ratios[0].groups() != ratios[1].groups()
-        (a, b), (c, d) = (map(int, each.groups()) for each in ratios if each)
-        return a * d != b * c
-    return False
-
-
-def symbolically_equal(extracted: str, answer: str) -> bool:
-    """Whether math-verify finds two answers equal; for a worker with limits of time and memory."""
-    import logging
-
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    texts = [_clean(text) for text in (answer, extracted)]
-    bare = [re.sub(r"\\[A-Za-z]+", " ", _NAMED.sub("", text, count=1)) for text in texts]
-    if any(_WORDS.fullmatch(text) or text.strip().lower() in ("no", "on") for text in bare):
-        return False  # words are no products of letters, and were compared as text
-    lettered = [bool(re.search(r"[A-DF-HJ-Za-df-hj-z]", text)) for text in bare]
-    one_sided = lettered[0] != lettered[1] and not any(map(_RELATION.search, texts))
-    if one_sided and "\\" not in texts[lettered.index(True)]:
-        return False  # 2ab is no 2; sin^2 x + cos^2 x may be 1
-    if _primes(texts[0]) != _primes(texts[1]):
+    if not (ratios[0] and ratios[1]):
         return False
-    letters = {letter for text in texts for letter in re.findall(_VARIABLE, text)}
-    if any(letter.isupper() and letter.lower() in letters for letter in letters):
-        # to math-verify X and x are one variable
-        texts = [re.sub(_VARIABLE, _told_apart, text) for text in texts]
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unreadable answer is no event
-    latex = [LatexExtractionConfig()]
-    try:
-        gold, ours = (
-            parse(f"${text}$", extraction_config=latex, parsing_timeout=None) for text in texts
-        )
-        # x <= 3 and (-oo, 3] say the same
-        return bool(
-            gold and ours and verify(gold, ours, timeout_seconds=None, allow_set_relation_comp=True)
-        )
-    except MemoryError:
-        raise  # no verdict
-    except Exception:  # sympy raises what it likes on what is no mathematics
-        return False
+    (a, b, our_half), (c, d, half) = (each.groups() for each in ratios if each)
+    if our_half or half or len(b) == len(d) == 2:  # times
+        halves = {each.lower() for each in (our_half, half) if each}
+        return (int(a), b) != (int(c), d) or len(halves) > 1
+    return int(a) * int(d) != int(b) * int(c)
 
 
-_RELATION = re.compile(r"[<>=]|\\(?:le|ge|lt|gt|ne|in|leq|geq|mid|neq)(?![a-z])|\\cup|or|and")
-_WORDS = re.compile(r"\s*(?=.*[A-Za-z]{3})[A-Za-z\s]+|[A-Z\s]{2,}")
-_VARIABLE = r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z_])"
+def _written_alike(ours: str, reference: str) -> bool | None:
+    """Whether two times, or two residues, agree; ``None``: they are something else."""
+    if _COLON.fullmatch(ours) and _COLON.fullmatch(reference):
+        return not _different_kinds(ours, reference)
+    found = [_RESIDUE.fullmatch(text) for text in (ours, reference)]
+    if not any(found):
+        return None
+    values = [
+        (int(each[1]), int(each[2])) if each else (number(text), None)
+        for each, text in zip(found, (ours, reference), strict=True)
+    ]
+    (value, modulus), (wanted, other) = values
+    if value is None or wanted is None:
+        return None
+    if modulus is None or other is None:
+        return value == wanted
+    return modulus == other and (value - wanted) % other == 0
 
 
-def _primes(text: str) -> int:
-    return text.count("'") + text.count("\\prime") + text.count("dots")
-
-
-def _told_apart(found: re.Match[str]) -> str:
-    return f"{found[0]}_{{1}}" if found[0].isupper() else found[0]
-
-
-def _clean(answer: str) -> str:
+def clean(answer: str) -> str:
     """An answer without Markdown, math delimiters, spacing commands and Unicode forms of LaTeX."""
     answer = _RAISED.sub(lambda f: f"^{{{f[0].translate(_DIGITS)}}}", answer)
     answer = _LOWERED.sub(lambda f: f"_{{{f[0].translate(_DIGITS)}}}", answer)
@@ -386,6 +371,8 @@ def _clean(answer: str) -> str:
         r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\[!,;: ]|\\q?quad(?![A-Za-z])|~", "", answer
     )
     answer = answer.replace("\\varnothing", "\\emptyset").replace("\\{\\}", "\\emptyset")
+    answer = re.sub(r"\\log_\{?e\}?(?![A-Za-z])", r"\\ln ", answer)
+    answer = re.sub(r"(?<=[.\d])\s*\\bar(?=\s*\{?\d)", r"\\overline", answer)
     answer = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", answer)
     answer = re.sub(r"\^\s*\{?\\circ\}?", "°", answer.replace("{,}", ","))
     answer = answer.replace("\\%", "%").replace("\\degree", "°")
@@ -396,44 +383,3 @@ def _bare(answer: str) -> str:
     """An answer without Markdown around it and its full stop; an ellipsis stays."""
     answer = re.sub(r"(?<!\.)[.,;]$", "", answer.strip().strip("*` "))
     return answer.strip("*` ").removesuffix("__")
-
-
-def _quantity(answer: str) -> tuple[Fraction, str] | None:
-    """Exact value and unit ("" for none) of a number with an optional unit; or ``None``."""
-    answer = _PREFIX.sub("", _clean(answer))
-    found = _QUANTITY.fullmatch(answer)
-    if found is None:
-        value = _number(answer)
-        return None if value is None else (value, "")
-    body, gap, unit = found[1], found[2], found[3].strip(" .")
-    value = _number(body) if _ONE_NUMBER.fullmatch(body) else None
-    words = unit.split()
-    if value is None or not words:
-        return None
-    if words[0].lower() in _FACTORS:
-        value, words = value * _FACTORS[words[0].lower()], words[1:]
-    if words and not _is_unit(words, bool(gap)):
-        return None
-    unit = re.sub(r"[{}]", "", " ".join(words))
-    singular = unit[:-1] if len(unit) > 3 and unit.endswith("s") else unit
-    return value, "%" if singular.lower() == "percent" else singular
-
-
-def _is_unit(words: list[str], gap: bool) -> bool:
-    """Whether the words behind a number are a unit: 3x, 3 squared and 3 plus x are none."""
-    bare = [re.sub(r"\^\{?-?\d\}?$", "", word).strip("/.") for word in words]
-    known = [word in _UNITS or word.rstrip("s") in _UNITS or word in _SHORT_UNITS for word in bare]
-    if bare[-1] != words[-1].strip("/.") and not known[-1]:
-        return False  # x^2
-    if not gap:
-        return len(words) == 1 and known[0] and (len(words[0]) > 1 or words[0] in "%°")
-    if len(words) > 3 or any(word.lower() in _NO_UNITS for word in bare):
-        return False
-    return all(is_known or len(word) > 2 for word, is_known in zip(bare, known, strict=True))
-
-
-def _number(answer: str) -> Fraction | None:
-    """Exact value of a written number; or ``None``."""
-    answer = _SPACED_THOUSANDS.sub(lambda found: found[0].replace(" ", ""), answer.strip())
-    answer = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), answer)
-    return rational(_TEN_TIMES.sub("*", answer))

@@ -10,6 +10,7 @@ import re
 from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 
 
 class Evidence(StrEnum):
@@ -51,13 +52,19 @@ LONGEST = 1200  # characters of a line that are looked at: longer is no answer
 
 _THOUGHT_ENDS = ("</think>", "</seed:think>", "[/THINK]", "<|END_THINKING|>", "◁/think▷")
 _THOUGHT_BEGINS = ("<think>", "<seed:think>", "[THINK]", "<|START_THINKING|>", "◁think▷")
+_VERB = (
+    r"\b(?:(?:is|are)(?:[ \t]equal[ \t]to)?|equals?|(?:must|should|would|will|has[ \t]to)[ \t]be"
+    r"|comes?[ \t](?:out[ \t])?to(?:[ \t]be)?)\b"
+    r"(?:[ \t](?:then|thus|therefore|simply|just|indeed|now)\b,?)?"
+)
 _MARK = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])|(?m:^)[ \t]{0,8}####(?!#)"
-    r"|(?i:\banswers?\b)(?=[*_\s]{0,4}[:=：]|[*_ \t]{0,4}(?:is|are)\b|[*_#: \t]{0,8}(?:\r?\n|\Z))"
+    r"|(?i:\banswers?\b)"
+    rf"(?=[*_\s]{{0,4}}[:=：]|[*_ \t]{{0,4}}{_VERB}|[*_#: \t]{{0,8}}(?:\r?\n|\Z))"
 )
 # what makes a line, or a sentence, of the word "answer"
 _SAYS = re.compile(
-    r"[*_\s]{0,4}(?P<strong>[:=：])|[*_ \t]{0,4}(?P<weak>\b(?:is|are)\b[ \t]{0,4}:?)"
+    rf"[*_\s]{{0,4}}(?P<strong>[:=：])|[*_ \t]{{0,4}}(?P<weak>{_VERB}[ \t]{{0,4}}:?)"
 )
 _HEADING = re.compile(r"[*_#: \t]{0,8}(?:\r?\n|(?P<end>\Z))")
 _BEFORE_HEADING = re.compile(r"[#*_ \t]{0,8}(?:(?i:the|final)[ \t]){0,2}")
@@ -73,10 +80,14 @@ _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 _DENIED = re.compile(r"(?i)(?:not|neither|either|unclear|unknown)\b")
 _TAIL = re.compile(r"(?:\s+of\s+(?:the|a|an|all)\s[A-Za-z ]*)?[\s.,]*")
 _ITEM = re.compile(r"(?:\*\*)?(?:\d{1,2}[.)]|[-•>])\s+(?=\S)")  # a list's marker
-_NUMBER = re.compile(r"[-−]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
+_NUMBER = re.compile(
+    r"[-−]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|[-−]?\\[dt]?frac\{\d+\}\{\d+\}"
+)
 # a number that stands by itself, not within a formula, a time or a word
 _BEFORE, _AFTER = re.compile(r"[\w^_{/:.)\]]"), re.compile(r"[\w^{}!:]|\s?π|\s+(?:is|was)\s+not")
-_GSM8K = re.compile(r"\**\s{0,4}[-−$€£\\]{0,3}\d(?!\d?[.):]\s+\S)")
+_GSM8K = re.compile(
+    r"\**\s{0,4}[-−$€£\\]{0,3}\d(?!\d?[.):]\s+\S)|\s{0,4}[-−]?(?:\$|\\\()?[-−]?\\(?:[dt]?frac|sqrt|pi)\b"
+)
 _MATH = re.compile(r"[\d\\=^∞∅π√]")
 # words that a sentence "the answer is ..." goes on with where it gives none
 _PROSE = frozenset(
@@ -87,7 +98,18 @@ _PROSE = frozenset(
         *("not", "now", "obtained", "obvious", "of", "on", "only", "or", "perhaps", "possible"),
         *("possibly", "probably", "reasonable", "right", "simply", "so", "still", "that", "the"),
         *("then", "there", "therefore", "this", "thus", "to", "unclear", "unique", "valid"),
-        *("verified", "we", "what", "when", "where", "which", "wrong", "your"),
+        *("verified", "we", "what", "when", "where", "which", "wrong", "your", "less", "greater"),
+        *(
+            "more",
+            "fewer",
+            "larger",
+            "smaller",
+            "divisible",
+            "between",
+            "within",
+            "around",
+            "about",
+        ),
         # and headings of Markdown that look like GSM8K's mark
         *("step", "part", "case", "solution", "conclusion", "note", "final", "let", "summary"),
     )
@@ -159,7 +181,7 @@ def _of_mark(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
         return _of_heading(text, mark, truncated)
     if says["strong"]:
         return _of_line(text, says.end(), truncated, Evidence.line)
-    return _of_sentence(text, says.end(), truncated)
+    return _of_sentence(text, mark, says, truncated)
 
 
 def _of_box(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
@@ -292,9 +314,20 @@ def _of_heading(text: str, mark: re.Match[str], truncated: bool) -> Found | None
     return _of_line(text, rest.end(), truncated, Evidence.line)
 
 
-def _of_sentence(text: str, begin: int, truncated: bool) -> Found | None:
+_BEGINS_WITH_MATH = re.compile(r"[*_\s]{0,4}[-−+$\\(\[{\d√]|[A-Za-z]\s*=")
+_PLAIN_VERB = re.compile(r"\b(?:is|are)\b")
+# a sentence of which "the answer is positive" is only what it speaks of
+_SPOKEN_OF = re.compile(
+    r"(?i)\b(?:show|prove|check|verify|know|ensure|sure|expect|require|need|suppose|assume|mean)\w{0,3}"
+    r"\s+(?:that|if|whether)\s+(?:the\s+)?(?:final\s+)?\Z"
+)
+
+
+def _of_sentence(
+    text: str, mark: re.Match[str], says: re.Match[str], truncated: bool
+) -> Found | None:
     """The answer of a sentence "the answer is ..."; ``None``: the sentence says something else."""
-    begin = _behind(_GAP, text, begin)
+    begin = _behind(_GAP, text, says.end())
     line, whole = _line(text, begin)
     if text.find("\n", begin, _behind(_BLANK, text, begin)) >= 0 or (truncated and not line):
         return _of_line(text, begin, truncated, Evidence.line)
@@ -307,6 +340,10 @@ def _of_sentence(text: str, begin: int, truncated: bool) -> Found | None:
         return NOTHING
     if not _is_answer(_CONJUNCTION.split(line, maxsplit=1)[0]):
         return None
+    if not _BEGINS_WITH_MATH.match(line):  # "must be below 100" and "show that it is positive"
+        before = text[max(0, mark.start() - 60) : mark.start()]
+        if not _PLAIN_VERB.search(says[0]) or _SPOKEN_OF.search(before):
+            return None
     return Found(line, Evidence.sentence, _readings(line))
 
 
@@ -334,4 +371,29 @@ def _readings(line: str) -> tuple[str, ...]:
         found = form.match(readings[-1])
         if found and _TAIL.fullmatch(readings[-1], found.end()):
             readings.append(next(group for group in found.groups() if group))
+    readings.append(_number_of_prose(readings[-1]))
     return tuple(dict.fromkeys(each.strip() for each in readings if each.strip()))
+
+
+# words with which a number in a sentence is another than it says
+_CHANGED = re.compile(
+    r"(?i)\b(?:half|twice|double[ds]?|triple[ds]?|third|quarter|square[ds]?|root|cube[ds]?|sum|product"
+    r"|times|plus|minus|power|factorial|over|divided|less|more|fewer|than|least|most|below|above"
+    r"|under|between|about|around|approximately|hundred|thousand|million|billion|dozen|negative|not"
+    r"|no|nor|or|either|base|mod|modulo|remainder|multiple|nearest)\b"
+)
+
+
+def _number_of_prose(line: str) -> str:
+    """The only number of a sentence such as ``She has 48 left``; else nothing."""
+    found = list(islice(_NUMBER.finditer(line), 2))
+    if len(found) != 1 or _CHANGED.search(line) or _CORRECTED.search(line):
+        return ""
+    begin, end = found[0].span()
+    around = line[:begin] + " " + line[end:]
+    stands_alone = not (begin and _BEFORE.match(line, begin - 1)) and not _AFTER.match(line, end)
+    words = _PROSE_WORDS.fullmatch(around)
+    return found[0][0] if stands_alone and words and len(around.split()) >= 2 else ""
+
+
+_PROSE_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z\s.,'’*$-]*")

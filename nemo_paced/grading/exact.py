@@ -10,6 +10,18 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+_DIGITS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    "nineteen",
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_WORDS = {word: value for value, word in enumerate(_DIGITS)} | {
+    ten if not digit else f"{ten}-{_DIGITS[digit]}": 10 * place + digit
+    for place, ten in enumerate(_TENS, 2)
+    for digit in range(10)
+}
+
 LONGEST = 300  # characters of a written number
 _BITS = 1 << 16  # of a numerator or denominator
 _DEEPEST = 40  # brackets within brackets
@@ -20,6 +32,10 @@ _TOKEN = re.compile(
 )
 _NUMBER = re.compile(
     r"(\d*)\.?(\d*)(?:\((\d+)\)|\\(?:overline|dot)\{?(\d+)\}?)?(?:[eE]([-+]?\d+))?"
+)
+_DECIMAL = re.compile(
+    r"[-+]?[\d,]*\.(?P<after>\d+)\s*"
+    r"(?:[eE](?P<e>[-+]?\d{1,5})|(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?(?P<ten>[-+]?\d{1,5})\}?)?"
 )
 _MIXED = re.compile(r"(?<![\d.^/{])(\d+)\s+(\d+)/(\d+)(?![\d.])")
 _MIXED_FRAC = re.compile(r"(?<![\d.^/{])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})")
@@ -46,6 +62,26 @@ def rational(text: str) -> Fraction | None:
         return _Reader(tokens).whole()
     except _NoNumber:
         return None
+
+
+def in_words(text: str) -> Fraction | None:
+    """Value of a number below a hundred in words: ``forty-two``, ``Forty two``."""
+    value = _WORDS.get("-".join(text.lower().replace("-", " ").split())) if text.isascii() else None
+    return None if value is None else Fraction(value)
+
+
+def half_digit(text: str) -> Fraction | None:
+    """Half a unit of the last digit of a decimal: what rounding may have taken from it.
+
+    ``None``: the text is no decimal, or one with operations.
+    """
+    found = _DECIMAL.fullmatch(text.strip())
+    if found is None:
+        return None
+    exponent = int(found["e"] or found["ten"] or 0)
+    if abs(exponent) > 9999:
+        return None
+    return Fraction(1, 2 * 10 ** len(found["after"])) * Fraction(10) ** exponent
 
 
 def _braced(found: re.Match[str]) -> str:

@@ -33,8 +33,11 @@ from nemo_paced.grading.evidence import Evidence, find_answer, without_thought
 from nemo_paced.grading.verifier_pool import TimedOut, VerifierPool, WorkerDied, load_function
 from nemo_paced.records import Outcome
 
-SYMBOLIC = "nemo_paced.grading.answers:symbolically_equal"
-_RULES = ("grader.py", "evidence.py", "answers.py", "exact.py")  # files that make verdicts
+SYMBOLIC = "nemo_paced.grading.symbolic:symbolically_equal"
+# files that make verdicts
+_RULES = tuple(
+    f"{part}.py" for part in ("grader", "evidence", "answers", "symbolic", "units", "exact")
+)
 MOST_PARSED = 2  # readings of an answer that math-verify is asked about
 SYMBOLIC_MEMORY = 4 * 2**30  # bytes: a power tower must not take the trainer's memory
 
@@ -189,8 +192,9 @@ class Grader:
         """Verdict of a worker process; where it times out or dies there is none."""
         assert self._pool is not None, "only verifiers with a pool ask it"
         name = self.config.verifier if self._is_own else found[2].value
+        extra = () if self._is_own else (self.config.numeric_tolerance,)
         try:
-            correct = self._pool.call(text, answer)
+            correct = self._pool.call(text, answer, *extra)
         except (TimedOut, WorkerDied) as error:
             extracted, evidence, comparison = found
             reason = f"{name}: {error}"
