@@ -332,7 +332,7 @@ def notation_cases(frame: str = r"The answer is $\boxed{A}$.") -> Iterator[Case]
             pairs += [(reference, other, True) for other in others if other not in ONE_WAY]
             pairs += [(other, reference, False) for other in wrong]
             for answer, asked, right in pairs:
-                yield Case(kind, frame.replace("A", answer, 1), asked, right, answer=answer)
+                yield Case(kind, _filled(frame, answer), asked, right, answer=answer)
 
 
 def frame_cases() -> Iterator[Case]:
@@ -345,7 +345,7 @@ def frame_cases() -> Iterator[Case]:
                 yield Case(kind, text, answer, right, kind in cut)
 
 
-def _filled(frame: str, answer: str, other: str) -> str:
+def _filled(frame: str, answer: str, other: str = "") -> str:
     """A frame with its ``A`` and ``B``, which stand by themselves, replaced."""
     words = {"A": answer, "B": other}
     out = ""

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -320,3 +321,24 @@ def test_no_answer_pays_for_the_start_of_a_worker():
     own = "tests.unit.grading.slow_to_start:judge"
     with Grader(GradingConfig(own, num_workers=1, time_limit_s=0.9)) as grader:
         assert grader.grade("a", "a").correct
+
+
+@pytest.mark.parametrize(
+    ("frame", "end"),
+    [
+        (r"So the answer is $\boxed{A}$. Done.", "}"),
+        (r"Not \boxed{B}, it is \boxed{A}. Done.", "}"),
+        ("**Answer:** A\nDone.", "\n"),
+        ("so\n#### A\nDone.", "\n"),
+        ("### Final Answer\n\nA\nDone.", "A\n"),
+        ("<think>A? B? A!</think>Answer: A\nDone.", "A\n"),
+    ],
+)
+def test_a_response_that_is_cut_before_its_answer_ends_is_never_right(frame, end):
+    text = frame.replace("B", "24").replace("A", "42") if "Answer" not in frame else None
+    text = text or re.sub(r"\bB\b", "24", re.sub(r"\bA\b", "42", frame))
+    whole = text.rindex(end.replace("A", "42")) + len(end.replace("A", "42"))
+    with Grader(GradingConfig()) as grader:
+        for cut in range(len(text) + 1):
+            verdict = grader.grade(text[:cut], "42", truncated=True)
+            assert verdict.correct is (cut >= whole), text[:cut]
