@@ -19,7 +19,7 @@ from rich.table import Table
 
 from nemo_paced.config import PacedConfig, Unanswered
 from nemo_paced.data.rows import Row, paths_of, read_rows
-from nemo_paced.data.schemas import Reading, field_of
+from nemo_paced.data.schemas import COLUMNS, Reading, field_of
 from nemo_paced.data.schemas import Unanswered as WithoutAnswer
 from nemo_paced.errors import ConfigError
 from nemo_paced.files import replacing
@@ -59,44 +59,120 @@ class Answered:
     label: bool | None = None
 
 
-def read_answered(path: str, config: PacedConfig, response: str | None) -> Iterator[Answered]:
-    """Responses of a file, or of the files of a pattern, one by one.
+class Answers:
+    """Reader of responses and what they should have answered, which notes what it read.
 
     Args:
         config: its ``data.columns`` name other columns, as for problem files.
-        response: the column with a response, or with several; ``None``: the first of ``RESPONSES``.
-
-    Raises:
-        ConfigError: no such column, no text in it, no answer to compare with, or as
-            :func:`~nemo_paced.data.rows.read_rows`.
+        response: the column with a response, or with several; ``None``: the first of ``RESPONSES``
+            that the first row has.
     """
-    reading = Reading(config.data.columns, keep_instructions=True)
-    number = dropped = 0
-    for where, row in chain.from_iterable(map(read_rows, paths_of(path, key="FILE"))):
-        column = response or next((name for name in RESPONSES if name in row), "response")
-        texts = _texts(field_of(row, column), where, column, row)
-        rest = {name: value for name, value in row.items() if name not in (column, *LABELS)}
-        try:
-            problem = reading.problem({"problem": "?"} | rest, where, number)
-        except WithoutAnswer as error:
-            if config.data.unanswered is Unanswered.refuse:
-                raise ConfigError(
-                    f"{error}; data.columns.answer names another column, data.unanswered=drop "
-                    "leaves such rows out"
-                ) from error
-            dropped += 1
-            continue
-        finally:
-            number += 1
-        cut, labels = _cut(row, len(texts)), _labels(row, len(texts))
-        for index, text in enumerate(texts):
-            name = problem.id if len(texts) == 1 else f"{problem.id}/{index}"
-            answers = (problem.answer, *problem.accepted)
-            yield Answered(name, text, answers, cut[index], labels[index])
-    if number == dropped:
-        raise ConfigError(f"{path} holds no response with an answer to compare with")
-    if dropped:
-        logger.info("%s: %d of %d rows have no answer and were left out", path, dropped, number)
+
+    def __init__(self, config: PacedConfig, response: str | None) -> None:
+        self._data, self._response = config.data, response
+        self._reading = Reading(config.data.columns, keep_instructions=True)
+        self.rows = self.dropped = self.empty = 0
+
+    def read(self, path: str) -> Iterator[Answered]:
+        """Responses of a file, or of the files of a pattern, one by one.
+
+        Raises:
+            ConfigError: no such column, no text in it, no answer to compare with, or as
+                :func:`~nemo_paced.data.rows.read_rows`.
+        """
+        for where, row in chain.from_iterable(map(read_rows, paths_of(path, key="FILE"))):
+            self._response = self._response or self._column_of(row, where)
+            texts = self._texts(row, where)
+            try:
+                problem = self._reading.problem(self._answer_of(row), where, self.rows)
+            except WithoutAnswer as error:
+                if self._data.unanswered is Unanswered.refuse:
+                    raise ConfigError(
+                        f"{error}; data.columns.answer names another column, "
+                        "data.unanswered=drop leaves such rows out"
+                    ) from error
+                self.dropped += 1
+                continue
+            finally:
+                self.rows += 1
+            cut, labels = _cut(row, len(texts), where), _labels(row, len(texts))
+            for index, text in enumerate(texts):
+                name = problem.id if len(texts) == 1 else f"{problem.id}/{index}"
+                answers = (problem.answer, *problem.accepted)
+                yield Answered(name, text, answers, cut[index], labels[index])
+        if self.rows == self.dropped:
+            raise ConfigError(f"{path} holds no response with an answer to compare with")
+
+    def notes(self) -> list[str]:
+        """Sentences on what was read and left out."""
+        answer = self._reading.sources.get("answer") or self._reading.sources.get("solution")
+        notes = [f"responses: column {self._response!r}; answers: column {answer!r}"]
+        if self.dropped:
+            notes.append(f"{self.dropped} of {self.rows} rows have no answer and were left out")
+        if self.empty:
+            notes.append(f"{self.empty} responses are null: graded as empty ones")
+        return notes
+
+    def _column_of(self, row: Row, where: str) -> str:
+        named = set(self._data.columns.values())
+        found = [name for name in RESPONSES if name in row and name not in named]
+        if not found:
+            raise ConfigError(
+                f"{where}: no column with a response: it has {', '.join(sorted(row))}; name the "
+                "column with --response"
+            )
+        return found[0]
+
+    def _answer_of(self, row: Row) -> Row:
+        """The columns of a row that its answer may be read from, and no others.
+
+        The statement is not needed, and a file of responses may have anything in its place.
+        """
+        named = {column.partition(".")[0] for column in self._data.columns.values() if column}
+        taken = {*COLUMNS["id"], *COLUMNS["answer"], *COLUMNS["solution"], *_ANSWERS_BESIDE, *named}
+        kept = {
+            name: value
+            for name, value in row.items()
+            if name in taken
+            and name != self._response
+            and not (name in LABELS and _is_label(value))
+        }
+        options = kept.get("choices")
+        if isinstance(options, list) and any(isinstance(each, dict) for each in options):
+            del kept["choices"]  # completions of an OpenAI server
+        if not isinstance(kept.get("solution", ""), (str, list)):
+            del kept["solution"]
+        return {"problem": "?"} | kept
+
+    def _texts(self, row: Row, where: str) -> list[str]:
+        """The responses in a field: a text, texts, lists of texts, or messages that hold one."""
+        assert self._response is not None, "found at the first row"
+        found = list(_flat(field_of(row, self._response)))
+        if not found or not all(each is None or isinstance(each, str) for each in found):
+            raise ConfigError(
+                f"{where}: column {self._response!r} holds no response; the row has "
+                f"{', '.join(sorted(row))}; name the column of the responses with --response"
+            )
+        self.empty += found.count(None)
+        return [each or "" for each in found]
+
+
+# where published rows keep an answer besides its column
+_ANSWERS_BESIDE = ("reward_model", "extra_info", "choices", "options", "correct", "0", "1")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """Texts in lists and in messages, as lm-eval and OpenAI's servers write them."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _flat(each)
+    elif isinstance(value, dict):
+        inner = next(
+            (value[name] for name in ("text", "content", "message") if name in value), value
+        )
+        yield from _flat(inner) if inner is not value else [value]
+    else:
+        yield value
 
 
 def grade_file(
@@ -111,15 +187,16 @@ def grade_file(
     """Grade the responses of a file and print what became of them.
 
     Args:
-        response: see :func:`read_answered`.
+        response: see :class:`Answers`.
         out: JSONL of the verdicts, a line a response.
         shown: verdicts of each outcome and kind of evidence that are printed, chosen by lot.
 
     Raises:
-        ConfigError: see :func:`read_answered`.
+        ConfigError: see :class:`Answers`.
         GradingError: see :class:`~nemo_paced.grading.grader.Grader`.
     """
-    found = Verdicts()
+    _check_out(out, path)
+    answers, found = Answers(config, response), Verdicts()
     sample, labelled = _Sample(shown, config.model.seed), _Labelled(shown, config.model.seed)
     with ExitStack() as stack:
         lines = None
@@ -128,14 +205,30 @@ def grade_file(
             lines = stack.enter_context(stack.enter_context(replacing(out)).open("w"))
         grader = stack.enter_context(Grader(config.grading))
         progress = stack.enter_context(watched(f"grade {path}", None))
-        for answered, verdict in _graded(read_answered(path, config, response), grader):
+        for answered, verdict in _graded(answers.read(path), grader):
             found.add(verdict)
             sample.see((verdict.outcome.value, verdict.evidence.value), answered, verdict)
             labelled.see(answered, verdict)
             if lines is not None:
                 lines.write(json.dumps(_line(answered, verdict)) + "\n")
             progress(len(found))
+    for note in answers.notes():
+        logger.info("%s: %s", path, note)
     _show(console, found, sample, labelled)
+
+
+def _check_out(out: Path | None, path: str) -> None:
+    """Refuse to write where a directory or the responses themselves are.
+
+    Raises:
+        ConfigError: so.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise ConfigError(f"--out is {str(out)!r}, a directory: name a file")
+    if out.exists() and any(out.samefile(each) for each in paths_of(path, key="FILE")):
+        raise ConfigError(f"--out is {str(out)!r}, the file of the responses: name another")
 
 
 def _graded(answered: Iterator[Answered], grader: Grader) -> Iterator[tuple[Answered, Verdict]]:
@@ -157,36 +250,35 @@ def _line(answered: Answered, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _texts(value: Any, where: str, column: str, row: Row) -> list[str]:
-    """The responses in a field: a text, texts, or lists of texts as lm-eval writes them."""
-    values = value if isinstance(value, list) else [value]
-    flat = [each for one in values for each in (one if isinstance(one, list) else [one])]
-    if not flat or not all(isinstance(each, str) for each in flat):
-        raise ConfigError(
-            f"{where}: column {column!r} holds no response; the row has {', '.join(sorted(row))}; "
-            "name the column of the responses with --response"
-        )
-    return flat
+def _cut(row: Row, number: int, where: str) -> list[bool]:
+    """Whether each response was cut, by ``truncated`` or ``finish_reason``.
 
-
-def _cut(row: Row, number: int) -> list[bool]:
-    """Whether each response was cut, by ``truncated`` or ``finish_reason``."""
+    Raises:
+        ConfigError: ``truncated`` is neither true nor false.
+    """
     cut = row.get("truncated")
     if cut is None:
         reasons = row.get("finish_reason")
         several = reasons if isinstance(reasons, list) else [reasons]
         cut = [reason == "length" for reason in several]
-    return _each(cut, number, False)
+    elif not _is_label(cut):
+        raise ConfigError(f"{where}: truncated is {cut!r}: true or false is needed")
+    return [bool(each) for each in _each(cut, number, False)]
 
 
 def _labels(row: Row, number: int) -> list[bool | None]:
-    name = next((name for name in LABELS if _is_verdict(row.get(name))), None)
-    return _each(row[name], number, None) if name else [None] * number
+    name = next((name for name in LABELS if _is_label(row.get(name))), None)
+    if name is None:
+        return [None] * number
+    return [None if each is None else bool(each) for each in _each(row[name], number, None)]
 
 
-def _is_verdict(value: Any) -> bool:
+def _is_label(value: Any) -> bool:
+    """Whether it is true or false, in words of JSON or as 0 and 1, or a list of them."""
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(each, bool) for each in values)
+    return bool(values) and all(
+        isinstance(each, (bool, int, float)) and each in (0, 1) for each in values
+    )
 
 
 def _each(value: Any, number: int, default: Any) -> list[Any]:
@@ -225,7 +317,7 @@ class _Labelled:
         self.others = _Sample(size, seed)
 
     def see(self, answered: Answered, verdict: Verdict) -> None:
-        if answered.label is None:
+        if answered.label is None or verdict.outcome is Outcome.timed_out:
             return
         self.number += 1
         if answered.label is not verdict.correct:

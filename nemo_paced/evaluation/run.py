@@ -18,6 +18,7 @@ from nemo_paced.evaluation.lm_eval_tasks import Suite, run_suite
 from nemo_paced.evaluation.results import IN_WORDS
 from nemo_paced.files import digest
 from nemo_paced.grading.accuracy import Accuracy
+from nemo_paced.grading.grader import rules
 from nemo_paced.records import Problem
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.served import served_dtype
@@ -27,6 +28,8 @@ from nemo_paced.training import prepare
 logger = logging.getLogger(__name__)
 
 DIGITS = 12  # hex digits of a digest
+# settings that say how responses were graded, which needs no new ones
+GRADED_BY = ("verifier", "last_number", "numeric_tolerance", "verifier_rules")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ class Job:
         samples may grow, and other answers or another verifier grade them again.
         """
         asked = [(p.id, prompts.of(p, PromptKind.evaluation)) for p in self.problems[suite]]
-        others = (*IN_WORDS, "lm_eval", "verifier")
+        others = (*IN_WORDS, *GRADED_BY, "lm_eval")
         settings = {k: v for k, v in self.settings.items() if k not in others}
         content = [settings, prompts.stop_token_ids, asked]
         return f"evaluation {suite} {digest(content, DIGITS)}"
@@ -209,8 +212,10 @@ def sampling_settings(config: PacedConfig, max_tokens: int | None = None) -> dic
         max_tokens: of a response; ``None``: what the student's context leaves.
     """
     settings = asdict(prepare.evaluation_settings(config, max_tokens))
+    grading = {name: getattr(config.grading, name) for name in GRADED_BY[:-1]}
     return {
         **{name: settings[name] for name in ("temperature", "top_p", "max_tokens")},
-        "verifier": config.grading.verifier,
+        **grading,
+        GRADED_BY[-1]: digest(rules(config.grading), DIGITS),
         "seed": config.model.seed,
     }

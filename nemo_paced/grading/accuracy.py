@@ -9,15 +9,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from nemo_paced.errors import ConfigError
 from nemo_paced.files import without_nan
-from nemo_paced.grading.answers import normalize
-from nemo_paced.grading.sign_flip import sign_flip_p_value
+from nemo_paced.grading.notation import normalize
 from nemo_paced.grading.verdicts import Verdicts, shares
 from nemo_paced.records import Outcome, Problem, Rollout
 
 LEVEL = 0.05  # significance level of the exact test behind a verdict
 RIGHT = "right"  # the vote of a right answer
+# Steps that a difference of 1 is counted in: exact for means of k up to 6, and of 8, 10, 12, 16,
+# 32, 64 samples. A metric of lm-eval whose differences exceed 1 gets as many for the largest one:
+# memory grows with them.
+STEPS = 960
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +238,28 @@ class Difference:
         return "better" if self.mean > 0 else "worse"
 
 
+def sign_flip_p_value(differences: Sequence[float]) -> float:
+    """Two-sided p-value of paired ``differences``: share of sign flips whose mean is as far from 0.
+
+    A flip swaps the two models on a problem; all ways to do so count. For one answer a problem this
+    is McNemar's exact test. Fewer than 6 changed problems never reach
+    0.05.
+    """
+    largest = max((abs(value) for value in differences), default=0.0)
+    scale = STEPS / max(1.0, largest)
+    steps = [step for value in differences if (step := round(value * scale))]
+    unit = math.gcd(*steps)  # at k = 1 all steps have one size
+    sizes = [abs(step) // unit for step in steps]
+    total, observed = sum(sizes), abs(sum(steps)) // (unit or 1)
+    chance = np.zeros(total + 1)  # probability of so much being gained and the rest lost
+    chance[0] = 1
+    for size in sizes:
+        chance /= 2
+        chance[size:] += chance[:-size].copy()
+    far = abs(2 * np.arange(total + 1) - total) >= observed
+    return float(chance[far].sum())
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean of independent ``values``; NaN for a single value."""
     if len(values) < 2:
@@ -264,8 +291,10 @@ def majority_is_right(votes: Sequence[str | None]) -> float:
 def _vote(rollout: Rollout) -> str | None:
     """What a response answers: right answers are one, however written; wrong ones are normalised.
 
-    A response without an answer has no vote.
+    A response without an answer, or without a verdict, has no vote.
     """
     if rollout.correct:
         return RIGHT
-    return None if rollout.extracted is None else f"wrong: {normalize(rollout.extracted)}"
+    if rollout.extracted is None or not rollout.has_verdict:
+        return None
+    return f"wrong: {normalize(rollout.extracted)}"

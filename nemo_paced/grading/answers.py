@@ -9,21 +9,13 @@ text to Python's ``eval``.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import replace
 from enum import StrEnum
 from fractions import Fraction
 
-from nemo_paced.grading.evidence import (
-    NOTHING,
-    Evidence,
-    Found,
-    find_answer,
-    last_boxed,
-    without_thought,
-)
+from nemo_paced.grading.choices import option
 from nemo_paced.grading.exact import half_digit
+from nemo_paced.grading.notation import clean, normalize
 from nemo_paced.grading.units import (
     NO_UNIT,
     PERCENT,
@@ -50,23 +42,8 @@ class Comparison(StrEnum):
 ROUNDING = 1e-4  # tolerances up to here are there for rounded decimals
 MAX_SYMBOLIC_LENGTH = 1000  # characters; longer text is no final answer
 
-_CHOICE = re.compile(r"(?<![A-Za-z'’])([A-J])(?![A-Za-z'’])")
-_MARKED_CHOICE = re.compile(r"\(([A-J])\)|(?i:option|choice)\s+\(?([A-J])(?![A-Za-z])")
-_REFUSED_CHOICE = re.compile(
-    r"\bnot\s+\(?[A-J]\)?(?![A-Za-z])"
-    r"|(?:(?i:option|choice)\s+)?\(?\b[A-J]\)?\s+is\s+(?:wrong|incorrect|false)"
-)
-_PRONOUNS = re.compile(r"\b(?:I|A)(?=\s+[a-z])")  # "I think", "A train": no choices
-_LETTER = re.compile(r"\(?([A-Ja-j])\)?\.?")
 _CAPITAL = re.compile(r"\(?[A-J]\)?\.?")
-# what takes a choice back or adds one; the text of a choice may hold "and", "not" and "no" as well
-_HEDGED = re.compile(
-    r"(?i:\bnot)\s+\(?[A-J](?![A-Za-z])"
-    r"|\b[A-J]\)?,?\s*(?i:\b(?:and|or))\s+\(?[A-J](?![A-Za-z])"
-    r"|^\(?[A-J]\)?\s+is\s+(?:wrong|incorrect|false|not)\b"
-    r"|(?i:\b(?:actually|no|wait)\b),?\s+(?:it\s+is\s+)?\(?[A-J](?![A-Za-z])"
-)
-_LABELLED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s|\Z))\s*")  # "E: vitamin D", "(B) 12 m"
+_LABELLED = re.compile(r"\(?[A-J](?:\)|[.:](?=\s|\Z))\s*\S")  # "E: vitamin D", "(B) 12 m"
 
 _BETWEEN_ITEMS = re.compile(
     r"\s*(?:,\s*(?:and|or)\s|,\s|;|\s(?:and|or)\s|\\(?:land|lor)(?![a-z]))\s*"
@@ -89,16 +66,6 @@ _RESIDUE = re.compile(
     r"(?:[A-Za-z]\s*(?:\\equiv|=|≡)\s*)?(-?\d{1,99})\s*\(?\\?[pb]?mod\s*\{?(\d{1,99})\}?\)?"
 )
 
-_UNICODE = {
-    "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ",
-    "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ",
-    "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3",
-}  # fmt: skip
-
-
-_RAISED, _LOWERED = re.compile("[⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
-_DIGITS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "+-01234567890123456789")
-
 
 def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, Comparison]:
     """Whether two answers agree, and how it was found; ``None``: it takes a parser of mathematics.
@@ -112,7 +79,7 @@ def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, C
     ours, reference = clean(extracted), clean(answer)
     for one, other in ((ours, reference), (reference, ours)):
         if _CAPITAL.fullmatch(one) and _LABELLED.match(other):
-            return _letter(other) == one.strip("()."), Comparison.letter
+            return option(one) == option(other), Comparison.letter
     if _singular(ours) == _singular(reference) and _PHRASE.fullmatch(ours):
         return True, Comparison.text
     equal = _bases_agree(extracted, answer)
@@ -219,53 +186,6 @@ def without_unit(extracted: str, answer: str) -> tuple[str, str]:
     return bare[0], bare[1]
 
 
-def find_choice(text: str, *, truncated: bool = False, unmarked: bool = True) -> Found:
-    """Option, A to J, that a response chooses, as its final answer.
-
-    It is the label of the final answer or the only one in it, if one is marked; otherwise the last
-    that stands in parentheses or after "option" or "choice", else the last single letter.
-
-    Args:
-        truncated: see :func:`~nemo_paced.grading.evidence.find_answer`.
-        unmarked: whether an option counts where no answer is marked.
-    """
-    found = find_answer(text, truncated=truncated, last_number=False)
-    if found.evidence is not Evidence.none:
-        letters = (_letter(clean(reading)) for reading in found.readings)
-        letter = next((letter for letter in letters if letter), None)
-        return replace(found, answer=letter)
-    if truncated or not unmarked:
-        return NOTHING
-    text = _REFUSED_CHOICE.sub("", without_thought(text))
-    if marked := _MARKED_CHOICE.findall(text):
-        return Found(marked[-1][0] or marked[-1][1], Evidence.option)
-    single = _CHOICE.findall(_PRONOUNS.sub("", text))
-    return Found(single[-1], Evidence.option) if single else NOTHING
-
-
-def _letter(final: str) -> str | None:
-    """The option that a final answer names."""
-    if found := _LETTER.fullmatch(final):
-        return found[1].upper()
-    if _HEDGED.search(final):
-        return None
-    if (found := _LABELLED.match(final)) and not _MARKED_CHOICE.search(final, found.end()):
-        return found[1].upper()
-    # two letters, as in "B or C", are no choice
-    letters = set(_CHOICE.findall(_PRONOUNS.sub("", final)))
-    return letters.pop() if len(letters) == 1 else None
-
-
-def normalize(answer: str) -> str:
-    """An answer without spaces, dollar signs, text wrappers, thousands separators and final dot.
-
-    Words lose their case; symbols keep it (``X`` and ``x`` may be two variables).
-    """
-    answer = without_thousands(clean(answer))
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer)  # "1 1/2" must not become 11/2
-    return answer.lower() if re.fullmatch(r"[A-Za-z]{2,}", answer) else answer
-
-
 def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
     """Whether two answers agree as numbers with units; ``None`` when one is no plain number.
 
@@ -352,34 +272,4 @@ def _written_alike(ours: str, reference: str) -> bool | None:
         return None
     if modulus is None or other is None:
         return value == wanted
-    return modulus == other and (value - wanted) % other == 0
-
-
-def clean(answer: str) -> str:
-    """An answer without Markdown, math delimiters, spacing commands and Unicode forms of LaTeX."""
-    answer = _RAISED.sub(lambda f: f"^{{{f[0].translate(_DIGITS)}}}", answer)
-    answer = _LOWERED.sub(lambda f: f"_{{{f[0].translate(_DIGITS)}}}", answer)
-    answer = "".join(_UNICODE.get(character, character) for character in answer)
-    answer = unicodedata.normalize("NFKC", answer.replace("…", "\\ldots ")).strip()
-    answer = _bare(re.sub(r"(?<!\\)\$", "", _bare(answer)))
-    answer = re.sub(r"^\\[(\[]|\\[)\]]\.?$", "", answer)
-    if (boxed := last_boxed(answer)) is not None:
-        answer = boxed
-    answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", answer)
-    answer = re.sub(r"(?i)^\s*answer\s*:\s*", "", answer)
-    answer = re.sub(
-        r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\[!,;: ]|\\q?quad(?![A-Za-z])|~", "", answer
-    )
-    answer = answer.replace("\\varnothing", "\\emptyset").replace("\\{\\}", "\\emptyset")
-    answer = re.sub(r"\\log_\{?e\}?(?![A-Za-z])", r"\\ln ", answer)
-    answer = re.sub(r"(?<=[.\d])\s*\\bar(?=\s*\{?\d)", r"\\overline", answer)
-    answer = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", answer)
-    answer = re.sub(r"\^\s*\{?\\circ\}?", "°", answer.replace("{,}", ","))
-    answer = answer.replace("\\%", "%").replace("\\degree", "°")
-    return re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", answer).strip()
-
-
-def _bare(answer: str) -> str:
-    """An answer without Markdown around it and its full stop; an ellipsis stays."""
-    answer = re.sub(r"(?<!\.)[.,;]$", "", answer.strip().strip("*` "))
-    return answer.strip("*` ").removesuffix("__")
+    return modulus == other and (value - wanted) % max(other, 1) == 0

@@ -10,7 +10,8 @@ import re
 from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import islice
+
+from nemo_paced.grading.readings import readings, trimmed
 
 
 class Evidence(StrEnum):
@@ -36,80 +37,102 @@ class Found:
         answer: as it is written; ``None``: there is none.
         readings: what it may be taken for, the likeliest first: a line, or its first sentence.
         boxes: contents of several boxes that commas, "and" or "or" join, the last among them.
+        weak: whether any other mark is a better one: "the answer must be 7", "... is even".
     """
 
     answer: str | None
     evidence: Evidence
     readings: tuple[str, ...] = ()
     boxes: tuple[str, ...] = ()
+    weak: bool = False
 
 
 NOTHING = Found(None, Evidence.none)
 CUT = Found(None, Evidence.cut)
+DENIED = Found(None, Evidence.none, weak=True)  # "the answer is not 7": nor is its number
 
 _MOST_MARKS = 200  # the last of a text that are looked at
 LONGEST = 1200  # characters of a line that are looked at: longer is no answer
 
 _THOUGHT_ENDS = ("</think>", "</seed:think>", "[/THINK]", "<|END_THINKING|>", "◁/think▷")
 _THOUGHT_BEGINS = ("<think>", "<seed:think>", "[THINK]", "<|START_THINKING|>", "◁think▷")
-_VERB = (
-    r"\b(?:(?:is|are)(?:[ \t]equal[ \t]to)?|equals?|(?:must|should|would|will|has[ \t]to)[ \t]be"
-    r"|comes?[ \t](?:out[ \t])?to(?:[ \t]be)?)\b"
-    r"(?:[ \t](?:then|thus|therefore|simply|just|indeed|now)\b,?)?"
+_SENTENCE_END = re.compile(r"\.\**(?=\s+[A-Z(\\$*]|\s*\Z)")
+_CONJUNCTION = re.compile(r",?\s(?:since|because)\s")
+_ADVERBS = (
+    r"(?:exactly|also|still|only|simply|just|indeed|clearly|then|thus|therefore|now|actually)"
 )
+_VERB = (
+    r"\b(?:(?:is|are|was)(?:[ \t]equal[ \t]to)?|equals?|becomes|turns[ \t]out[ \t]to[ \t]be"
+    r"|(?P<soft>must|should|will|has[ \t]to)[ \t](?:be(?:[ \t]equal[ \t]to)?|equal)"
+    r"|comes?[ \t](?:out[ \t])?to(?:[ \t]be)?)\b"
+    rf"(?:,?[ \t]{_ADVERBS}\b,?)?"
+)
+# "the answer, therefore, is" and "the answer in simplest form is"
+_BETWEEN = r"(?:,[ \t]\w{2,12},|[ \t](?:to|in|for)[ \t][A-Za-z \t'’]{2,40}?)?"
 _MARK = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])|(?m:^)[ \t]{0,8}####(?!#)"
-    r"|(?i:\banswers?\b)"
-    rf"(?=[*_\s]{{0,4}}[:=：]|[*_ \t]{{0,4}}{_VERB}|[*_#: \t]{{0,8}}(?:\r?\n|\Z))"
+    r"|(?i:(?<![A-Za-z])answers?(?![A-Za-z]))"
+    rf"(?=[\"']?[*_\s]{{0,4}}[:=：]|{_BETWEEN}[*_ \t]{{0,4}}{_VERB}"
+    r"|[*_#:} \t]{0,8}(?:\([^()\n]{1,30}\)[*_#: \t]{0,8})?(?:\r?\n|\Z))"
 )
 # what makes a line, or a sentence, of the word "answer"
 _SAYS = re.compile(
-    rf"[*_\s]{{0,4}}(?P<strong>[:=：])|[*_ \t]{{0,4}}(?P<weak>{_VERB}[ \t]{{0,4}}:?)"
+    rf"(?P<quoted>[\"'])?[*_\s]{{0,4}}(?P<strong>[:=：](?:[ \t]?\}})?)"
+    rf"|{_BETWEEN}[*_ \t]{{0,4}}(?P<weak>{_VERB}[ \t]{{0,4}}:?)"
 )
-_HEADING = re.compile(r"[*_#: \t]{0,8}(?:\r?\n|(?P<end>\Z))")
-_BEFORE_HEADING = re.compile(r"[#*_ \t]{0,8}(?:(?i:the|final)[ \t]){0,2}")
-_SENTENCE_END = re.compile(r"\.\**(?=\s+[A-Z(\\$*]|\s*\Z)")
-_CONJUNCTION = re.compile(r",?\s(?:since|because)\s")
-_CORRECTED = re.compile(
-    r"(?i)\b(?:no|not|or|wait|actually|but|hmm|correction|wrong|incorrect|mistake|either)\b"
+_JSON = re.compile(
+    r'\s*(?:"((?:[^"\\]|\\.){0,1000})"|([^\s",}\]][^,}\]\n]{0,200}))(?=\s*[,}\]\n]|\s*\Z)'
 )
-_FIRST_MATH = re.compile(
-    r"\**\s{0,4}(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])"
+_HEADING = re.compile(r"[*_#:} \t]{0,8}(?:\([^()\n]{1,30}\)[*_#: \t]{0,8})?(?:\r?\n|(?P<end>\Z))")
+_BEFORE_HEADING = re.compile(
+    r"[#*_ \t]{0,8}(?:(?i:the|final)[ \t]){0,2}|[ \t]{0,4}(?:#|\*\*)(?:[^.\n]|(?<=\d)\.){0,30}"
+    r"|\\(?:textbf|section|subsection|paragraph)\*?\{(?:(?i:the|final)[ \t]){0,2}"
 )
-_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
-_DENIED = re.compile(r"(?i)(?:not|neither|either|unclear|unknown)\b")
-_TAIL = re.compile(r"(?:\s+of\s+(?:the|a|an|all)\s[A-Za-z ]*)?[\s.,]*")
+# sentences that deny an answer, or speak of another
+_UNTRUE = re.compile(
+    r"(?i)(?:n['’]t|\b(?:not|never|doubt|false[ ]that|no[ ]way|suppos\w*|assum\w*|often|guess"
+    r"|guessed|at[ ]first|(?:might|may|could)[ ](?:think|say|guess|believe)))\b"
+)
+_OTHER = re.compile(
+    r"(?i)(?:\b(?:if|unless|whether)\s+(?:the\s+)?(?:final\s+|correct\s+)?"
+    r"|\b(?:this|that|which|wrong|incorrect|common|other|another|each|first|initial|previous|earlier)\s+)\Z"
+)
+_HYPOTHESIS = re.compile(r"(?i)\b(?:if|unless|were|had)\b")
+_SENTENCE = re.compile(r"[.!?\n](?=\s|\Z)")
+_DENIED = re.compile(r"(?i)(?:not|neither|either|unclear|unknown|undetermined)\b")
+_RELATION = re.compile(
+    r"[*_\s$]{0,6}(?:[<>≤≥≠]|\\(?:ge|le|gt|lt|ne)|[\d.,]+\s+(?:mod|more|less|fewer|times)\b)"
+)
 _ITEM = re.compile(r"(?:\*\*)?(?:\d{1,2}[.)]|[-•>])\s+(?=\S)")  # a list's marker
+_NAMED_LINE = re.compile(r"\s*\$?[A-Za-z](?:_\w+)?\s*=")
 _NUMBER = re.compile(
     r"[-−]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|[-−]?\\[dt]?frac\{\d+\}\{\d+\}"
 )
-# a number that stands by itself, not within a formula, a time or a word
-_BEFORE, _AFTER = re.compile(r"[\w^_{/:.)\]]"), re.compile(r"[\w^{}!:]|\s?π|\s+(?:is|was)\s+not")
+# a number that stands by itself, not within a formula, a time, a list or a word
+_BEFORE = re.compile(
+    r"[\w^_{/:.)\]]\Z|[+*/×·<>≤≥≠√]\s*\Z|[\w)}]\s*[-−]\s*\Z|\\(?!text)[A-Za-z]+\s*\Z|\d\s+\Z"
+    r"|\bnot\s\Z|\d\sin\s\Z|[(\[{][^()\[\]{}]*,\s*\Z"
+)
+_AFTER = re.compile(
+    r"[\w^{}!:]|\s?π|\s+(?:is|was)\s+not|\s*\\(?!text|mathrm|quad|qquad|[%$)\].,;! ])"
+    r"|\s*[+*/×·^<>=√]|\s(?:thousand|million|billion|hundred|dozen)\b"
+)
+_LIST_NUMBER = re.compile(r"(?m:^)\s*\d+[.)]\s*\Z")
 _GSM8K = re.compile(
-    r"\**\s{0,4}[-−$€£\\]{0,3}\d(?!\d?[.):]\s+\S)|\s{0,4}[-−]?(?:\$|\\\()?[-−]?\\(?:[dt]?frac|sqrt|pi)\b"
+    r"\**\s{0,4}[-−$€£\\(]{0,4}\.?\d(?!\d?[.):]\s+\S)|\s{0,4}[-−]?(?:\$|\\\()?[-−]?\\(?:[dt]?frac|sqrt|pi|binom)(?![A-Za-z])"
+    r"|\s{0,4}(?:\(?[A-J]\)?|(?i:yes|no))[\s.]*(?:\n|\Z)|\s{0,4}\$[^$\n]{1,200}\$[\s.]*(?:\n|\Z)"
 )
 _MATH = re.compile(r"[\d\\=^∞∅π√]")
 # words that a sentence "the answer is ..." goes on with where it gives none
 _PROSE = frozenset(
     (
-        *("a", "an", "also", "again", "already", "approximately", "as", "at", "because", "both"),
-        *("by", "clear", "clearly", "confirmed", "consistent", "correct", "either", "exactly"),
-        *("expected", "for", "found", "given", "in", "incorrect", "indeed", "just", "likely"),
-        *("not", "now", "obtained", "obvious", "of", "on", "only", "or", "perhaps", "possible"),
-        *("possibly", "probably", "reasonable", "right", "simply", "so", "still", "that", "the"),
-        *("then", "there", "therefore", "this", "thus", "to", "unclear", "unique", "valid"),
-        *("verified", "we", "what", "when", "where", "which", "wrong", "your", "less", "greater"),
-        *(
-            "more",
-            "fewer",
-            "larger",
-            "smaller",
-            "divisible",
-            "between",
-            "within",
-            "around",
-            "about",
-        ),
+        *("a", "an", "again", "already", "approximately", "as", "at", "because", "both", "by"),
+        *("clear", "confirmed", "consistent", "correct", "either", "expected", "for", "found"),
+        *("given", "in", "incorrect", "likely", "not", "obtained", "obvious", "of", "on", "or"),
+        *("perhaps", "possible", "possibly", "probably", "reasonable", "right", "so", "that"),
+        *("the", "there", "this", "to", "unclear", "unique", "valid", "verified", "we", "what"),
+        *("when", "where", "which", "wrong", "your", "less", "greater", "more", "fewer"),
+        *("larger", "smaller", "divisible", "between", "within", "around", "about"),
         # and headings of Markdown that look like GSM8K's mark
         *("step", "part", "case", "solution", "conclusion", "note", "final", "let", "summary"),
     )
@@ -125,27 +148,40 @@ def find_answer(text: str, *, truncated: bool = False, last_number: bool = True)
         last_number: whether the last number counts where nothing is marked.
     """
     text = without_thought(text)
-    words: Found | None = None  # "the answer is positive": only where nothing else is marked
+    if truncated and _BEGUN.search(text[-40:]):
+        return CUT
+    weak: Found | None = None  # "the answer is positive": only where nothing else is marked
+    behind = 0  # a denied answer is no last number either
     for mark in reversed(_marks(text)):
         found = _of_mark(text, mark, truncated)
-        if found is not None:
-            if found.evidence is not Evidence.sentence or _MATH.search(found.answer or ""):
+        if found is DENIED:
+            sentence = _SENTENCE.search(text, mark.end())
+            behind = behind or (sentence.end() if sentence else len(text))
+        elif found is not None:
+            if not found.weak:
                 return found
-            words = words or found
-    if words is not None:
-        return words
-    return NOTHING if truncated or not last_number else _last_number(text)
+            weak = weak or found
+    if weak is not None:
+        return weak
+    return NOTHING if truncated or not last_number else _last_number(text, behind)
 
 
-def _last_number(text: str) -> Found:
-    """The last number of a text, if it stands by itself."""
+_BEGUN = re.compile(
+    r"\\(?:bo?|box|boxe|boxed|fb|fbo|fbox)\s*\Z|(?m:^)\s*#{4}\s*[-−$\\(]{0,3}(?:\\?[dt]?f?r?a?c?)?\Z"
+)
+
+
+def _last_number(text: str, first: int) -> Found:
+    """The last number of a text, if it stands by itself and not before ``first``."""
     last = deque(_NUMBER.finditer(text), 1)
     if not last:
         return NOTHING
     begin, end = last[0].span()
-    if _BEFORE.match(text, begin - 1) if begin else None:
+    before = text[max(0, begin - 60) : begin]
+    if begin < first or _BEFORE.search(before) or _AFTER.match(text, end):
         return NOTHING
-    if _AFTER.match(text, end):
+    line = text[text.rfind("\n", 0, begin) + 1 :]
+    if _LIST_NUMBER.match(line[:20]):
         return NOTHING
     return Found(last[0][0], Evidence.number, (last[0][0],))
 
@@ -179,6 +215,11 @@ def _of_mark(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
     says = _SAYS.match(text, mark.end())
     if says is None:
         return _of_heading(text, mark, truncated)
+    if _OTHER.search(text, max(0, mark.start() - 40), mark.start()):
+        return DENIED
+    if says["quoted"] and (value := _JSON.match(text, says.end())):
+        answer = re.sub(r"\\(.)", r"\1", value[1]) if value[1] is not None else value[2].strip()
+        return Found(answer, Evidence.line, readings(answer)) if answer else None
     if says["strong"]:
         return _of_line(text, says.end(), truncated, Evidence.line)
     return _of_sentence(text, mark, says, truncated)
@@ -204,12 +245,18 @@ def _of_box(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
         if not joins or not before:
             break
         contents.insert(0, before)
-    return Found(content, Evidence.box, (content,), tuple(contents) if len(contents) > 1 else ())
+    if len(contents) > 1:
+        return Found(content, Evidence.box, (content,), tuple(contents))
+    if _MINUS.search(text, max(0, mark.start() - 4), mark.start()):
+        content = f"-{content}"
+    return Found(content, Evidence.box, (content,))
 
 
+_MINUS = re.compile(r"(?:^|[\s$=({])[-−]\s?\Z")
 # between two boxes that are items of one list
+_AND = r"(?:and|or|as well as|\\text\{\s*,?\s*(?:and|or)\s*\}|\\q?quad)"
 _JOINS = re.compile(
-    r"[\s$.\\()\[\]]*(?:[,;&]|and|or)[\s$,;\\()\[\]]*(?:(?:and|or)[\s$]*)?"
+    rf"[\s$.\\()\[\]]*(?:[,;&]|{_AND})[\s$,;\\()\[\]]*(?:{_AND}[\s$\\()\[\]]*){{0,2}}"
     r"(?:[A-Za-z](?:_\w)?\s*=\s*)?[\s$]*"
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
@@ -274,21 +321,35 @@ def last_boxed(text: str) -> str | None:
 def _of_line(text: str, begin: int, truncated: bool, evidence: Evidence) -> Found | None:
     """The answer on the rest of a line, or on the next that holds something."""
     mark_end, begin = begin, _behind(_BLANK, text, begin)
-    line, whole = _line(text, begin)
-    if text.find("\n", mark_end, begin) >= 0:
-        line = line[_behind(_ITEM, line, 0) :]
+    line, end, whole = _line(text, begin)
     if evidence is Evidence.hashes and line and not _GSM8K.match(line):
         return None  # a heading of Markdown
+    item = _ITEM.match(line) if text.find("\n", mark_end, begin) >= 0 else None
+    lines = [line[item.end() :] if item else line]
+    for _ in range(_MOST_LINES):
+        start = _behind(_BLANK, text, end)
+        following, next_end, closed = _line(text, start)
+        marker = _ITEM.match(following) if item else None
+        goes_on = lines[-1].endswith((",", " and", " or", ":"))
+        named = _NAMED_LINE.match(lines[-1]) and _NAMED_LINE.match(following)
+        if not whole or not following or not (marker or goes_on or named):
+            break
+        if lines[-1].endswith(":"):
+            lines.clear()  # "The number is:" leads to the next line
+        lines.append(following[marker.end() :] if marker else following)
+        end, whole = next_end, closed
+    line = trimmed(", ".join(each.strip().rstrip(",") for each in lines))
     if not line or (truncated and not whole):
         return CUT
-    return Found(line, evidence, _readings(line))
+    return Found(line, evidence, readings(line))
 
 
+_MOST_LINES = 8  # of a list below a mark
 # what stands between a mark and its answer: a formula or a fence that begins on a line of its own
 _BLANK = re.compile(
     r"(?:\s|\*\*|__|>(?=\s)|\$\$(?=\s)|\\\[(?=\s)|```[a-z]{0,9}(?=\s)|-{3,9}(?=\s))*"
 )
-_GAP = re.compile(r"[ \t*_:]*")
+_GAP = re.compile(r"[ \t*_:}]*")
 
 
 def _behind(pattern: re.Pattern[str], text: str, begin: int) -> int:
@@ -297,10 +358,11 @@ def _behind(pattern: re.Pattern[str], text: str, begin: int) -> int:
     return found.end() if found else begin
 
 
-def _line(text: str, begin: int) -> tuple[str, bool]:
-    """What is left of a line, at most ``LONGEST`` of it, and whether the line is ended."""
-    end = text.find("\n", begin, begin + LONGEST)
-    return text[begin : end if end >= 0 else begin + LONGEST].strip(), end >= 0
+def _line(text: str, begin: int) -> tuple[str, int, bool]:
+    """What is left of a line, at most ``LONGEST`` of it, its end, and whether the line is ended."""
+    newline = text.find("\n", begin, begin + LONGEST)
+    end = newline if newline >= 0 else min(len(text), begin + LONGEST)
+    return text[begin:end].strip(), end, newline >= 0
 
 
 def _of_heading(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
@@ -314,11 +376,16 @@ def _of_heading(text: str, mark: re.Match[str], truncated: bool) -> Found | None
     return _of_line(text, rest.end(), truncated, Evidence.line)
 
 
-_BEGINS_WITH_MATH = re.compile(r"[*_\s]{0,4}[-−+$\\(\[{\d√]|[A-Za-z]\s*=")
-_PLAIN_VERB = re.compile(r"\b(?:is|are)\b")
+_BEGINS_WITH_MATH = re.compile(
+    r"[*_\s]{0,4}(?:[-−+$\\(\[{\d√∞π]|[A-Za-z]\s*[=+\-*/^]|(?:pi|yes|no)\b)"
+)
+# a letter of a choice, whatever follows: the words may be those of its text
+_LETTER = re.compile(
+    r"[*_\s]{0,4}(?i:(?:the\s+)?(?:option|choice)\s+)?\(?[A-HJ]\)?(?=[\s.,:;*)]|\Z)"
+)
 # a sentence of which "the answer is positive" is only what it speaks of
 _SPOKEN_OF = re.compile(
-    r"(?i)\b(?:show|prove|check|verify|know|ensure|sure|expect|require|need|suppose|assume|mean)\w{0,3}"
+    r"(?i)\b(?:show|prove|check|verify|know|ensure|sure|expect|require|need|mean)\w{0,3}"
     r"\s+(?:that|if|whether)\s+(?:the\s+)?(?:final\s+)?\Z"
 )
 
@@ -328,7 +395,13 @@ def _of_sentence(
 ) -> Found | None:
     """The answer of a sentence "the answer is ..."; ``None``: the sentence says something else."""
     begin = _behind(_GAP, text, says.end())
-    line, whole = _line(text, begin)
+    line, _, whole = _line(text, begin)
+    before = text[max(0, mark.start() - 80) : mark.start()]
+    before = _SENTENCE.split(before)[-1]
+    if _UNTRUE.search(before):
+        return DENIED
+    if says["soft"] and _HYPOTHESIS.search(before):
+        return None
     if text.find("\n", begin, _behind(_BLANK, text, begin)) >= 0 or (truncated and not line):
         return _of_line(text, begin, truncated, Evidence.line)
     if not line:
@@ -337,63 +410,21 @@ def _of_sentence(
     if truncated and not whole and (sentence is None or sentence.end() >= len(line)):
         return CUT
     if _DENIED.match(line):
-        return NOTHING
-    if not _is_answer(_CONJUNCTION.split(line, maxsplit=1)[0]):
+        return DENIED
+    line = trimmed(line)
+    if _LETTER.match(line):
+        return Found(line, Evidence.sentence, readings(line))
+    is_math = bool(_BEGINS_WITH_MATH.match(line)) and not _RELATION.match(line)
+    if not _is_answer(line) or (not is_math and (says["soft"] or _SPOKEN_OF.search(before))):
         return None
-    if not _BEGINS_WITH_MATH.match(line):  # "must be below 100" and "show that it is positive"
-        before = text[max(0, mark.start() - 60) : mark.start()]
-        if not _PLAIN_VERB.search(says[0]) or _SPOKEN_OF.search(before):
-            return None
-    return Found(line, Evidence.sentence, _readings(line))
+    weak = bool(says["soft"]) or not _MATH.search(line)
+    return Found(line, Evidence.sentence, readings(line), weak=weak)
 
 
 def _is_answer(line: str) -> bool:
     """Whether what stands behind a weak mark may be an answer: no prose, no heading."""
+    line = _CONJUNCTION.split(line, maxsplit=1)[0]
     words = line.strip("*_ ").split(maxsplit=6)
-    if not words or words[0].strip(".,;:!*").lower() in _PROSE:
+    if not words or words[0].strip(".,;:!*").lower() in _PROSE or _RELATION.match(line):
         return False
     return bool(_MATH.search(line)) or len(words) <= 4
-
-
-def _readings(line: str) -> tuple[str, ...]:
-    """What a line may be taken for: whole, its first sentence, its first formula or bold text.
-
-    A part stands for the line only where what follows takes nothing back and adds nothing.
-    """
-    readings = [line]
-    sentence = _SENTENCE_END.search(line)
-    if sentence and sentence.start() and not _CORRECTED.search(line, sentence.end()):
-        readings.append(line[: sentence.start()])
-    conjunction = _CONJUNCTION.search(readings[-1])
-    if conjunction and not _CORRECTED.search(line, conjunction.end()):
-        readings.append(readings[-1][: conjunction.start()])
-    for form in (_FIRST_MATH, _BOLD):
-        found = form.match(readings[-1])
-        if found and _TAIL.fullmatch(readings[-1], found.end()):
-            readings.append(next(group for group in found.groups() if group))
-    readings.append(_number_of_prose(readings[-1]))
-    return tuple(dict.fromkeys(each.strip() for each in readings if each.strip()))
-
-
-# words with which a number in a sentence is another than it says
-_CHANGED = re.compile(
-    r"(?i)\b(?:half|twice|double[ds]?|triple[ds]?|third|quarter|square[ds]?|root|cube[ds]?|sum|product"
-    r"|times|plus|minus|power|factorial|over|divided|less|more|fewer|than|least|most|below|above"
-    r"|under|between|about|around|approximately|hundred|thousand|million|billion|dozen|negative|not"
-    r"|no|nor|or|either|base|mod|modulo|remainder|multiple|nearest)\b"
-)
-
-
-def _number_of_prose(line: str) -> str:
-    """The only number of a sentence such as ``She has 48 left``; else nothing."""
-    found = list(islice(_NUMBER.finditer(line), 2))
-    if len(found) != 1 or _CHANGED.search(line) or _CORRECTED.search(line):
-        return ""
-    begin, end = found[0].span()
-    around = line[:begin] + " " + line[end:]
-    stands_alone = not (begin and _BEFORE.match(line, begin - 1)) and not _AFTER.match(line, end)
-    words = _PROSE_WORDS.fullmatch(around)
-    return found[0][0] if stands_alone and words and len(around.split()) >= 2 else ""
-
-
-_PROSE_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z\s.,'’*$-]*")

@@ -70,6 +70,11 @@ def in_words(text: str) -> Fraction | None:
     return None if value is None else Fraction(value)
 
 
+def number_words(text: str) -> bool:
+    """Whether a text names a number in words, such as ``thirty``."""
+    return any(word in _WORDS for word in text.lower().split())
+
+
 def half_digit(text: str) -> Fraction | None:
     """Half a unit of the last digit of a decimal: what rounding may have taken from it.
 

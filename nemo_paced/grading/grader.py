@@ -24,19 +24,23 @@ from nemo_paced.grading.answers import (
     MAX_SYMBOLIC_LENGTH,
     Comparison,
     agree,
-    find_choice,
     items,
-    normalize,
     without_unit,
 )
+from nemo_paced.grading.choices import find_choice
 from nemo_paced.grading.evidence import Evidence, find_answer, without_thought
+from nemo_paced.grading.notation import normalize
 from nemo_paced.grading.verifier_pool import TimedOut, VerifierPool, WorkerDied, load_function
 from nemo_paced.records import Outcome
 
 SYMBOLIC = "nemo_paced.grading.symbolic:symbolically_equal"
 # files that make verdicts
 _RULES = tuple(
-    f"{part}.py" for part in ("grader", "evidence", "answers", "symbolic", "units", "exact")
+    f"{part}.py"
+    for part in (
+        *("grader", "evidence", "readings", "notation", "answers", "choices", "symbolic", "units"),
+        "exact",
+    )
 )
 MOST_PARSED = 2  # readings of an answer that math-verify is asked about
 SYMBOLIC_MEMORY = 4 * 2**30  # bytes: a power tower must not take the trainer's memory
@@ -114,19 +118,6 @@ class Grader:
                 verdict = second
         return verdict
 
-    def rules(self) -> list[str | float | bool]:
-        """What verdicts depend on besides text and answers; a change means to grade again.
-
-        Of your own verifier it is the module that holds it, not what that imports.
-        """
-        config, files = self.config, [Path(__file__).with_name(name) for name in _RULES]
-        if self._is_own:
-            own = sys.modules[load_function(config.verifier).__module__]
-            files = [Path(own.__file__)] if own.__file__ else []
-        settings = [config.numeric_tolerance, config.last_number, config.time_limit_s]
-        sources = [file_digest(path) for path in files]
-        return [config.verifier, *settings, version("math-verify"), digest(sources)]
-
     def _verifier(self, name: str) -> Callable[[str, str, bool], Verdict]:
         simple = {"exact": _exact, "multiple_choice": self._multiple_choice}
         if name in simple:
@@ -152,7 +143,7 @@ class Grader:
             if len(items(answer)) == 1:
                 return _verdict(False, together, found.evidence, Comparison.lists)
             readings.insert(0, together)  # they are the list asked for
-        open_ones = []
+        open_ones: dict[str, str] = {}  # by what is left of them after normalisation
         for number, reading in enumerate(readings):
             if not normalize(reading):
                 continue
@@ -160,11 +151,11 @@ class Grader:
             if equal:
                 return _verdict(True, reading, found.evidence, how)
             if equal is None:
-                open_ones.append(reading)
+                open_ones.setdefault(normalize(reading), reading)
             elif number == 0:
                 return _verdict(False, reading, found.evidence, how)  # no part says something else
         verdict = _verdict(False, found.answer, found.evidence, Comparison.none)
-        for reading in open_ones[:MOST_PARSED]:
+        for reading in sorted(open_ones.values(), key=len)[:MOST_PARSED]:
             ours, reference = without_unit(reading, answer)
             found_so = (reading, found.evidence, Comparison.symbolic)
             verdict = self._ask(ours, reference, found_so)
@@ -202,6 +193,21 @@ class Grader:
         if not isinstance(correct, bool):
             raise GradingError(f"grading.verifier {name} returned {correct!r}, not a bool")
         return _verdict(correct, *found)
+
+
+def rules(config: GradingConfig) -> list[str | float | bool]:
+    """What verdicts depend on besides text and answers; a change means to grade again.
+
+    Of your own verifier it is the module that holds it, not what that imports.
+    """
+    files = [Path(__file__).with_name(name) for name in _RULES]
+    if ":" in config.verifier:
+        own = sys.modules[load_function(config.verifier).__module__]
+        file = getattr(own, "__file__", None)  # a built-in module has none
+        files = [Path(file)] if file else []
+    settings = [config.numeric_tolerance, config.last_number, config.time_limit_s]
+    sources = [file_digest(path) for path in files]
+    return [config.verifier, *settings, version("math-verify"), digest(sources)]
 
 
 def _verdict(

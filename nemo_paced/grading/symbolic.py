@@ -12,8 +12,9 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from nemo_paced.grading.answers import agree_rounded, clean
+from nemo_paced.grading.answers import agree_rounded
 from nemo_paced.grading.exact import half_digit, rational
+from nemo_paced.grading.notation import clean
 
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|lt|gt|ne|in|leq|geq|mid|neq)(?![a-z])|\\cup|or|and")
 _WORDS = re.compile(r"\s*(?=.*[A-Za-z]{3})[A-Za-z\s]+|[A-Z\s]{2,}")

@@ -111,7 +111,9 @@ class Verdicts:
 def percent(share: float) -> str:
     """A share in percent, with a decimal where it would be 0 or 100 without being so."""
     value = 100 * share
-    return f"{value:.1f} %" if value % 100 and round(value) in (0, 100) else f"{value:.0f} %"
+    if not 0 < value < 100 or 0.5 <= value < 99.5:
+        return f"{value:.0f} %"
+    return f"{min(max(value, 0.1), 99.9):.1f} %"
 
 
 def shares(counts: Mapping[str, int]) -> dict[str, float]:

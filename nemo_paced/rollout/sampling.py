@@ -6,6 +6,7 @@ import hashlib
 import logging
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from nemo_paced.data.prompts import PromptKind, Prompts
 from nemo_paced.files import digest
-from nemo_paced.grading.grader import Grader
+from nemo_paced.grading.grader import Grader, rules
 from nemo_paced.records import Problem, Rollout
 from nemo_paced.rollout.store import Key, RolloutStore, StoredRollouts
 from nemo_paced.serving.client import RolloutClient
@@ -24,6 +25,7 @@ from nemo_paced.serving.completions import Completion, SampleRequest
 logger = logging.getLogger(__name__)
 
 DIGITS = 12  # hex digits of what a rollout was asked and graded with
+SAID_EVERY_S = 60.0  # between two lines about stored rollouts that are graded again
 GRADED_AT_ONCE = 512  # stored rollouts that are graded again before they are written
 
 
@@ -149,7 +151,7 @@ class _GradedBy:
     """What the verdicts on a problem's rollouts depend on besides their text, as a digest."""
 
     def __init__(self, grader: Grader) -> None:
-        self._rules = grader.rules()
+        self._rules = rules(grader.config)
         self._known: dict[tuple[str, ...], str] = {}
 
     def of(self, problem: Problem) -> str:
@@ -178,12 +180,15 @@ def _grade_again(
         return now, now.outcome is not before.outcome
 
     logger.info("%d stored rollouts were graded otherwise: they are graded again", len(keys))
-    changed = 0
+    changed, said = 0, time.monotonic()
     with ThreadPoolExecutor(grader.config.num_workers) as threads:
         for begin in range(0, len(keys), GRADED_AT_ONCE):
             found = list(threads.map(grade, keys[begin : begin + GRADED_AT_ONCE]))
             store.append(keys[begin][0], [rollout for rollout, _ in found])
             changed += sum(is_other for _, is_other in found)
+            if time.monotonic() - said > SAID_EVERY_S:
+                said = time.monotonic()
+                logger.info("graded again: %d of %d so far", begin + len(found), len(keys))
     logger.info("graded again: %d of %d verdicts are others", changed, len(keys))
 
 

@@ -161,8 +161,15 @@ def estimate_pass_rates(
     table = PassRateTable.estimate(
         map(seen.rollout, rollouts), problems, config.weights, student_step=step
     )
-    save_table(table, run_dir, step)
+    if table.is_unknown:
+        raise RolloutError(
+            f"none of {len(seen.verdicts)} responses has a verdict: grading.verifier "
+            f"{config.grading.verifier} took above grading.time_limit_s "
+            f"{config.grading.time_limit_s:g} for each, or its process ended. The responses are "
+            "kept, and are graded again with another verifier or limit"
+        )
     seen.verdicts.write(run_dir / "pass_rates" / f"step_{step:08d}.verdicts.json")
+    save_table(table, run_dir, step)
     _tell_of_estimate(config, table, seen, step)
     return table
 

@@ -198,24 +198,29 @@ def _choose(
         rollouts = sample(asked, {problem.id: attempt for problem in asked})
         tried |= {problem.id: [] for problem in asked}
         for place, rollout in enumerate(rollouts):
-            tried[rollout.problem_id].append(_Attempt(rollouts, place, rollout.correct))
-        asked = [problem for problem in asked if not tried[problem.id][-1].correct]
+            tried[rollout.problem_id].append(_Attempt(rollouts, place, _is_wrong(rollout)))
+        asked = [problem for problem in asked if tried[problem.id][-1].wrong]
         if not asked:
             break
     for problem in problems:
         attempts = tried[problem.id]
         # what stays wrong is what references.wrong=keep would have taken
-        chosen = attempts[-1] if attempts[-1].correct else attempts[0]
-        dropped = settings.wrong is WrongReferences.drop and not chosen.correct
+        chosen = attempts[0] if attempts[-1].wrong else attempts[-1]
+        dropped = settings.wrong is WrongReferences.drop and chosen.wrong
         yield Reference(chosen.rollouts[chosen.place], len(attempts), dropped)
 
 
 class _Attempt(NamedTuple):
-    """Where a graded rollout is, and whether it is right: rollouts themselves are many."""
+    """Where a graded rollout is, and whether it is wrong: rollouts themselves are many."""
 
     rollouts: Sequence[Rollout]
     place: int
-    correct: bool
+    wrong: bool
+
+
+def _is_wrong(rollout: Rollout) -> bool:
+    """Whether a response was found wrong; one without a verdict is kept."""
+    return rollout.has_verdict and not rollout.correct
 
 
 def _teacher_sampler(

@@ -99,7 +99,9 @@ def allocate(
         for n in range(1, LOOK_AHEAD + 1)
     ]
     worth = _envelope_slopes(np.stack(falls, 1))[of.reshape(-1)]
-    room = config.adaptive.max_rollouts - (num_rollouts if num_asked is None else num_asked)
+    asked = num_rollouts if num_asked is None else num_asked
+    worth *= ((num_rollouts + 1) / (asked + 1))[:, None]  # a verdict is not certain to come
+    room = config.adaptive.max_rollouts - asked
     worth[np.arange(LOOK_AHEAD) >= room[:, None]] = -np.inf
     best = np.argsort(-worth, axis=None, kind="stable")[:budget]
     best = best[worth.reshape(-1)[best] > -np.inf]

@@ -20,10 +20,9 @@ def weight_shares(
     pass_rates: Sequence[float], weights: Sequence[float], num_bins: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
     """Number of problems and share of all weight in equal bins of pass rate, [num_bins] each."""
-    values = np.asarray(weights, dtype=np.float64)
     edges = np.linspace(0, 1, num_bins + 1)
-    held = in_bins(pass_rates, edges, values)
-    return in_bins(pass_rates, edges), held / values.sum()
+    held = in_bins(pass_rates, edges, np.asarray(weights, dtype=np.float64))
+    return in_bins(pass_rates, edges), held / (held.sum() or 1.0)
 
 
 def in_bins(

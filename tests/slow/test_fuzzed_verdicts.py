@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from nemo_paced.config import GradingConfig
-from nemo_paced.grading.answers import MAX_SYMBOLIC_LENGTH, normalize
+from nemo_paced.grading.answers import MAX_SYMBOLIC_LENGTH
 from nemo_paced.grading.grader import Grader
+from nemo_paced.grading.notation import normalize
 from nemo_paced.records import Outcome
 from tests.unit.grading.generated_cases import frame_cases, notation_cases
 

@@ -21,7 +21,7 @@ DRIFT = (
 
 def pass_rate_sections(run: RunFiles) -> list[Section]:
     """Sections on the histogram of pass rates, the weights, and the drift of pass rates."""
-    tables = run.tables
+    tables = {step: table for step, table in run.tables.items() if table["num_rollouts"].any()}
     if not tables:
         return [Section("Pass rates", missing="No pass rates were estimated yet.")]
     first, last = min(tables), max(tables)

@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 
 import pytest
 from rich.console import Console
@@ -7,7 +8,7 @@ from rich.console import Console
 from nemo_paced import cli
 from nemo_paced.config import DataConfig, GradingConfig, PacedConfig, Unanswered
 from nemo_paced.errors import ConfigError
-from nemo_paced.evaluation.graded_file import Answered, grade_file, read_answered
+from nemo_paced.evaluation.graded_file import Answered, Answers, grade_file
 
 
 def write(path, *rows):
@@ -16,7 +17,7 @@ def write(path, *rows):
 
 
 def read(path, *rows, response=None, **data):
-    return list(read_answered(write(path, *rows), PacedConfig(data=DataConfig(**data)), response))
+    return list(Answers(PacedConfig(data=DataConfig(**data)), response).read(write(path, *rows)))
 
 
 def shown(path, *rows, shown=2, grading=None, **options):
@@ -30,6 +31,18 @@ def shown(path, *rows, shown=2, grading=None, **options):
     ("row", "data", "response"),
     [
         ({"response": "r", "answer": "7", "truncated": True, "correct": False}, {}, None),
+        ({"text": "7?", "response": "r", "answer": "7", "truncated": 1, "correct": 0}, {}, None),
+        (
+            {"outputs": [{"text": "r"}], "problem": None, "choices": [{"index": 0}], "answer": 7,
+             "truncated": True, "label": 0.0},
+            {},
+            None,
+        ),
+        (
+            {"response": "r", "label": "7", "truncated": True, "correct": False},
+            {"columns": {"answer": "label"}},
+            None,
+        ),
         (
             {"completion": "r", "ground_truth": 7, "finish_reason": "length", "label": False},
             {},
@@ -70,11 +83,9 @@ def test_a_row_may_hold_several_responses_and_accepted_answers(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        (
-            [{"answer": "7", "said": "r"}],
-            r"f.jsonl:1: column 'response' holds no response; the row",
-        ),
-        ([{"response": None, "answer": "7"}], "name the column of the responses with --response"),
+        ([{"answer": "7", "said": "r"}], "f.jsonl:1: no column with a response: it has answer"),
+        ([{"response": {"a": 1}, "answer": "7"}], "name the column of the responses with --resp"),
+        ([{"response": "r", "answer": "7", "truncated": "no"}], "truncated is 'no': true or false"),
         ([{"response": "r"}], r"f.jsonl:1: field 'answer' is missing.*data.unanswered=drop"),
         ([], "holds no response with an answer"),
     ],
@@ -82,6 +93,26 @@ def test_a_row_may_hold_several_responses_and_accepted_answers(tmp_path):
 def test_what_cannot_be_graded_is_refused_by_line(tmp_path, rows, told):
     with pytest.raises(ConfigError, match=told):
         read(tmp_path / "f.jsonl", *rows)
+
+
+def test_a_choice_named_correct_is_the_answer_and_no_label(tmp_path):
+    row = {"response": "B", "options": ["A) 1", "B) 2"], "correct": "B"}
+    assert read(tmp_path / "f.jsonl", row) == [Answered("0", "B", ("B",), False, None)]
+
+
+def test_what_is_null_is_an_empty_response_and_counted(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        text = shown(tmp_path / "f.jsonl", {"response": None, "answer": "7"})
+    assert "100 % without an answer" in text
+    assert "responses: column 'response'; answers: column 'answer'" in caplog.text
+    assert "1 responses are null" in caplog.text
+
+
+def test_neither_a_directory_nor_the_responses_are_written_over(tmp_path):
+    row = {"response": "r", "answer": "7"}
+    for out, told in ((tmp_path, "a directory"), (tmp_path / "f.jsonl", "name another")):
+        with pytest.raises(ConfigError, match=told):
+            shown(tmp_path / "f.jsonl", row, out=out)
 
 
 def test_rows_without_an_answer_are_left_out_where_one_says_so(tmp_path):

@@ -8,8 +8,7 @@ from scipy.stats import binomtest
 
 from nemo_paced.errors import ConfigError
 from nemo_paced.evaluation.results import ResultsFile, Source
-from nemo_paced.grading.accuracy import Accuracy, Difference
-from nemo_paced.grading.sign_flip import sign_flip_p_value
+from nemo_paced.grading.accuracy import Accuracy, Difference, sign_flip_p_value
 from nemo_paced.records import Outcome, Problem, Rollout
 from tests.outcomes import right_or_wrong
 

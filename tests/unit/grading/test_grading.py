@@ -14,14 +14,14 @@ from nemo_paced.grading.answers import (
     MAX_SYMBOLIC_LENGTH,
     Comparison,
     agree,
-    find_choice,
     items,
-    normalize,
     numbers_agree,
     without_unit,
 )
+from nemo_paced.grading.choices import find_choice
 from nemo_paced.grading.evidence import Evidence, find_answer, last_boxed
-from nemo_paced.grading.grader import Grader
+from nemo_paced.grading.grader import Grader, rules
+from nemo_paced.grading.notation import normalize
 from nemo_paced.records import Outcome
 from tests.unit.grading.generated_cases import frame_cases, notation_cases
 
@@ -35,15 +35,18 @@ OWN = "tests.unit.grading.verifiers:judge"
 def test_the_labelled_cases_are_judged_as_labelled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong, reasons = set(), {}
-    with Grader(GradingConfig(num_workers=1, time_limit_s=2.0)) as grader:
+    with (
+        Grader(GradingConfig(num_workers=1, time_limit_s=2.0)) as grader,
+        Grader(GradingConfig("multiple_choice")) as chooser,
+    ):
         for case in CASES:
-            cut = case.get("truncated", False)
-            verdict = grader.grade(case["text"], case["answer"], truncated=cut)
+            cut, judge = case.get("truncated", False), chooser if "verifier" in case else grader
+            verdict = judge.grade(case["text"], case["answer"], truncated=cut)
             key = (case["text"].splitlines()[-1] if case["text"].strip() else "", case["answer"])
             reasons[key] = verdict.reason
             if verdict.correct is not case["correct"]:
                 wrong.add(key)
-    assert not wrong and len(CASES) >= 390
+    assert not wrong and len(CASES) >= 590
     assert reasons["Answer: 9^{9^{9^{9}}}", "3"] == "math-verify: timed out after 2 s"
     assert not list(tmp_path.iterdir()), "no response was evaluated"
 
@@ -229,7 +232,7 @@ def test_only_what_is_marked_counts_where_one_says_so(verifier, unmarked, marked
         assert both.grade(unmarked, answer).correct and both.grade(marked, answer).correct
         assert marks.grade(unmarked, answer).outcome is Outcome.unanswered
         assert marks.grade(marked, answer).correct
-        assert both.rules() != marks.rules()
+        assert rules(both.config) != rules(marks.config)
 
 
 def test_the_exact_verifier_and_truncation():
