@@ -63,9 +63,9 @@ usage: nemo-paced pass-rates --config-name NAME [key=value ...]
 
 Writes pass_rates.parquet into the run directory: id, num_correct, num_rollouts,
 effective_correct, effective_rollouts, pass_rate, weight, student_step, num_truncated,
-num_unanswered, num_timed_out. Interrupted, it goes on with the rollouts that are missing. weights.estimator=posterior weighs without hard zeros;
-weights.adaptive.enabled=true then spends weights.num_rollouts a problem (in the mean) where they
-help most.
+num_unanswered, num_timed_out. Interrupted, it goes on with the rollouts that are missing.
+weights.estimator=posterior weighs without hard zeros; weights.adaptive.enabled=true then spends
+weights.num_rollouts a problem (in the mean) where they help most.
 
 --simulate needs no model: how wrong are weights after so many rollouts, by the plug-in estimate, by
 the posterior, and by the posterior with adaptive rollouts? For three known distributions of pass
