@@ -229,8 +229,8 @@ FAULTS = {
     ),
     "exact_integers": Fault(
         "integers and fractions agree within the tolerance that decimals have",
-        "slack = Fraction(tolerance) if inexact and not whole else Fraction(0)",
-        "slack = Fraction(tolerance)",
+        "    if whole or not any(re.search(r\"\\.\\d\", text) for text in written):\n",
+        "    if False:\n",
         "tests/unit/grading/test_grading.py",
     ),
     "open_line": Fault(
@@ -238,6 +238,24 @@ FAULTS = {
         "    if not line or (truncated and not whole):\n",
         "    if not line:\n",
         "tests/unit/grading/test_grading.py",
+    ),
+    "equations": Fault(
+        "2x = 10 is taken for a 10",
+        "    if value is None:\n        return None\n    texts[place] = value\n",
+        "    texts[place] = value or sides[place][-1]\n",
+        "tests/unit/grading/test_grading.py",
+    ),
+    "timed_out": Fault(
+        "what the verifier took too long for counts as wrong in a pass rate",
+        "return self.outcome is not None and self.outcome is not Outcome.timed_out",
+        "return self.outcome is not None",
+        "tests/unit/weights/test_pass_rates.py",
+    ),
+    "old_verdicts": Fault(
+        "stored verdicts of other answers or rules are used again",
+        "elif store.graded(key) != graded.of(problem):",
+        "elif False:",
+        "tests/unit/rollout/test_sampling.py",
     ),
 }
 

@@ -23,6 +23,7 @@ from nemo_paced.grading.units import (
     number,
     quantity,
     without_thousands,
+    without_unit,
 )
 
 
@@ -40,30 +41,28 @@ class Comparison(StrEnum):
 
 
 ROUNDING = 1e-4  # tolerances up to here are there for rounded decimals
+MOST_ITEMS = 40  # of a list; they are compared in pairs
 MAX_SYMBOLIC_LENGTH = 1000  # characters; longer text is no final answer
 
 _CAPITAL = re.compile(r"\(?[A-J]\)?\.?")
 _LABELLED = re.compile(r"\(?[A-J](?:\)|[.:](?=\s|\Z))\s*\S")  # "E: vitamin D", "(B) 12 m"
 
+_CHOSEN = re.compile(r"(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s)")
 _BETWEEN_ITEMS = re.compile(
     r"\s*(?:,\s*(?:and|or)\s|,\s|;|\s(?:and|or)\s|\\(?:land|lor)(?![a-z]))\s*"
 )
 _MARKS = re.compile(rf"[()\[\]]|{_BETWEEN_ITEMS.pattern}")
-_TUPLE = re.compile(r"([(\[])(.*)[)\]]", re.S)
-_PHRASE = re.compile(r"[A-Za-z ]{4,}")
+_TUPLE = re.compile(r"([(\[])(.*)([)\]])", re.S)
+# words, and no letters of a formula
+_PHRASE = re.compile(r"(?=.{5})(?=[A-Za-z ]*[aeiouy])(?![A-Z]+\Z)[A-Za-z]+(?: [A-Za-z]+)*")
+_NOTHING = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?")
 _BASED = re.compile(r"\(?([0-9A-Za-z]{1,100})\)?(?:_\{?(\d{1,2})\}?)?", re.A)
-_LENGTH = (
-    r"(?:mm|cm|km|m|in|ft|yd|inch(?:es)?|f(?:oo|ee)t|(?:centi|milli|kilo)?met(?:er|re)s?|units?)"
-)
-_UNIT_BEHIND = re.compile(
-    rf"(?<=[\w)}}])\s+(?:(?:square|cubic|sq\.?|cu\.?)\s*)?{_LENGTH}(?:\^\{{?[23]\}}?)?\Z"
-)
-
-_NAMED = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?)\s*=(?!=)")
+_NAMED = re.compile(r"([A-Za-z](?:_(?:\{\w+\}|\w))?)\s*=(?!=)")
 _DATE = re.compile(r"\d{1,4}\s*[-–]\s*\d{1,4}(?:\s*[-–]\s*\d{1,4})?")
+_RATIO = re.compile(r"[^:]{1,60}(?::[^:]{1,60}){2,5}")
 _COLON = re.compile(r"(\d{1,9})\s*:\s*(\d{1,9})\s*(?:([AaPp])\.?\s?[Mm]\.?)?")
 _RESIDUE = re.compile(
-    r"(?:[A-Za-z]\s*(?:\\equiv|=|≡)\s*)?(-?\d{1,99})\s*\(?\\?[pb]?mod\s*\{?(\d{1,99})\}?\)?"
+    r"(?:[A-Za-z]?\s*(?:\\equiv|=|≡)\s*)?(-?\d{1,99})\s*\(?\\?[pb]?mod\s*\{?(\d{1,99})\}?\)?"
 )
 
 
@@ -78,7 +77,7 @@ def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, C
         return True, Comparison.text
     ours, reference = clean(extracted), clean(answer)
     for one, other in ((ours, reference), (reference, ours)):
-        if _CAPITAL.fullmatch(one) and _LABELLED.match(other):
+        if _CAPITAL.fullmatch(one) and (_LABELLED.match(other) or _CHOSEN.match(other)):
             return option(one) == option(other), Comparison.letter
     if _singular(ours) == _singular(reference) and _PHRASE.fullmatch(ours):
         return True, Comparison.text
@@ -89,12 +88,68 @@ def agree(extracted: str, answer: str, tolerance: float) -> tuple[bool | None, C
         equal = numbers_agree(extracted, answer, tolerance)
     if equal is not None:
         return equal, Comparison.numbers
-    our_items, their_items = items(extracted), items(answer)
-    if len(our_items) > 1 and len(our_items) == len(their_items):
-        equal = _items_agree(our_items, their_items, tolerance)
-        if equal is not None:
-            return equal, Comparison.lists
-    return None, Comparison.symbolic
+    equal = _ratios_agree(ours, reference)
+    if equal is None:
+        equal = _lists_agree(ours, reference, tolerance)
+    return equal, Comparison.symbolic if equal is None else Comparison.lists
+
+
+def _lists_agree(ours: str, reference: str, tolerance: float) -> bool | None:
+    """Whether two lists hold the same; ``None``: one is none, or some item is no number."""
+    our_items, their_items = items(ours), items(reference)
+    if len(our_items) != len(their_items):
+        # 125,216 is a list where the other side is one
+        if len(our_items) == 1 and _are_numbers(their_items):
+            our_items = items(ours.replace(",", ", "))
+        elif len(their_items) == 1 and _are_numbers(our_items):
+            their_items = items(reference.replace(",", ", "))
+    named = [named_values(each) for each in (our_items, their_items)]
+    if (named[0] is None) != (named[1] is None):
+        values, others = (named[0], their_items) if named[0] else (named[1], our_items)
+        assert values is not None, "one side is named"
+        if len(others) == 1 and (inner := _TUPLE.fullmatch(others[0])):
+            others = items(inner[2])
+        if len(others) != len(values):
+            return None
+        return _all_agree(values, others, tolerance)
+    if not 1 < len(our_items) == len(their_items) <= MOST_ITEMS:
+        return None
+    return _items_agree(our_items, their_items, tolerance)
+
+
+def _are_numbers(items: Sequence[str]) -> bool:
+    return all(quantity(item) is not None for item in items)
+
+
+def named_values(items: Sequence[str]) -> list[str] | None:
+    """The values of ``x=1, y=2``, in order; ``None``: not all are named, or two alike."""
+    names = [_NAMED.match(item) for item in items]
+    if len(items) < 2 or len({each[1] for each in names if each}) < len(items):
+        return None
+    return [_NAMED.sub("", item, count=1).strip() for item in items]
+
+
+def _all_agree(ours: Sequence[str], others: Sequence[str], tolerance: float) -> bool | None:
+    """Whether two rows of values agree one by one; ``None``: not told."""
+    found = [_item_agrees(a, b, tolerance) for a, b in zip(ours, others, strict=True)]
+    return False if False in found else (None if None in found else True)
+
+
+def _ratios_agree(ours: str, reference: str) -> bool | None:
+    """Whether ratios of three parts and more agree; ``None``: neither is one."""
+    ratios = [_RATIO.fullmatch(text) for text in (ours, reference)]
+    if not any(ratios):
+        return None
+    if not all(ratios):
+        return False
+    parts = [[number(part) for part in text.split(":")] for text in (ours, reference)]
+    if any(part is None for each in parts for part in each) or len(parts[0]) != len(parts[1]):
+        return normalize(ours) == normalize(reference)
+    (first, *_), (other, *_) = parts
+    return all(
+        a is not None and b is not None and a * (other or 0) == b * (first or 0)
+        for a, b in zip(*parts, strict=True)
+    )
 
 
 def items(answer: str) -> list[str]:
@@ -104,19 +159,23 @@ def items(answer: str) -> list[str]:
         text = text[2:-2]
     if "\\begin" in text:
         return [text]
+    if text.count("\\pm") == 1:
+        text = _NAMED.sub("", text, count=1).strip()
+        both = [text.replace("\\pm", sign, 1).strip() for sign in "+-"]
+        return items(", ".join(each.removeprefix("+").strip() for each in both))
     if not re.search(r",\s", text):  # 1,000 is one number, and 1,000, 2,000 are two
         text = without_thousands(text)
         text = text.replace(",", ", ")
-    items, depth, begin = [], 0, 0
+    found, depth, begin = [], 0, 0
     for mark in _MARKS.finditer(text):
         if mark[0] in "([":
             depth += 1
         elif mark[0] in ")]":
             depth -= 1
         elif not depth:
-            items.append(text[begin : mark.start()])
+            found.append(text[begin : mark.start()])
             begin = mark.end()
-    return [part.strip() for part in (*items, text[begin:]) if part.strip()]
+    return [part.strip() for part in (*found, text[begin:]) if part.strip()]
 
 
 def _items_agree(ours: list[str], reference: list[str], tolerance: float) -> bool | None:
@@ -124,7 +183,7 @@ def _items_agree(ours: list[str], reference: list[str], tolerance: float) -> boo
     names = [[_NAMED.match(item) for item in each] for each in (ours, reference)]
     if any(map(any, names)) and not all(map(all, names)):
         named = 0 if all(names[0]) else 1
-        if any(names[1 - named]) or len({each and each[1] for each in names[named]}) > 1:
+        if any(names[1 - named]) or len({each and _bare(each[1]) for each in names[named]}) > 1:
             return None
         # x=1 or x=-2 are 1 and -2
         bare = [_NAMED.sub("", item, count=1) for item in (ours, reference)[named]]
@@ -146,14 +205,15 @@ def _item_agrees(item: str, other: str, tolerance: float) -> bool | None:
     if tuples[0] is None or tuples[1] is None:
         return numbers_agree(item, other, tolerance)
     parts = [items(each[2]) for each in tuples if each]
-    if len(parts[0]) != len(parts[1]) or tuples[0][1] != tuples[1][1] or len(parts[0]) < 2:
-        return None
-    found = [_item_agrees(a, b, tolerance) for a, b in zip(*parts, strict=True)]
-    return False if False in found else (None if None in found else True)
+    brackets = [(each[1], each[3]) for each in tuples if each]
+    if len(parts[0]) != len(parts[1]) or brackets[0] != brackets[1]:
+        return False
+    return None if len(parts[0]) < 2 else _all_agree(parts[0], parts[1], tolerance)
 
 
 def _singular(words: str) -> str:
-    return " ".join(words.lower().split()).removesuffix("s")
+    words = " ".join(words.lower().split())
+    return "no solution" if _NOTHING.fullmatch(words) else words.removesuffix("s")
 
 
 def _bases_agree(extracted: str, answer: str) -> bool | None:
@@ -172,15 +232,16 @@ def _is_of_base(digits: str, base: str | None) -> bool:
     """Whether these are digits of a base from 2 to 36, one of them decimal."""
     if not base:
         return True
-    if not 2 <= int(base) <= 36 or not any(digit.isdigit() for digit in digits):
+    lettered = not any(digit.isdigit() for digit in digits)
+    if not 2 <= int(base) <= 36 or (lettered and (len(digits) < 2 or base != "16")):
         return False
     return max(int(digit, 36) for digit in digits) < int(base)
 
 
-def without_unit(extracted: str, answer: str) -> tuple[str, str]:
+def without_units(extracted: str, answer: str) -> tuple[str, str]:
     """Both answers, without a unit behind a formula that only one of them names."""
     both = [clean(text) for text in (extracted, answer)]
-    bare = [_UNIT_BEHIND.sub("", text) for text in both]
+    bare = [without_unit(text) for text in both]
     if (bare[0] != both[0]) == (bare[1] != both[1]):
         return extracted, answer
     return bare[0], bare[1]
@@ -203,11 +264,16 @@ def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
         return None
     value, wanted = ours.value, reference.value
     if NO_UNIT not in (ours.unit, reference.unit):
-        if ours.unit.dimension != reference.unit.dimension:
+        if not ours.unit.fits(reference.unit):
             return False
-        value, wanted = ours.size, reference.size
+        if ours.unit.dimension == reference.unit.dimension:
+            value, wanted = ours.size, reference.size
     values = {value} | ({value / 100} if is_percentage(ours, reference) else set())
     targets = {wanted} | ({wanted / 100} if is_percentage(reference, ours) else set())
+    if ours.also and reference.unit == NO_UNIT:
+        values = set(ours.also)
+    if reference.also and ours.unit == NO_UNIT:
+        targets = set(reference.also)
     return any(agree_rounded(v, t, written, tolerance) for v in values for t in targets)
 
 
@@ -242,8 +308,10 @@ def _different_kinds(ours: str, reference: str) -> bool:
     A parser of mathematics would take these for differences and quotients.
     """
     names = [_NAMED.match(text) for text in (ours, reference)]
-    if names[0] and names[1] and names[0][1] != names[1][1]:
-        return True
+    if names[0] and names[1] and _bare(names[0][1]) != _bare(names[1][1]):
+        # x=2y and y=x/2 may be one equation, x=2 and y=2 are two
+        values = [quantity(text.partition("=")[2].strip()) for text in (ours, reference)]
+        return None not in values
     if _DATE.fullmatch(reference) or (_DATE.fullmatch(ours) and ours.count("-") > 1):
         return ours.replace(" ", "") != reference.replace(" ", "")
     ratios = [_COLON.fullmatch(text) for text in (ours, reference)]
@@ -254,6 +322,10 @@ def _different_kinds(ours: str, reference: str) -> bool:
         halves = {each.lower() for each in (our_half, half) if each}
         return (int(a), b) != (int(c), d) or len(halves) > 1
     return int(a) * int(d) != int(b) * int(c)
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[{}]", "", name)
 
 
 def _written_alike(ours: str, reference: str) -> bool | None:

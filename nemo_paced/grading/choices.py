@@ -27,6 +27,7 @@ _SECOND = re.compile(
     rf"|.*\b(?i:no|wait|actually|rather)\b(?:[,.:]\s*|\s+(?=\(?[A-J]\)?\s*\Z))(?i:it\s+is\s+)?{_LABEL}",
     re.S,
 )
+_ANOTHER = re.compile(r"\A\W*\(?[A-J]\)?\W*\Z|(?:\A|\s)\(?[A-J](?:[.:](?=\s|\Z)|\))")
 _TAKEN_BACK = re.compile(r"\s*(?i:is|was)\s+(?i:wrong|incorrect|false|not|out)\b|\s*\?")
 _NOT_ONE = re.compile(
     r"(?i)\A(?:not|neither|none|all|any|anything|everything|either|both|isn['’]t)\b"
@@ -81,7 +82,7 @@ def option(final: str) -> str | None:
         if found := form.match(final):
             rest = final[found.end() :]
             behind = final[found.end(1) :].lstrip(")") if found[1] else rest
-            if _SECOND.match(behind) or _TAKEN_BACK.match(behind):
+            if _SECOND.match(behind) or _TAKEN_BACK.match(behind) or _ANOTHER.search(rest):
                 return None
             return next(group for group in found.groups() if group).upper()
     if _REFUSED.search(final) or _ASKED.search(final):

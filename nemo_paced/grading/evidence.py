@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
 
-from nemo_paced.grading.readings import readings, trimmed
+from nemo_paced.grading.readings import readings, trimmed, unlabelled
 
 
 class Evidence(StrEnum):
@@ -249,7 +249,7 @@ def _of_box(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
         return Found(content, Evidence.box, (content,), tuple(contents))
     if _MINUS.search(text, max(0, mark.start() - 4), mark.start()):
         content = f"-{content}"
-    return Found(content, Evidence.box, (content,))
+    return Found(content, Evidence.box, unlabelled(content))
 
 
 _MINUS = re.compile(r"(?:^|[\s$=({])[-−]\s?\Z")

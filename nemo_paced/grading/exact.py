@@ -22,6 +22,12 @@ _WORDS = {word: value for value, word in enumerate(_DIGITS)} | {
     for digit in range(10)
 }
 
+_PARTS = {
+    **{"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6},
+    **{"seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10, "hundredth": 100},
+}
+_LONGEST_WORDS = 80  # characters of a number in words
+
 LONGEST = 300  # characters of a written number
 _BITS = 1 << 16  # of a numerator or denominator
 _DEEPEST = 40  # brackets within brackets
@@ -65,9 +71,31 @@ def rational(text: str) -> Fraction | None:
 
 
 def in_words(text: str) -> Fraction | None:
-    """Value of a number below a hundred in words: ``forty-two``, ``Forty two``."""
-    value = _WORDS.get("-".join(text.lower().replace("-", " ").split())) if text.isascii() else None
-    return None if value is None else Fraction(value)
+    """Value of a number in words: ``forty-two``, ``five hundred``, ``two thirds``."""
+    if not text.isascii() or len(text) > _LONGEST_WORDS:
+        return None
+    words = [word for word in text.lower().replace("-", " ").split() if word != "and"]
+    sign = -1 if words[:1] in (["negative"], ["minus"]) else 1
+    words = words[1:] if sign < 0 else words
+    if len(words) > 1 and words[-1].removesuffix("s") in _PARTS:
+        top = _whole_in_words(words[:-1])
+        return None if top is None else Fraction(sign * top, _PARTS[words[-1].removesuffix("s")])
+    value = _whole_in_words(words)
+    return None if value is None else Fraction(sign * value)
+
+
+def _whole_in_words(words: list[str]) -> int | None:
+    """Value of ``five hundred forty two``; ``None``: it is no number."""
+    total = 0
+    for place, name in ((1000, "thousand"), (100, "hundred"), (1, "")):
+        if name and name in words:
+            at = words.index(name)
+            count = _whole_in_words(words[:at])
+            if count is None:
+                return None
+            total, words = total + place * count, words[at + 1 :]
+    rest = _WORDS.get("-".join(words)) if words else (0 if total else None)
+    return None if rest is None else total + rest
 
 
 def number_words(text: str) -> bool:
@@ -159,8 +187,10 @@ class _Reader:
 
     def _power(self) -> Fraction:
         base = self._atom()
-        while self._take("!"):
+        if self._take("!"):
             base = _factorial(base)
+            if self._next() == "!":
+                raise _NoNumber  # n!! is another function
         if not self._take("^"):
             return base
         exponent = self._signed()

@@ -25,7 +25,7 @@ from nemo_paced.grading.answers import (
     Comparison,
     agree,
     items,
-    without_unit,
+    without_units,
 )
 from nemo_paced.grading.choices import find_choice
 from nemo_paced.grading.evidence import Evidence, find_answer, without_thought
@@ -156,7 +156,7 @@ class Grader:
                 return _verdict(False, reading, found.evidence, how)  # no part says something else
         verdict = _verdict(False, found.answer, found.evidence, Comparison.none)
         for reading in sorted(open_ones.values(), key=len)[:MOST_PARSED]:
-            ours, reference = without_unit(reading, answer)
+            ours, reference = without_units(reading, answer)
             found_so = (reading, found.evidence, Comparison.symbolic)
             verdict = self._ask(ours, reference, found_so)
             if verdict.correct:

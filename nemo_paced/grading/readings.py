@@ -52,6 +52,9 @@ _CHANGES = re.compile(
 )
 _MORE = re.compile(r"(?i)\b(?:more|fewer|less)\s(?:than\b|[a-z]+\sthan\b)")
 
+_LABEL = re.compile(
+    r"(?:\\text(?:bf)?\{)?\([A-J]\)\}?\s*(?:\\[ ,;:!]\s*)*(?=[^\s}])(?!(?:or|and)\b)"
+)
 _TOKENS = re.compile(r"(?:<\|[^<>|]{1,40}\|>|</?s>|<eos>|<end_of_turn>).*\Z", re.S)
 _TAGS = re.compile(r"(?:\s*</?(?:b|i|em|strong|br|p|u|span|div|code|answer)\s?/?>)+\s*\Z", re.I)
 _ENDS = re.compile(r"(?:\s|✅|✓|✔|🎉|️|\$?\\(?:blacksquare|square|qed)\b\$?|■|∎|□)+\Z")
@@ -92,7 +95,14 @@ def readings(line: str) -> tuple[str, ...]:
         if begin and _TAIL.fullmatch(found[-1], begin.end()):
             found.append(next(group for group in begin.groups() if group))
     found.append(_stated(found[-1]))
+    found += unlabelled(line)[1:]
     return tuple(dict.fromkeys(each.strip() for each in found if each.strip()))
+
+
+def unlabelled(answer: str) -> tuple[str, ...]:
+    """An answer, and its text where it is that of a choice: ``(B) 5``."""
+    found = _LABEL.match(answer)
+    return (answer, answer[found.end() :].strip()) if found else (answer,)
 
 
 def takes_back(rest: str) -> bool:
