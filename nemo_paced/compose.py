@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import difflib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
@@ -66,8 +67,7 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
     from hydra.core.config_store import ConfigStore
     from omegaconf import DictConfig
 
-    if any(argument.startswith("--e") for argument in arguments):  # argparse takes any prefix
-        raise ConfigError("--experimental-rerun unpickles a file: give --config-path instead")
+    _refuse_flags(arguments)
     _register_resolvers()
     ConfigStore.instance().store(name="schema", node=PacedConfig)
     composed: list[DictConfig] = []
@@ -92,8 +92,26 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
         action(to_config(composed[0]))
 
 
+def _refuse_flags(arguments: Sequence[str]) -> None:
+    """Refuse flags of hydra that do something else than compose; argparse takes any prefix.
+
+    Raises:
+        ConfigError: names one, and what to do instead.
+    """
+    for argument in arguments:
+        if argument.startswith("--e"):
+            raise ConfigError("--experimental-rerun unpickles a file: give --config-path instead")
+        if argument == "-m" or (len(argument) > 2 and "--multirun".startswith(argument)):
+            raise ConfigError(
+                f"{argument}: sweeps are not run; start a run for each value, under a name of its "
+                "own: for lr in 1e-4 3e-4; do nemo-paced ... model.optim.lr=$lr "
+                "exp_manager.name=lr_$lr; done"
+            )
+
+
 def _flags_first(arguments: list[str]) -> list[str]:
     """The same arguments, flags with values first: argparse takes overrides in one place only."""
+    groups = _groups(arguments)
     flags: list[str] = []
     overrides: list[str] = []
     takes_value = False
@@ -101,16 +119,34 @@ def _flags_first(arguments: list[str]) -> list[str]:
         if takes_value or argument.startswith("-"):
             flags.append(argument)
         else:
-            overrides.append(_opened(argument))
+            overrides.append(_opened(argument, groups))
         takes_value = argument in VALUE_FLAGS
     return flags + overrides
 
 
-def _opened(override: str) -> str:
-    """The same override, free to add a key to a setting that is a dictionary of the user's keys."""
-    key = override.lstrip("+").partition("=")[0]
+def _groups(arguments: Sequence[str]) -> set[str]:
+    """Names of the user's groups of YAML files, which ``+GROUP=FILE`` adds; ours are there."""
+    folders = []
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, equals, given = flag.partition("=")
+        if name in ("--config-path", "-cp", "--config-dir", "-cd"):
+            folders.append(Path(given if equals else value))
+    found = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    return found - {path.name for path in CONF.iterdir()}
+
+
+def _opened(override: str, groups: set[str]) -> str:
+    """The override without ``+`` and ``++``, which would add any key to the schema's in silence.
+
+    A key may be added to a setting that is a dictionary of the user's keys, and a group of files.
+    """
+    bare = override.lstrip("+")
+    key = bare.partition("=")[0]
     blocks = {key, *(key[:end] for end, letter in enumerate(key) if letter == ".")}
-    return f"++{override.lstrip('+')}" if blocks & dictionaries() else override
+    if blocks & dictionaries():
+        return f"++{bare}"
+    group = re.split(r"[@/]", key)[0]
+    return override if group in groups or key.startswith("hydra.") else bare
 
 
 @cache
@@ -139,12 +175,35 @@ def to_config(cfg: Any) -> PacedConfig:
 
     try:
         merged = OmegaConf.merge(OmegaConf.structured(PacedConfig), cfg)
+        _refuse_unknown(merged)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         cause = error.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
         raise ConfigError(_explain(str(error))) from error
+
+
+def _refuse_unknown(cfg: Any) -> None:
+    """Refuse keys that the schema lacks, which an object made of it would lose.
+
+    Raises:
+        ConfigError: names them all, each with the nearest setting.
+    """
+    from omegaconf import OmegaConf
+
+    free = {f"{name}." for name in dictionaries()}
+    known = dotted_keys(to_dict(PacedConfig()))
+    there = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
+    unknown = [
+        key for key in there if key not in known and not any(key.startswith(name) for name in free)
+    ]
+    if unknown:
+        near = [(key, *_nearest(key, known)) for key in unknown]
+        said = (
+            f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key) for key, *near in near
+        )
+        raise ConfigError(f"no such setting: {', '.join(said)}; docs/settings.md has them all")
 
 
 def recipe_arguments(

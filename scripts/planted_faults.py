@@ -229,7 +229,7 @@ FAULTS = {
     ),
     "exact_integers": Fault(
         "integers and fractions agree within the tolerance that decimals have",
-        "    if whole or not any(re.search(r\"\\.\\d\", text) for text in written):\n",
+        '    if whole or not any(re.search(r"\\.\\d", text) for text in written):\n',
         "    if False:\n",
         "tests/unit/grading/test_grading.py",
     ),

@@ -244,6 +244,56 @@ def test_a_value_that_needs_quotes_says_so():
     assert taken[0].data.prompt_template == r"{problem} \boxed{}"
 
 
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("rollout.max_stalenes=3", "Did you mean 'rollout.max_staleness'"),
+        ("trainer.max_epochs=3", "max_epochs"),
+        ("nonsense=1", "nonsense"),
+        ("model.nonsense={a:1}", "nonsense"),
+    ],
+)
+def test_no_key_is_added_to_the_schema(plus, override, told):
+    from nemo_paced.compose import with_config
+
+    for flags in ([], ["--cfg", "job"]):
+        with pytest.raises(ConfigError, match=told):
+            with_config([*flags, f"{plus}{override}"], print)
+
+
+@pytest.mark.parametrize("plus", ["+", "++"])
+def test_a_setting_and_a_group_may_be_given_as_nemo_users_do(plus):
+    from nemo_paced.compose import with_config
+
+    taken = []
+    with_config([f"{plus}rollout.port=5", "+schedule=forward_kl"], taken.append)
+    assert taken[0].rollout.port == 5 and [s.name for s in taken[0].stages] == ["forward_kl"]
+
+
+def test_keys_of_a_file_that_the_schema_lacks_are_refused_by_name(tmp_path):
+    from nemo_paced.compose import load_config, with_config
+
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [default, _self_]\nnonsense: {a: 1}\nrollout: {port: 5}\n"
+    )
+    with pytest.raises(ConfigError, match="nonsense"):
+        with_config(["--config-path", str(tmp_path), "--config-name", "mine"], print)
+    (tmp_path / "saved.yaml").write_text("trainer: {devices: 2}\nrolout: {port: 5}\n")
+    with pytest.raises(ConfigError, match="rolout"):
+        load_config(tmp_path / "saved.yaml")
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun", "--multi"])
+def test_a_sweep_is_refused_and_leaves_nothing(flag, tmp_path, monkeypatch):
+    from nemo_paced.compose import with_config
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="sweeps are not run; start a run for each value"):
+        with_config([flag, "model.optim.lr=1e-4,3e-4"], print)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x", "--exp"])
 def test_hydras_unpickling_flag_is_refused_however_it_is_written(flag):
     from nemo_paced.compose import with_config
