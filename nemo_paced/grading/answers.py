@@ -14,7 +14,7 @@ from enum import StrEnum
 from fractions import Fraction
 
 from nemo_paced.grading.choices import option
-from nemo_paced.grading.exact import half_digit
+from nemo_paced.grading.exact import half_digit, in_words
 from nemo_paced.grading.notation import clean, normalize
 from nemo_paced.grading.units import (
     NO_UNIT,
@@ -56,6 +56,7 @@ _TUPLE = re.compile(r"([(\[])(.*)([)\]])", re.S)
 # words, and no letters of a formula
 _PHRASE = re.compile(r"(?=.{5})(?=[A-Za-z ]*[aeiouy])(?![A-Z]+\Z)[A-Za-z]+(?: [A-Za-z]+)*")
 _NOTHING = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?")
+_BASE_WORD = re.compile(r"_\{\s*([a-z]{3,9})\s*\}")
 _BASED = re.compile(r"\(?([0-9A-Za-z]{1,100})\)?(?:_\{?(\d{1,2})\}?)?", re.A)
 _NAMED = re.compile(r"([A-Za-z](?:_(?:\{\w+\}|\w))?)\s*=(?!=)")
 _DATE = re.compile(r"\d{1,4}\s*[-–]\s*\d{1,4}(?:\s*[-–]\s*\d{1,4})?")
@@ -218,7 +219,8 @@ def _singular(words: str) -> str:
 
 def _bases_agree(extracted: str, answer: str) -> bool | None:
     """Whether numbers such as ``321_8`` agree; a base that one side leaves out is the other's."""
-    found = [_BASED.fullmatch(clean(text).replace(" ", "")) for text in (extracted, answer)]
+    bare = [_BASE_WORD.sub(_digits_of_base, clean(text)) for text in (extracted, answer)]
+    found = [_BASED.fullmatch(text.replace(" ", "")) for text in bare]
     if found[0] is None or found[1] is None or not (found[0][2] or found[1][2]):
         return None
     (ours, our_base), (reference, base) = (each.groups() for each in found if each)
@@ -226,6 +228,11 @@ def _bases_agree(extracted: str, answer: str) -> bool | None:
         return None  # A_1 is a point
     same = ours.lstrip("0").lower() == reference.lstrip("0").lower()
     return bool(same and (our_base or base) == base)
+
+
+def _digits_of_base(found: re.Match[str]) -> str:
+    value = in_words(found[1])
+    return found[0] if value is None else f"_{{{value}}}"
 
 
 def _is_of_base(digits: str, base: str | None) -> bool:

@@ -117,6 +117,8 @@ _AFTER = re.compile(
     r"[\w^{}!:]|\s?π|\s+(?:is|was)\s+not|\s*\\(?!text|mathrm|quad|qquad|[%$)\].,;! ])"
     r"|\s*[+*/×·^<>=√]|\s(?:thousand|million|billion|hundred|dozen)\b"
 )
+_OPENS = re.compile(r"(?<![\w)\]*])[*_]{1,3}\Z")
+_CLOSES = re.compile(r"\$?(?:\*{1,3}|_{1,3})(?![\w*(])|\$(?=\s|\Z)")
 _LIST_NUMBER = re.compile(r"(?m:^)\s*\d+[.)]\s*\Z")
 _GSM8K = re.compile(
     r"\**\s{0,4}[-−$€£\\(]{0,4}\.?\d(?!\d?[.):]\s+\S)|\s{0,4}[-−]?(?:\$|\\\()?[-−]?\\(?:[dt]?frac|sqrt|pi|binom)(?![A-Za-z])"
@@ -177,8 +179,13 @@ def _last_number(text: str, first: int) -> Found:
     if not last:
         return NOTHING
     begin, end = last[0].span()
-    before = text[max(0, begin - 60) : begin]
-    if begin < first or _BEFORE.search(before) or _AFTER.match(text, end):
+    before = _OPENS.sub("", text[max(0, begin - 60) : begin])  # **64** is no product
+    closed = _CLOSES.match(text, end)
+    if (
+        begin < first
+        or _BEFORE.search(before)
+        or _AFTER.match(text, closed.end() if closed else end)
+    ):
         return NOTHING
     line = text[text.rfind("\n", 0, begin) + 1 :]
     if _LIST_NUMBER.match(line[:20]):

@@ -53,7 +53,7 @@ _FORMS = [
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"(?<=\d)\{,\}(?=\d{3})", ""),
-        (r"\{,\}", ","),
+        (r"\{([,:])\}", r"\1"),
         (r"\^\s*\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
         (r"\\%", "%"),
         (r"\\overline\s*\{([A-Z]{2})\}", r"\1"),
@@ -93,6 +93,7 @@ def clean(answer: str) -> str:
     answer = _bare(re.sub(r"(?<!\\)\\[()\[\]]", " ", answer))
     if (boxed := last_boxed(answer)) is not None:
         answer = boxed
+    answer = re.sub(r"(?<=\d),\s*\\!\s*(?=\d{3})", "", answer)
     answer = _TEXT.sub(lambda found: f" {found[1] or found[2] or found[3] or ''}", answer)
     answer = re.sub(r"(?i)^\s*answer\s*:\s*", "", answer)
     answer = _FONTS.sub("", _SPACING.sub("", answer))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from nemo_paced.grading.answers import (
@@ -43,7 +44,7 @@ _GREEKS = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|phi|psi|rho|sigma|t
 _LETTER = rf"(?:[A-Za-z]|\\(?i:{_GREEKS}))'*{_INDEX}'*"
 # left sides that name a value; any other is an equation: 2x, x+y, x^2, n!, |x|, 2^x
 _NAME = re.compile(
-    rf"{_LETTER}(?:\([^()=+*/^-]*\))?|[fghFGHPQ]'*{_INDEX}(?:\^\{{?-1\}}?)?(?:\([^()=]*\))?"
+    rf"{_LETTER}(?:\([^()=+*/^-]*\))?|\(\s*{_LETTER}(?:\s*,\s*{_LETTER})+\s*\)|[fghFGHPQ]'*{_INDEX}(?:\^\{{?-1\}}?)?(?:\([^()=]*\))?"
     r"|[A-Za-z][A-Za-z ]*[a-z]{2}[A-Za-z ]*|[A-Z]{2,4}|\|[A-Z]{2}\||(?:P|E|Var)\s*\([^=]*\)"
     r"|(?:[a-z]\s*)?\\(?:angle|triangle|overline|widehat|vec|hat|bar)(?![A-Za-z]).*"
     r"|\\frac\s*\{\s*d[^{}]*\}\s*\{\s*d[^{}]*\}"
@@ -63,14 +64,14 @@ def symbolically_equal(extracted: str, answer: str, tolerance: float) -> bool:
     Args:
         tolerance: see :func:`~nemo_paced.grading.answers.numbers_agree`.
     """
-    values = _value_of_each(clean(answer), clean(extracted))
-    if values is None:
-        return False
-    if values != [clean(answer), clean(extracted)]:
-        equal, _ = agree(values[1], values[0], tolerance)
-        if equal is not None:
-            return equal
     try:
+        values = _value_of_each(clean(answer), clean(extracted), tolerance)
+        if values is None:
+            return False
+        if values != [clean(answer), clean(extracted)]:
+            equal, _ = agree(values[1], values[0], tolerance)
+            if equal is not None:
+                return equal
         return _equal(values, tolerance)
     except MemoryError:
         raise  # no verdict
@@ -249,7 +250,7 @@ def _other_words(texts: list[str]) -> bool:
 _NUMBERS = re.compile(r"\\mathbb\{[NZQRC]\}")  # sets that have a name
 
 
-def _value_of_each(gold: str, ours: str) -> list[str] | None:
+def _value_of_each(gold: str, ours: str, tolerance: float) -> list[str] | None:
     """Both answers without the names of their values; ``None``: one states something else.
 
     ``x=10`` is a 10, and so is ``A = 2 \\cdot 5 = 10``; ``2x=10`` is none, nor is ``1+1=3`` a 3.
@@ -264,7 +265,7 @@ def _value_of_each(gold: str, ours: str) -> list[str] | None:
     if min(lengths) > 1 or any(len(items(text)) > 1 for text in texts):
         return texts
     place = 0 if lengths[0] > 1 else 1
-    value = _value(sides[place])
+    value = _value(sides[place], tolerance)
     if value is None:
         return None
     texts[place] = value
@@ -283,7 +284,7 @@ def _same_names(texts: list[str], sides: list[list[str]]) -> list[str] | None:
     return texts
 
 
-def _value(sides: list[str]) -> str | None:
+def _value(sides: list[str], tolerance: float) -> str | None:
     """The value of a chain of equal sides, one of which names it; ``None``: none does."""
     named = [bool(_NAME.fullmatch(side)) for side in sides]
     known = [found.size for side in sides if (found := quantity(side)) is not None]
@@ -293,7 +294,16 @@ def _value(sides: list[str]) -> str | None:
         first = named.index(True)
         others = [side for place, side in enumerate(sides) if place != first]
         return others[-1]
-    return sides[-1] if len(known) == len(sides) else None
+    if len(known) < len(sides):
+        # \sqrt{52} = 2\sqrt{13} says what is true, and 2x = 10 what may be
+        closed = not any(_FREE.search(re.sub(r"\\[A-Za-z]+", " ", side)) for side in sides)
+        pairs = [list(pair) for pair in pairwise(sides)]
+        if not closed or not all(_verified(pair, tolerance) for pair in pairs):
+            return None
+    return sides[-1]
+
+
+_FREE = re.compile(r"[A-DF-HJ-Za-df-hj-z]")  # letters but e and i
 
 
 def _written(text: str) -> str:

@@ -78,7 +78,7 @@ _TIMES = {"day": 86400, "week": 7 * 86400}
 _WHOLE = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "fps": "ft/s"}
 
 _UNIT = r"(?:%|[¢°$€£ÅµA-Za-z][¢°$€£ÅµA-Za-z/ .{}^\d-]*)"
-_QUANTITY = re.compile(rf"(.*?[\d}}\])])(\s*)({_UNIT})")
+_QUANTITY = re.compile(rf"(.*?[\d}}\])](?:[eE][-+]?\d+)?)(\s*)({_UNIT})")
 _MONEY = re.compile(r"(-?)\s*(?:US)?(\\?\$|€|£|₹|¥|USD|EUR|GBP)\s*(?=-?[\d.])")
 _PREFIX = re.compile(r"^[A-Za-z](?:_(?:\{\w+\}|\w))?\s*(?:=|\\approx)(?!=)\s*")
 _PART = re.compile(r"([\d.,]+(?:/\d+)?)\s*([¢°A-Za-z]+)(?:\s*,\s*|\s+and\s+|\s+|\Z)")
@@ -138,6 +138,7 @@ def quantity(answer: str) -> Quantity | None:
     answer = _DEGREES.sub(r"°\1", _PREFIX.sub("", answer))
     answer = re.sub(r"(?i)\bper\s+cent\b", "%", _NOON.sub(r"\1m", answer))
     answer = re.sub(r"(?<=\d)\s*/\s*(?=[A-Za-z])", " per ", answer)
+    answer = re.sub(r"(?<=\d)\s*\\Omega(?![A-Za-z])", " ohm", answer)
     if total := _sum(answer):
         return total
     money, answer = _without_currency(answer)
