@@ -180,12 +180,8 @@ def _last_number(text: str, first: int) -> Found:
         return NOTHING
     begin, end = last[0].span()
     before = _OPENS.sub("", text[max(0, begin - 60) : begin])  # **64** is no product
-    closed = _CLOSES.match(text, end)
-    if (
-        begin < first
-        or _BEFORE.search(before)
-        or _AFTER.match(text, closed.end() if closed else end)
-    ):
+    end = _behind(_CLOSES, text, end)
+    if begin < first or _BEFORE.search(before) or _AFTER.match(text, end):
         return NOTHING
     line = text[text.rfind("\n", 0, begin) + 1 :]
     if _LIST_NUMBER.match(line[:20]):
