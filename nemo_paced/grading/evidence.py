@@ -221,6 +221,8 @@ def _of_mark(text: str, mark: re.Match[str], truncated: bool) -> Found | None:
     if _OTHER.search(text, max(0, mark.start() - 40), mark.start()):
         return DENIED
     if says["quoted"] and (value := _JSON.match(text, says.end())):
+        if truncated and not text[value.end() :].strip():
+            return CUT  # 4 may be 42
         answer = re.sub(r"\\(.)", r"\1", value[1]) if value[1] is not None else value[2].strip()
         return Found(answer, Evidence.line, readings(answer)) if answer else None
     if says["strong"]:
