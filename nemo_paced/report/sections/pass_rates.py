@@ -69,7 +69,7 @@ def _verdict_sections(run: RunFiles) -> list[Section]:
         "verifier took too long for does not count. A last number is what a response ends with "
         "where it marks no answer; grading.last_number=false lets marked ones count alone."
     )
-    return [Section("Verdicts behind the pass rates", table=rows, note=note)]
+    return [Section("Verdicts behind the pass rates", table=rows, note=note, wide=True)]
 
 
 def _weights_note(frame: Any, rows: Rows) -> str:
