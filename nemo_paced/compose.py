@@ -65,6 +65,7 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
     """
     import hydra
     from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
     _refuse_flags(arguments)
@@ -88,6 +89,7 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
             raise ConfigError(_explain(messages.getvalue())) from None
     finally:
         sys.argv = saved
+        HydraConfig.instance().cfg = None  # NeMo's exp_manager compares its folder with ours
     if composed:
         action(to_config(composed[0]))
 
