@@ -8,6 +8,8 @@ from dataclasses import replace
 from nemo_paced.grading.evidence import NOTHING, Evidence, Found, find_answer, without_thought
 from nemo_paced.grading.notation import clean
 
+LONGEST_END = 10_000  # characters of a text's end in which an unmarked option is looked for
+
 _LABEL = r"\(?[A-J]\)?(?![A-Za-z+'’])"
 _SINGLE = re.compile(r"\(?([A-Ja-j])\)?\.?")
 # a label before its text: "E: vitamin D", "(B) 12 m", "b) Paris"
@@ -61,7 +63,7 @@ def find_choice(text: str, *, truncated: bool = False, unmarked: bool = True) ->
         return replace(found, answer=letter)
     if truncated or not unmarked:
         return NOTHING
-    text = without_thought(text).rstrip()
+    text = without_thought(text).rstrip()[-LONGEST_END:]
     line = _LABELLED_LINE.match(text[text.rfind("\n") + 1 :])
     if line and not _SECOND.match(text, text.rfind("\n") + 1 + line.end(1)):
         return Found(line[1], Evidence.option)

@@ -173,9 +173,12 @@ _BEGUN = re.compile(
 )
 
 
+_LONGEST_END = 10_000  # characters of a text's end in which a last number is looked for
+
+
 def _last_number(text: str, first: int) -> Found:
     """The last number of a text, if it stands by itself and not before ``first``."""
-    last = deque(_NUMBER.finditer(text), 1)
+    last = deque(_NUMBER.finditer(text, max(0, len(text) - _LONGEST_END)), 1)
     if not last:
         return NOTHING
     begin, end = last[0].span()
