@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.unit.grading.generated_cases import Case, frame_cases, notation_cases
+from tests.unit.grading.generated_cases import Case, blind_cases, frame_cases, notation_cases
 
 Judge = Callable[[Case], bool]
 BOXED = r"The answer is $\boxed{A}$."
@@ -83,7 +83,8 @@ def measure(name: str) -> dict[str, Any]:
     judge = make()
     kinds: dict[str, list[int]] = {}
     errors, began = 0, time.perf_counter()
-    for case in [*notation_cases(frame), *(frame_cases() if reads_any else ())]:
+    anywhere = [*frame_cases(), *blind_cases()] if reads_any else []
+    for case in [*notation_cases(frame), *anywhere]:
         try:
             right = bool(judge(case))
         except Exception:

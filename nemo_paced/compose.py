@@ -37,7 +37,7 @@ VALUE_FLAGS = (
 )
 # hydra writes no files, keeps the working directory, and leaves logging as the command set it up
 OVERRIDES = (
-    *("hydra.output_subdir=null", "hydra.run.dir=."),
+    *("hydra.output_subdir=null", "hydra.run.dir=.", "hydra.mode=RUN"),
     *("hydra/job_logging=none", "hydra/hydra_logging=none"),
 )
 NEMO_HYDRA = "1.1"  # version_base; what hydra_runner, which names none, gets
@@ -72,10 +72,12 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
     _register_resolvers()
     ConfigStore.instance().store(name="schema", node=PacedConfig)
     composed: list[DictConfig] = []
+    swept: list[Any] = []
 
     @hydra.main(config_path=str(CONF), config_name="default", version_base=NEMO_HYDRA)
     def take(cfg: DictConfig) -> None:
         composed.append(cfg)
+        swept.append(HydraConfig.get().sweeper.get("params"))
 
     messages = io.StringIO()
     saved = sys.argv
@@ -90,6 +92,8 @@ def with_config(arguments: list[str], action: Callable[[PacedConfig], None]) -> 
     finally:
         sys.argv = saved
         HydraConfig.instance().cfg = None  # NeMo's exp_manager compares its folder with ours
+    if any(swept):
+        raise _no_sweep("hydra.sweeper.params")
     if composed:
         action(to_config(composed[0]))
 
@@ -103,12 +107,18 @@ def _refuse_flags(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if argument.startswith("--e"):
             raise ConfigError("--experimental-rerun unpickles a file: give --config-path instead")
+        bare = argument.lstrip("+")
         if argument == "-m" or (len(argument) > 2 and "--multirun".startswith(argument)):
-            raise ConfigError(
-                f"{argument}: sweeps are not run; start a run for each value, under a name of its "
-                "own: for lr in 1e-4 3e-4; do nemo-paced ... model.optim.lr=$lr "
-                "exp_manager.name=lr_$lr; done"
-            )
+            raise _no_sweep(argument)
+        if bare.startswith(("hydra.mode=", "hydra.sweep", "hydra/sweeper")):
+            raise _no_sweep(argument)
+
+
+def _no_sweep(what: str) -> ConfigError:
+    return ConfigError(
+        f"{what}: sweeps are not run; start a run for each value, under a name of its own: "
+        "for lr in 1e-4 3e-4; do nemo-paced ... model.optim.lr=$lr exp_manager.name=lr_$lr; done"
+    )
 
 
 def _flags_first(arguments: list[str]) -> list[str]:

@@ -28,8 +28,6 @@ from nemo_paced.training import prepare
 logger = logging.getLogger(__name__)
 
 DIGITS = 12  # hex digits of a digest
-# settings that say how responses were graded, which needs no new ones
-GRADED_BY = ("verifier", "last_number", "numeric_tolerance", "verifier_rules")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +122,7 @@ class Job:
         samples may grow, and other answers or another verifier grade them again.
         """
         asked = [(p.id, prompts.of(p, PromptKind.evaluation)) for p in self.problems[suite]]
-        others = (*IN_WORDS, *GRADED_BY, "lm_eval")
+        others = (*IN_WORDS, *grading_settings(self.config), "lm_eval")
         settings = {k: v for k, v in self.settings.items() if k not in others}
         content = [settings, prompts.stop_token_ids, asked]
         return f"evaluation {suite} {digest(content, DIGITS)}"
@@ -212,10 +210,19 @@ def sampling_settings(config: PacedConfig, max_tokens: int | None = None) -> dic
         max_tokens: of a response; ``None``: what the student's context leaves.
     """
     settings = asdict(prepare.evaluation_settings(config, max_tokens))
-    grading = {name: getattr(config.grading, name) for name in GRADED_BY[:-1]}
     return {
         **{name: settings[name] for name in ("temperature", "top_p", "max_tokens")},
-        **grading,
-        GRADED_BY[-1]: digest(rules(config.grading), DIGITS),
+        **grading_settings(config),
         "seed": config.model.seed,
+    }
+
+
+def grading_settings(config: PacedConfig) -> dict[str, Any]:
+    """How responses are graded, for ``results.json``: another way needs no new responses."""
+    grading = config.grading
+    return {
+        "verifier": grading.verifier,
+        "last_number": grading.last_number,
+        "numeric_tolerance": grading.numeric_tolerance,
+        "verifier_rules": digest(rules(grading), DIGITS),
     }

@@ -184,7 +184,7 @@ def _items_agree(ours: list[str], reference: list[str], tolerance: float) -> boo
     names = [[_NAMED.match(item) for item in each] for each in (ours, reference)]
     if any(map(any, names)) and not all(map(all, names)):
         named = 0 if all(names[0]) else 1
-        if any(names[1 - named]) or len({each and _bare(each[1]) for each in names[named]}) > 1:
+        if any(names[1 - named]) or len({each and _plain(each[1]) for each in names[named]}) > 1:
             return None
         # x=1 or x=-2 are 1 and -2
         bare = [_NAMED.sub("", item, count=1) for item in (ours, reference)[named]]
@@ -275,8 +275,8 @@ def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
             return False
         if ours.unit.dimension == reference.unit.dimension:
             value, wanted = ours.size, reference.size
-    values = {value} | ({value / 100} if is_percentage(ours, reference) else set())
-    targets = {wanted} | ({wanted / 100} if is_percentage(reference, ours) else set())
+    values = {value} | ({value / 100} if _is_percentage(ours, reference) else set())
+    targets = {wanted} | ({wanted / 100} if _is_percentage(reference, ours) else set())
     if ours.also and reference.unit == NO_UNIT:
         values = set(ours.also)
     if reference.also and ours.unit == NO_UNIT:
@@ -284,7 +284,7 @@ def numbers_agree(extracted: str, answer: str, tolerance: float) -> bool | None:
     return any(agree_rounded(v, t, written, tolerance) for v in values for t in targets)
 
 
-def is_percentage(one: Quantity, other: Quantity) -> bool:
+def _is_percentage(one: Quantity, other: Quantity) -> bool:
     """Whether one number is a percentage and the other has no unit."""
     return one.unit.dimension == PERCENT and other.unit == NO_UNIT
 
@@ -315,7 +315,7 @@ def _different_kinds(ours: str, reference: str) -> bool:
     A parser of mathematics would take these for differences and quotients.
     """
     names = [_NAMED.match(text) for text in (ours, reference)]
-    if names[0] and names[1] and _bare(names[0][1]) != _bare(names[1][1]):
+    if names[0] and names[1] and _plain(names[0][1]) != _plain(names[1][1]):
         # x=2y and y=x/2 may be one equation, x=2 and y=2 are two
         values = [quantity(text.partition("=")[2].strip()) for text in (ours, reference)]
         return None not in values
@@ -331,7 +331,7 @@ def _different_kinds(ours: str, reference: str) -> bool:
     return int(a) * int(d) != int(b) * int(c)
 
 
-def _bare(name: str) -> str:
+def _plain(name: str) -> str:
     return re.sub(r"[{}]", "", name)
 
 

@@ -11,7 +11,13 @@ from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
 
-from nemo_paced.grading.readings import readings, trimmed, unlabelled
+from nemo_paced.grading.readings import (
+    CONJUNCTION,
+    SENTENCE_END,
+    readings,
+    trimmed,
+    unlabelled,
+)
 
 
 class Evidence(StrEnum):
@@ -56,8 +62,6 @@ LONGEST = 1200  # characters of a line that are looked at: longer is no answer
 
 _THOUGHT_ENDS = ("</think>", "</seed:think>", "[/THINK]", "<|END_THINKING|>", "◁/think▷")
 _THOUGHT_BEGINS = ("<think>", "<seed:think>", "[THINK]", "<|START_THINKING|>", "◁think▷")
-_SENTENCE_END = re.compile(r"\.\**(?=\s+[A-Z(\\$*]|\s*\Z)")
-_CONJUNCTION = re.compile(r",?\s(?:since|because)\s")
 _ADVERBS = (
     r"(?:exactly|also|still|only|simply|just|indeed|clearly|then|thus|therefore|now|actually)"
 )
@@ -333,13 +337,15 @@ def _of_line(text: str, begin: int, truncated: bool, evidence: Evidence) -> Foun
     if evidence is Evidence.hashes and line and not _GSM8K.match(line):
         return None  # a heading of Markdown
     item = _ITEM.match(line) if text.find("\n", mark_end, begin) >= 0 else None
-    lines = [line[item.end() :] if item else line]
+    lines, is_open = [line[item.end() :] if item else line], False
     for _ in range(_MOST_LINES):
         start = _behind(_BLANK, text, end)
         following, next_end, closed = _line(text, start)
         marker = _ITEM.match(following) if item else None
         goes_on = lines[-1].endswith((",", " and", " or", ":"))
         named = _NAMED_LINE.match(lines[-1]) and _NAMED_LINE.match(following)
+        if not following:
+            is_open = bool(item or goes_on)  # more of it may have been to come
         if not whole or not following or not (marker or goes_on or named):
             break
         if lines[-1].endswith(":"):
@@ -347,12 +353,12 @@ def _of_line(text: str, begin: int, truncated: bool, evidence: Evidence) -> Foun
         lines.append(following[marker.end() :] if marker else following)
         end, whole = next_end, closed
     line = trimmed(", ".join(each.strip().rstrip(",") for each in lines))
-    if not line or (truncated and not whole):
+    if not line or (truncated and (is_open or not whole)):
         return CUT
     return Found(line, evidence, readings(line))
 
 
-_MOST_LINES = 8  # of a list below a mark
+_MOST_LINES = 40  # of a list below a mark
 # what stands between a mark and its answer: a formula or a fence that begins on a line of its own
 _BLANK = re.compile(
     r"(?:\s|\*\*|__|>(?=\s)|\$\$(?=\s)|\\\[(?=\s)|```[a-z]{0,9}(?=\s)|-{3,9}(?=\s))*"
@@ -414,7 +420,7 @@ def _of_sentence(
         return _of_line(text, begin, truncated, Evidence.line)
     if not line:
         return None
-    sentence = _SENTENCE_END.search(line)
+    sentence = SENTENCE_END.search(line)
     if truncated and not whole and (sentence is None or sentence.end() >= len(line)):
         return CUT
     if _DENIED.match(line):
@@ -431,7 +437,7 @@ def _of_sentence(
 
 def _is_answer(line: str) -> bool:
     """Whether what stands behind a weak mark may be an answer: no prose, no heading."""
-    line = _CONJUNCTION.split(line, maxsplit=1)[0]
+    line = CONJUNCTION.split(line, maxsplit=1)[0]
     words = line.strip("*_ ").split(maxsplit=6)
     if not words or words[0].strip(".,;:!*").lower() in _PROSE or _RELATION.match(line):
         return False

@@ -9,8 +9,8 @@ import re
 
 from nemo_paced.grading.exact import number_words
 
-_SENTENCE_END = re.compile(r"\.\**(?=\s+[A-Z(\\$*]|\s*\Z)")
-_CONJUNCTION = re.compile(r",?\s(?:since|because)\s|,\s(?:not|which|as)\s")
+SENTENCE_END = re.compile(r"\.\**(?=\s+[A-Z(\\$*]|\s*\Z)")
+CONJUNCTION = re.compile(r",?\s(?:since|because)\s|,\s(?:not|which|as)\s")
 _CORRECTION = re.compile(r"(?i)\b(?:wait|actually|correction|wrong|incorrect|mistake|hmm|sorry)\b")
 _OBJECTION = re.compile(r"(?i)\b(?:no|not|or|but|either|however|instead|rather)\b")
 _FORMULA = re.compile(
@@ -82,10 +82,10 @@ def _without_end(line: str) -> str:
 def readings(line: str) -> tuple[str, ...]:
     """What a line may be taken for, the likeliest first."""
     found = [line]
-    sentence = _SENTENCE_END.search(line)
+    sentence = SENTENCE_END.search(line)
     if sentence and sentence.start() and not takes_back(line[sentence.end() :]):
         found.append(line[: sentence.start()])
-    conjunction = _CONJUNCTION.search(found[-1])
+    conjunction = CONJUNCTION.search(found[-1])
     if conjunction and not takes_back(line[conjunction.end() :]):
         found.append(found[-1][: conjunction.start()])
     if remark := _REMARK.search(found[-1]):

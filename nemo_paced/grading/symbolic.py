@@ -222,7 +222,7 @@ def _as_set(expression: Any, text: str) -> Any:
 
 
 def _complex_equal(gold: Any, ours: Any) -> bool:
-    """Whether two expressions in ``i`` alone, or in none, are one complex number."""
+    """Whether two expressions in ``i`` alone are one complex number."""
     import sympy
 
     both = (gold, ours)
@@ -276,7 +276,7 @@ _CASES_NAME = re.compile(r"\A\s*[A-Za-z]\s*(?:\([A-Za-z]\))?\s*=\s*(?=\\begin)")
 
 
 def _same_names(texts: list[str], sides: list[list[str]]) -> list[str] | None:
-    """Two equations; values where both name one alike, ``None`` where they name others."""
+    """Two equations as they are; ``None``: they name other values, ``f(1)`` and ``f(2)``."""
     names = [each[0].replace(" ", "") for each in sides]
     calls = ["(" in name and bool(_NAME.fullmatch(name)) for name in names]
     if all(calls) and names[0] != names[1]:

@@ -39,7 +39,7 @@ from nemo_paced.data.references import (
     write_references,
 )
 from nemo_paced.grading.verdicts import Verdicts
-from nemo_paced.records import Problem, Rollout
+from nemo_paced.records import Outcome, Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.rollout.sampling import SamplingSettings
 from nemo_paced.rollout.served import served_dtype, training_length
@@ -144,13 +144,11 @@ class Tally:
     """Counts of references that pass by, which are many."""
 
     def __init__(self) -> None:
-        self._all = self._right = self._later = self._truncated = self._attempts = 0
+        self._later = self._truncated = self._attempts = 0
         self._verdicts = Verdicts()
 
     def reference(self, reference: Reference) -> Reference:
         """Count one, which is returned."""
-        self._all += 1
-        self._right += reference.rollout.correct
         self._later += reference.rollout.correct and reference.attempts > 1
         self._truncated += reference.rollout.truncated
         self._attempts += reference.attempts
@@ -160,9 +158,10 @@ class Tally:
     def told(self, wrong: WrongReferences) -> str:
         """The log line: how many are right, and what became of the others."""
         became = "dropped" if wrong is WrongReferences.drop else "kept"
+        right, all_ = self._verdicts.number(Outcome.right), len(self._verdicts)
         return (
-            f"references: {self._right} of {self._all} teacher responses are right, {self._later} "
-            f"of them at a later attempt; {self._all - self._right} others are {became}; "
+            f"references: {right} of {all_} teacher responses are right, {self._later} "
+            f"of them at a later attempt; {all_ - right} others are {became}; "
             f"{self._truncated} truncated; {self._attempts} sampled; "
             f"{self._verdicts.outcomes_line()}; {self._verdicts.grounds_line()}"
         )

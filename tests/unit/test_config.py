@@ -284,7 +284,9 @@ def test_keys_of_a_file_that_the_schema_lacks_are_refused_by_name(tmp_path):
         load_config(tmp_path / "saved.yaml")
 
 
-@pytest.mark.parametrize("flag", ["-m", "--multirun", "--multi"])
+@pytest.mark.parametrize(
+    "flag", ["-m", "--multirun", "--multi", "hydra.mode=MULTIRUN", "+hydra.sweeper.params.a=1"]
+)
 def test_a_sweep_is_refused_and_leaves_nothing(flag, tmp_path, monkeypatch):
     from nemo_paced.compose import with_config
 
@@ -292,6 +294,37 @@ def test_a_sweep_is_refused_and_leaves_nothing(flag, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="sweeps are not run; start a run for each value"):
         with_config([flag, "model.optim.lr=1e-4,3e-4"], print)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        ("hydra: {mode: MULTIRUN}\n", "Ambiguous value for argument"),
+        ("hydra: {sweeper: {params: {model.optim.lr: '1e-4,3e-4'}}}\n", "sweeps are not run"),
+        ("hydra: {sweeper: {params: {model.optim.lr: 1e-4}}}\n", "sweeps are not run"),
+    ],
+)
+def test_a_file_that_asks_for_a_sweep_is_refused_too(block, told, tmp_path, monkeypatch):
+    from nemo_paced.compose import with_config
+
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "mine.yaml").write_text(f"defaults: [default, _self_]\n{block}")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    swept = ["model.optim.lr=1e-4,3e-4"] if "MULTIRUN" in block else []
+    with pytest.raises(ConfigError, match=told):
+        recipe = ["--config-path", str(tmp_path / "conf"), "--config-name", "mine"]
+        with_config([*recipe, *swept], print)
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_composition_leaves_nothing_of_hydras_in_the_process():
+    from hydra.core.hydra_config import HydraConfig
+
+    from nemo_paced.compose import with_config
+
+    with_config([], lambda config: None)
+    assert not HydraConfig.initialized(), "NeMo's exp_manager compares its folder with ours"
 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x", "--exp"])

@@ -15,7 +15,7 @@ from nemo_paced.config import (
 from nemo_paced.data.prompts import Prompts
 from nemo_paced.evaluation.limits import Limits
 from nemo_paced.evaluation.lm_eval_tasks import Suite
-from nemo_paced.evaluation.run import Job
+from nemo_paced.evaluation.run import Job, grading_settings
 from nemo_paced.records import Problem
 
 PROBLEMS = {"few": [Problem("a", "solve s1 f2 =", "s3")]}
@@ -62,6 +62,18 @@ def test_more_samples_go_on_from_those_that_are_there_whatever_else_is_evaluated
     assert purpose(job(samples=16)) == purpose(job(samples=8, tasks=TASKS))
     limited = replace(job(), limits=Limits(16, "the context of the model, 64", 4096, 64))
     assert purpose(limited) == purpose(job()), "whatever the limit comes from"
+
+
+def test_results_say_how_responses_were_graded():
+    config = PacedConfig()
+    for grading in (
+        GradingConfig(last_number=False),
+        GradingConfig(numeric_tolerance=0.01),
+        GradingConfig(verifier="exact"),
+    ):
+        other = grading_settings(replace(config, grading=grading))
+        assert other != grading_settings(config)
+        assert other["verifier_rules"] != grading_settings(config)["verifier_rules"]
 
 
 def test_questions_name_the_chat_that_they_were_asked_in():

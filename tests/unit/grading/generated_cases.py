@@ -7,7 +7,9 @@ environments of their own are asked the same.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -343,6 +345,15 @@ def frame_cases() -> Iterator[Case]:
             for answer, other in VALUES:
                 text = _filled(frame, answer, other)
                 yield Case(kind, text, answer, right, kind in cut)
+
+
+def blind_cases() -> Iterator[Case]:
+    """Responses that were written by somebody who knew neither these tables nor our verifier."""
+    lines = Path(__file__).with_name("grading_cases.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, lines):
+        if row["kind"].startswith("blind: "):
+            cut = row.get("truncated", False)
+            yield Case("written blind", row["text"], row["answer"], row["correct"], cut)
 
 
 def _filled(frame: str, answer: str, other: str = "") -> str:

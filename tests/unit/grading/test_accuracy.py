@@ -184,6 +184,12 @@ def test_what_became_of_the_samples_is_kept_with_an_accuracy():
     ]
     accuracy = Accuracy.of(rollouts, [Problem("p", "x", "1")])
     assert accuracy.mean == 0.5, "what has no verdict is none that is right"
+    rollouts = [
+        Rollout(f"p/{k}", "p", (1,), sample=k, outcome=outcome, extracted="8")
+        for k, outcome in enumerate([Outcome.right, Outcome.timed_out, Outcome.timed_out])
+    ]
+    majority = Accuracy.of(rollouts, [Problem("p", "x", "1")]).majority
+    assert majority == 1, "what has no verdict has no vote"
     assert accuracy.outcomes == {"right": 0.5, "wrong": 0.25, "timed out": 0.25}
     assert accuracy.right_by == {"box": 0.5, "last number": 0.5}
     assert Accuracy.from_dict(accuracy.to_dict()).right_by == accuracy.right_by

@@ -4,6 +4,7 @@ behind the client is scripted, since its verdicts have to be known."""
 import dataclasses
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -14,6 +15,7 @@ from nemo_paced.config import (
     AdaptiveConfig,
     DivergenceKind,
     Estimator,
+    GradingConfig,
     Reestimation,
     ReferenceSource,
     ResponseSource,
@@ -23,6 +25,9 @@ from nemo_paced.config import (
 )
 from nemo_paced.data.problems import load_problems
 from nemo_paced.errors import ConfigError, RolloutError
+from nemo_paced.grading.answers import Comparison
+from nemo_paced.grading.evidence import Evidence
+from nemo_paced.grading.grader import Grader, Verdict
 from nemo_paced.grading.verdicts import Verdicts
 from nemo_paced.records import Outcome, Problem, Rollout
 from nemo_paced.run.progress import RunLog, progress_bar
@@ -168,6 +173,39 @@ def test_an_estimate_says_how_many_responses_were_cut_and_had_no_answer(
     assert len(verdicts) == 160 and verdicts.share(Outcome.truncated) == pytest.approx(wrong)
     assert sum(row.num_truncated for row in table.rows) == verdicts.number(Outcome.truncated)
     assert not [r for r in caplog.records if r.levelno > logging.INFO]
+
+
+def test_an_estimate_without_any_verdict_is_refused_and_leaves_no_table(
+    make_config, tmp_path, monkeypatch, caplog
+):
+    late = Verdict(Outcome.timed_out, "7", "timed out", Evidence.box, Comparison.symbolic)
+    monkeypatch.setattr(Grader, "grade", lambda self, *args, **kwargs: late)
+    client, table = estimate(make_config(POSTERIOR), tmp_path)
+    assert table is None and client.samples_asked == 160
+    assert not (tmp_path / "pass_rates.parquet").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv(API_KEY_VARIABLE, "key")
+    later = dataclasses.replace(make_config(POSTERIOR), grading=GradingConfig("exact", 6.0))
+    with caplog.at_level(logging.INFO):
+        client, table = estimate(later, tmp_path)
+    assert table is not None and client.samples_asked == 0, "they are graded again"
+    assert "graded again: 160 of 160 verdicts are others" in caplog.text
+
+
+def test_outcomes_of_a_step_are_logged_and_what_has_no_verdict_is_left_out_of_the_accuracy():
+    outcomes = [Outcome.right, Outcome.wrong, Outcome.timed_out, Outcome.truncated]
+    rollouts = [Rollout(str(k), "a", (1,), outcome=each) for k, each in enumerate(outcomes)]
+    driver = SimpleNamespace(prompts=SimpleNamespace(thoughts=None))
+    metrics = Driver._rollout_metrics(driver, rollouts)
+    assert metrics["rollout/accuracy"] == pytest.approx(1 / 3)
+    assert [metrics[f"rollout/{name}"] for name in ("wrong", "timed_out", "no_answer")] == [
+        0.25,
+        0.25,
+        0.0,
+    ]
+    assert metrics["rollout/cut_before_answer"] == 0.25
+    late = [rollouts[2]]
+    assert "rollout/accuracy" not in Driver._rollout_metrics(driver, late), "there is none"
 
 
 def test_pass_rates_at_the_ends_are_warned_of_with_what_is_likely_wrong(

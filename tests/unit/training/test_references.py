@@ -4,6 +4,7 @@ the teacher behind the client is scripted, since its verdicts have to be known."
 import dataclasses
 import json
 import logging
+from collections import Counter
 
 import numpy as np
 import pandas
@@ -21,7 +22,7 @@ from nemo_paced.config import (
 from nemo_paced.data.problems import load_problems
 from nemo_paced.data.references import read_references, solutions
 from nemo_paced.errors import ConfigError, RolloutError
-from nemo_paced.records import Problem
+from nemo_paced.records import Outcome, Problem, Rollout
 from nemo_paced.rollout.sampler import Sampler
 from nemo_paced.run.progress import RunLog, progress_bar
 from nemo_paced.serving.api_key import API_KEY_VARIABLE
@@ -141,6 +142,27 @@ def test_resampling_stops_at_the_first_right_one_and_keeps_what_stays_wrong(
     assert teacher[1][1].samples_asked == sum(attempts) and len(set(attempts)) > 2
     later = sum(row["correct"] and row["attempts"] > 1 for row in rows.values())
     assert f"{later} of them at a later attempt; {len(wrong)} others are kept" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", WrongReferences)
+def test_a_reference_without_a_verdict_is_neither_dropped_nor_sampled_again(wrong):
+    late, bad = Outcome.timed_out, Outcome.wrong
+    outcomes = {"late": [late], "wrong": [bad] * 8}
+    asked = Counter()
+
+    def sample(problems, wanted):
+        asked.update(problem.id for problem in problems)
+        return [
+            Rollout(f"{p.id}/{k}", p.id, (1,), sample=k, outcome=outcomes[p.id][k])
+            for p in problems
+            for k in range(wanted[p.id])
+        ]
+
+    problems = [Problem("late", "x", "1"), Problem("wrong", "x", "1")]
+    found = references_module._choose(problems, sample, ReferencesConfig(wrong=wrong))
+    dropped = {each.rollout.problem_id: each.dropped for each in found}
+    assert dropped == {"late": False, "wrong": wrong is DROP}
+    assert asked == {"late": 1, "wrong": 8 if wrong is RESAMPLE else 1}
 
 
 @pytest.mark.parametrize("break_after", [0, 10, 24, 30, 45])

@@ -77,6 +77,13 @@ def test_rollouts_end_at_the_most_of_one_problem():
     assert given.tolist() == [0, 1], "what has no verdict was asked for all the same"
 
 
+def test_a_problem_whose_verdicts_do_not_come_is_asked_less():
+    right, count = np.array([1.0, 1.0]), np.array([4.0, 4.0])
+    even = allocate(ADAPTIVE, right, count, 8)
+    given = allocate(ADAPTIVE, right, count, 8, num_asked=np.array([4, 12]))
+    assert even.tolist() == [4, 4] and given[0] > given[1]
+
+
 def test_the_greedy_choice_beats_the_same_number_everywhere():
     rng = np.random.default_rng(3)
     right = rng.binomial(4, rng.random(300)).astype(float)
