@@ -187,35 +187,12 @@ def to_config(cfg: Any) -> PacedConfig:
 
     try:
         merged = OmegaConf.merge(OmegaConf.structured(PacedConfig), cfg)
-        _refuse_unknown(merged)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         cause = error.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
         raise ConfigError(_explain(str(error))) from error
-
-
-def _refuse_unknown(cfg: Any) -> None:
-    """Refuse keys that the schema lacks, which an object made of it would lose.
-
-    Raises:
-        ConfigError: names them all, each with the nearest setting.
-    """
-    from omegaconf import OmegaConf
-
-    free = {f"{name}." for name in dictionaries()}
-    known = dotted_keys(to_dict(PacedConfig()))
-    there = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
-    unknown = [
-        key for key in there if key not in known and not any(key.startswith(name) for name in free)
-    ]
-    if unknown:
-        near = [(key, *_nearest(key, known)) for key in unknown]
-        said = (
-            f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key) for key, *near in near
-        )
-        raise ConfigError(f"no such setting: {', '.join(said)}; docs/settings.md has them all")
 
 
 def recipe_arguments(

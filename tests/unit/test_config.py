@@ -271,6 +271,20 @@ def test_a_setting_and_a_group_may_be_given_as_nemo_users_do(plus):
     assert taken[0].rollout.port == 5 and [s.name for s in taken[0].stages] == ["forward_kl"]
 
 
+def test_a_group_of_the_users_files_is_added_with_a_plus(tmp_path):
+    from nemo_paced.compose import with_config
+
+    (tmp_path / "mine.yaml").write_text("defaults: [default, _self_]\n")
+    (tmp_path / "cluster").mkdir()
+    for name, text in (("big", "rollout: {port: 5}\n"), ("odd", "nonsense: 1\n")):
+        (tmp_path / "cluster" / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+    recipe, taken = ["--config-path", str(tmp_path), "--config-name", "mine"], []
+    with_config([*recipe, "+cluster=big"], taken.append)
+    assert taken[0].rollout.port == 5
+    with pytest.raises(ConfigError, match="nonsense"):
+        with_config([*recipe, "+cluster=odd"], print)
+
+
 def test_keys_of_a_file_that_the_schema_lacks_are_refused_by_name(tmp_path):
     from nemo_paced.compose import load_config, with_config
 
@@ -323,8 +337,9 @@ def test_composition_leaves_nothing_of_hydras_in_the_process():
 
     from nemo_paced.compose import with_config
 
-    with_config([], lambda config: None)
-    assert not HydraConfig.initialized(), "NeMo's exp_manager compares its folder with ours"
+    for arguments in ([], ["--cfg", "job"]):
+        with_config(arguments, lambda config: None)
+        assert not HydraConfig.initialized(), "NeMo's exp_manager compares its folder with ours"
 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-rerun=x", "--exp"])
