@@ -106,10 +106,12 @@ def table(results: dict[str, Any]) -> str:
         found = [results[name]["kinds"].get(kind) for name in names]
         cases = next(counts[0] for counts in found if counts)
         lines.append(f"| {kind} | {cases} | {' | '.join(map(_cell, found))} |")
-    totals = [_sums(results[name]["kinds"].values()) for name in names]
-    lines.append(f"| **all** | | {' | '.join(map(_cell, totals))} |")
+    common = [kind for kind in kinds if all(kind in results[name]["kinds"] for name in names)]
+    totals = [_sums(results[name]["kinds"][kind] for kind in common) for name in names]
+    cases = totals[0][0]
+    lines.append(f"| **asked of all** | {cases} | {' | '.join(map(_cell, totals))} |")
     agreement = (f"{1 - (r + 2 * a) / n:.1%}" for n, r, a in totals)
-    return "\n".join([*lines, f"| **agreement** | | {' | '.join(agreement)} |"])
+    return "\n".join([*lines, f"| **agreement** | {cases} | {' | '.join(agreement)} |"])
 
 
 def _sums(rows: Iterable[list[int]]) -> list[int]:
