@@ -235,7 +235,7 @@ FAULTS = {
     ),
     "open_line": Fault(
         "a line that was cut at the limit counts as an answer",
-        "    if not line or (truncated and not whole):\n",
+        "    if not line or (truncated and (is_open or not whole)):\n",
         "    if not line:\n",
         "tests/unit/grading/test_grading.py",
     ),
